@@ -1,0 +1,101 @@
+"""An update rule: a pure ``(init, update)`` pair that turns per-domain losses into domain weights.
+
+    rule = doremi()
+    state = rule.init(["code", "web"])
+    state, weights = rule.update(state, signals)      # weights (D,), >= 0, sum 1
+    frozen = rule.result(state)                       # the weights to train the main model on
+
+States are NamedTuples of float64 arrays and ints: no clock, no random numbers, no I/O, and no argument is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from algorithms.signals import Signals
+from mixer.errors import InputError
+
+__all__ = ["Domains", "UpdateRule", "as_domains", "state_from_dict", "state_to_dict"]
+
+Vector = NDArray[np.float64]
+
+
+class Domains(NamedTuple):
+    """What a rule may know of the domains beforehand.
+
+    Attributes:
+        names: sorted, D of them.
+        num_tokens: (D,) tokens available for training; ones where unknown.
+        prior: (D,) weights that samples are drawn by when nothing else is decided; sums to 1.
+    """
+
+    names: tuple[str, ...]
+    num_tokens: Vector
+    prior: Vector
+
+
+def as_domains(domains: Domains | Sequence[str], num_tokens: Sequence[float] | None = None, prior: Sequence[float] | None = None) -> Domains:
+    """Return ``Domains`` from names alone: sizes default to 1 each, the prior to uniform."""
+    if isinstance(domains, Domains):
+        return domains
+    names = tuple(domains)
+    if not names or len(set(names)) != len(names):
+        raise InputError(f"an update rule needs at least one domain and no name twice; got {list(names)}.")
+    count = len(names)
+    sizes = np.ones(count) if num_tokens is None else np.asarray(num_tokens, dtype=np.float64)
+    weights = np.full(count, 1.0 / count) if prior is None else np.asarray(prior, dtype=np.float64)
+    if sizes.shape != (count,) or weights.shape != (count,):
+        raise InputError(f"sizes {sizes.shape} and prior {weights.shape} must have one entry per domain: ({count},).")
+    return Domains(names, sizes, weights / weights.sum())
+
+
+class UpdateRule(NamedTuple):
+    """A rule and its settings.
+
+    Attributes:
+        name: row in ``UPDATE_RULES``.
+        settings: keyword arguments it was made with, JSON-like, for provenance and checkpoints.
+        init: ``Domains -> state``.
+        update: ``(state, Signals) -> (state, weights (D,))``; the returned weights are those to use from now on.
+        weights: ``state -> (D,)``, the weights in force (the first ones right after ``init``).
+        result: ``state -> (D,)``, the weights to freeze into a mixture (an average where the method says so).
+        needs: optional signals it reads: "reference", "heldout".
+        applies: what its weights act on by default: the per-domain "loss" or the "sampling".
+        normalization: how loss weights meet token counts: "domain" is Σ_d w_d · mean loss of d (paper form);
+            "tokens" is Σ w_d ℓ / Σ w_d over all tokens (official DoReMi code).
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    init: Callable[[Domains | Sequence[str]], Any]
+    update: Callable[[Any, Signals], tuple[Any, Vector]]
+    weights: Callable[[Any], Vector]
+    result: Callable[[Any], Vector]
+    needs: frozenset[str] = frozenset()
+    applies: Literal["loss", "sampling"] = "loss"
+    normalization: Literal["domain", "tokens"] = "domain"
+
+
+def state_to_dict(state: Any) -> dict[str, Any]:
+    """Return a rule's state as builtins, exact to the bit through JSON and ``torch.save``."""
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in state._asdict().items()}
+
+
+def state_from_dict(template: Any, saved: Mapping[str, Any]) -> Any:
+    """Return a state like ``template`` (from ``rule.init``) with the saved values.
+
+    Raises: InputError: if the fields or shapes differ.
+    """
+    if set(saved) != set(template._fields):
+        raise InputError(f"saved rule state has fields {sorted(saved)}, this rule has {sorted(template._fields)}. Use the rule and version it was saved with.")
+    values = {}
+    for name, like in template._asdict().items():
+        value = np.asarray(saved[name], dtype=like.dtype) if isinstance(like, np.ndarray) else type(like)(saved[name])
+        if isinstance(like, np.ndarray) and value.shape != like.shape:
+            raise InputError(f"saved rule state {name!r} has shape {value.shape}, expected {like.shape}: it was made for other domains.")
+        values[name] = value
+    return type(template)(**values)

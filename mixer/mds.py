@@ -1,0 +1,428 @@
+"""The MDS shard layout, in NumPy alone: the same bytes as mosaicml-streaming's ``MDSWriter``, without importing it.
+
+    uint32 n | uint32 offset[n + 1] | JSON of the columns | sample 0 | sample 1 | ...
+
+A sample is the uint32 sizes of its variable-length columns, then the values of all columns, in the order of their
+names. Offsets count from the start of the file; nothing is aligned, so values are copied out before use.
+
+    raw = encode_shard({"tokens": "ndarray:uint16:4"}, np.zeros((2, 4), np.uint16))
+    entry = shard_entry({"tokens": "ndarray:uint16:4"}, "shard.00000.mds", raw, num_samples=2)
+    write_index(folder, [entry])
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixer.errors import DataError, InputError
+
+__all__ = [
+    "SIZE_LIMIT",
+    "Header",
+    "compress",
+    "compression_extension",
+    "encode_shard",
+    "encoded_size",
+    "hash_hex",
+    "parse_header",
+    "shard_entry",
+    "shard_overhead",
+    "token_encoding",
+    "write_index",
+]
+
+SIZE_LIMIT = 1 << 26  # MDSWriter's default
+
+_SCALARS = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
+# The byte by which a dynamic ndarray names its dtype, and the two bits by which it names the dtype of its shape.
+_DTYPE_CODES = {
+    "uint8": 8, "int8": 9, "uint16": 16, "int16": 17, "float16": 18, "uint32": 32, "int32": 33, "float32": 34,
+    "uint64": 64, "int64": 65, "float64": 66,
+}  # fmt: skip
+_SHAPE_DTYPES = ("uint8", "uint16", "uint32", "uint64")
+
+
+def token_encoding(dtype: str, seq_len: int) -> str:
+    """Return the encoding of a fixed-length token column.
+
+    >>> token_encoding("uint16", 2048)
+    'ndarray:uint16:2048'
+    """
+    return f"ndarray:{np.dtype(dtype).name}:{int(seq_len)}"
+
+
+def encoded_size(encoding: str) -> int | None:
+    """Return the bytes of every value in this encoding, or None where they vary.
+
+    >>> encoded_size("ndarray:uint16:2048"), encoded_size("int"), encoded_size("str")
+    (4096, 8, None)
+    """
+    kind, _, rest = encoding.partition(":")
+    if kind == "ndarray":
+        dtype, shape = _ndarray_spec(encoding)
+        return None if dtype is None or shape is None else int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if rest or kind not in _ENCODERS:
+        return None
+    if kind == "int":
+        return 8
+    return np.dtype(kind).itemsize if kind in _SCALARS else None
+
+
+def encode_shard(
+    columns: Mapping[str, str],
+    samples: NDArray[Any] | Mapping[str, Sequence[Any] | NDArray[Any]] | Sequence[Mapping[str, Any]],
+    *,
+    compression: str | None = None,
+    hashes: Sequence[str] = (),
+    size_limit: int | None = SIZE_LIMIT,
+) -> bytes:
+    """Return the raw bytes of one shard, identical to ``MDSWriter``'s.
+
+    Args:
+        columns: name → encoding.
+        samples: an array (n, T) of the only column's dtype; or name → n values; or n mappings name → value.
+        compression, hashes, size_limit: what the shard's header says of how it is stored. The bytes returned are not
+            compressed; give the same values to ``shard_entry``.
+    Raises: InputError: if a value does not fit its column, or the shard would pass 2**32 bytes (offsets are uint32).
+
+    >>> len(encode_shard({"tokens": "ndarray:uint16:4"}, np.zeros((3, 4), np.uint16)))
+    225
+    """
+    names = sorted(columns)
+    table = _as_table(names, samples)
+    if all(encoded_size(columns[name]) for name in names):
+        num_samples, row_bytes, body = _encode_fixed(names, columns, table)
+        sizes = np.full(num_samples, row_bytes, np.int64)
+    else:
+        rows = _encode_rows(names, columns, table)
+        sizes = np.fromiter(map(len, rows), np.int64, len(rows))
+        body = b"".join(rows)
+    config = _config_bytes(columns, compression, hashes, size_limit)
+    offsets = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(sizes, out=offsets[1:])
+    offsets += 4 + 4 * len(offsets) + len(config)
+    if offsets[-1] >= 1 << 32:
+        raise InputError(
+            f"a shard of {offsets[-1]:,} bytes does not fit: MDS offsets are uint32. Give fewer samples per shard (here"
+            f" {len(sizes):,})."
+        )
+    return b"".join((np.uint32(len(sizes)).tobytes(), offsets.astype("<u4").tobytes(), config, body))
+
+
+def shard_overhead(
+    columns: Mapping[str, str],
+    *,
+    compression: str | None = None,
+    hashes: Sequence[str] = (),
+    size_limit: int | None = SIZE_LIMIT,
+) -> int:
+    """Return the bytes a shard takes beyond its samples and 4 per sample, as ``MDSWriter`` counts to cut shards."""
+    return 8 + len(_config_bytes(columns, compression, hashes, size_limit))
+
+
+def shard_entry(
+    columns: Mapping[str, str],
+    basename: str,
+    raw: bytes | Mapping[str, Any],
+    *,
+    num_samples: int,
+    compression: str | None = None,
+    zipped: bytes | Mapping[str, Any] | None = None,
+    hashes: Sequence[str] = (),
+    size_limit: int | None = SIZE_LIMIT,
+) -> dict[str, Any]:
+    """Return a shard's entry in ``index.json``, as ``MDSWriter`` writes it.
+
+    Args:
+        basename: of the raw file, ``shard.00000.mds``; the compressed one gets the extension.
+        raw, zipped: the file's bytes, or ``{"bytes": size, "hashes": {...}}`` when they are known already.
+        num_samples: samples in the shard.
+    """
+    if bool(compression) != (zipped is not None):
+        raise InputError(
+            f"shard {basename}: compression {compression!r} and {'no ' if zipped is None else ''}compressed bytes"
+            " contradict each other."
+        )
+    config = _config(columns, compression, hashes, size_limit)
+    zip_data = (
+        _file_info(f"{basename}.{compression_extension(compression)}", zipped, hashes)
+        if compression and zipped is not None
+        else None
+    )
+    return {**config, "samples": int(num_samples), "raw_data": _file_info(basename, raw, hashes), "zip_data": zip_data}
+
+
+def write_index(folder: str | os.PathLike[str], entries: Sequence[Mapping[str, Any]]) -> Path:
+    """Write ``index.json`` atomically, byte for byte as ``MDSWriter`` does, and return its path."""
+    path = Path(folder) / "index.json"
+    partial = path.with_name(f".index.json.{os.getpid()}.tmp")
+    partial.write_text(json.dumps({"version": 2, "shards": list(entries)}, sort_keys=True), encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+class Header(NamedTuple):
+    """The start of a shard: ``offsets`` (n + 1,) int64 in bytes from the start of the file, and the columns' JSON."""
+
+    num_samples: int
+    offsets: NDArray[np.int64]
+    config: dict[str, Any]
+
+
+def parse_header(shard: bytes | memoryview | NDArray[np.uint8], name: str = "shard") -> Header:
+    """Read and check a raw shard's header.
+
+    Raises: DataError: naming ``name``, if counts and offsets do not describe this many bytes.
+    """
+    data = np.frombuffer(shard, np.uint8) if not isinstance(shard, np.ndarray) else shard
+    size = data.nbytes
+    if size < 8:
+        raise DataError(
+            f"{name} has only {size} bytes; an MDS shard has at least 8. It is truncated: fetch or convert it again."
+        )
+    num_samples = int(data[:4].view("<u4")[0])
+    table_end = 4 + 4 * (num_samples + 1)
+    if table_end > size:
+        raise DataError(
+            f"{name} claims {num_samples:,} samples, but has only {size:,} bytes. It is truncated or damaged: fetch or"
+            " convert it again."
+        )
+    offsets = data[4:table_end].copy().view("<u4").astype(np.int64)
+    if offsets[0] < table_end or offsets[-1] != size or bool((np.diff(offsets) < 0).any()):
+        raise DataError(
+            f"{name}: its sample offsets {offsets[0]:,}…{offsets[-1]:,} do not describe its {size:,} bytes. It is"
+            " truncated or damaged: fetch or convert it again."
+        )
+    try:
+        config = json.loads(bytes(data[table_end : offsets[0]]))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{name}: its header is not JSON ({error}). It is damaged: fetch or convert it again."
+        ) from error
+    return Header(num_samples, offsets, config)
+
+
+def hash_hex(algorithm: str, data: Any) -> str:
+    """Return the hex digest by any algorithm that streaming accepts (hashlib's fixed-length ones and xxhash's).
+
+    >>> hash_hex("xxh64", b"domain")
+    'ecf1d6f274aaae9c'
+    """
+    return hasher(algorithm, data).hexdigest()
+
+
+def hasher(algorithm: str, data: Any = b"") -> Any:
+    """Return a hash object (``update``, ``hexdigest``) of the named algorithm, fed with ``data``."""
+    if algorithm.startswith("xxh"):
+        import xxhash
+
+        if algorithm in xxhash.algorithms_available:
+            return getattr(xxhash, algorithm)(data)
+    elif (
+        hasattr(hashlib, algorithm) and algorithm in hashlib.algorithms_available and not algorithm.startswith("shake_")
+    ):
+        return getattr(hashlib, algorithm)(data)
+    raise InputError(f"no hash algorithm {algorithm!r}; use for example 'xxh64', 'xxh3_128', 'sha256' or 'md5'.")
+
+
+def compression_extension(compression: str) -> str:
+    """Return the file extension of ``zstd:3``: ``zstd``."""
+    return compression.partition(":")[0]
+
+
+def compress(compression: str, data: bytes) -> bytes:
+    """Compress shard bytes by ``zstd`` or ``zstd:LEVEL`` (1–22; default 3).
+
+    The frame carries a checksum, so that a flipped bit is found even where no hash is recorded.
+    """
+    kind, _, level = compression.partition(":")
+    if kind != "zstd" or (level and not (level.isdigit() and 1 <= int(level) <= 22)):
+        raise InputError(f"cannot compress by {compression!r}; use 'zstd' or 'zstd:1' … 'zstd:22'.")
+    import zstandard
+
+    return zstandard.ZstdCompressor(level=int(level or 3), write_checksum=True).compress(data)
+
+
+# --- one value -----------------------------------------------------------------------------------------------------
+
+
+def _encode_scalar(dtype: str) -> Callable[[Any], bytes]:
+    return lambda value: np.dtype(dtype).type(value).tobytes()
+
+
+_ENCODERS: dict[str, Callable[[Any], bytes]] = {
+    "bytes": bytes,
+    "str": lambda value: value.encode("utf-8"),
+    "int": lambda value: np.int64(value).tobytes(),
+    "json": lambda value: json.dumps(value.tolist() if isinstance(value, np.ndarray) else value).encode("utf-8"),
+    "str_int": lambda value: str(int(value)).encode("utf-8"),
+    "str_float": lambda value: str(float(value)).encode("utf-8"),
+    "str_decimal": lambda value: str(Decimal(value)).encode("utf-8"),
+    **{dtype: _encode_scalar(dtype) for dtype in _SCALARS},
+}
+
+
+def _encode_value(name: str, encoding: str, value: Any) -> bytes:
+    if isinstance(value, bytes):  # as in MDSWriter, bytes are taken as encoded already
+        return _fitting(name, encoding, value)
+    if encoding.partition(":")[0] == "ndarray":
+        return _encode_ndarray(name, encoding, np.asarray(value))
+    if encoding not in _ENCODERS:
+        raise InputError(
+            f"column {name!r} has encoding {encoding!r}, which is not written here; known are 'ndarray…',"
+            f" {sorted(_ENCODERS)}. Give its values as encoded bytes."
+        )
+    try:
+        return _ENCODERS[encoding](value)
+    except (AttributeError, TypeError, ValueError, OverflowError, ArithmeticError) as error:
+        raise InputError(f"column {name!r} ({encoding}) cannot hold {value!r:.80}: {error}.") from error
+
+
+def _fitting(name: str, encoding: str, value: bytes) -> bytes:
+    size = encoded_size(encoding)
+    if size is not None and len(value) != size:
+        raise InputError(f"column {name!r} ({encoding}) takes {size} bytes per sample, got {len(value)}.")
+    return value
+
+
+def _ndarray_spec(encoding: str) -> tuple[str | None, tuple[int, ...] | None]:
+    parts = encoding.split(":")[1:]
+    try:
+        dtype = parts[0] if parts else None
+        shape = tuple(int(size) for size in parts[1].split(",")) if len(parts) > 1 else None
+    except ValueError:
+        dtype, shape = "?", None
+    if len(parts) > 2 or (dtype is not None and dtype not in _DTYPE_CODES) or (shape is not None and min(shape) < 1):
+        raise InputError(
+            f"{encoding!r} is not an ndarray encoding; write for example 'ndarray:uint16:2048', 'ndarray:int32' or"
+            " 'ndarray'."
+        )
+    return dtype, shape
+
+
+def _encode_ndarray(name: str, encoding: str, value: NDArray[Any]) -> bytes:
+    dtype, shape = _ndarray_spec(encoding)
+    if (
+        value.dtype.name != (dtype or value.dtype.name)
+        or value.dtype.name not in _DTYPE_CODES
+        or value.size == 0
+        or value.ndim == 0
+        or value.shape != (shape or value.shape)
+    ):
+        raise InputError(
+            f"column {name!r} ({encoding}) cannot hold an array of dtype {value.dtype} and shape {value.shape}; it"
+            " needs the declared dtype and shape and at least one element."
+        )
+    head = b"" if dtype else bytes([_DTYPE_CODES[value.dtype.name]])
+    if shape is None:
+        code = next(code for code, kind in enumerate(_SHAPE_DTYPES) if max(value.shape) <= np.iinfo(kind).max)
+        head += bytes([value.ndim << 2 | code]) + np.array(value.shape, _SHAPE_DTYPES[code]).tobytes()
+    return head + value.tobytes()
+
+
+# --- many samples --------------------------------------------------------------------------------------------------
+
+
+def _as_table(names: list[str], samples: Any) -> dict[str, Any]:
+    """Return name → n values from any of the three forms that ``encode_shard`` takes."""
+    if isinstance(samples, np.ndarray):
+        if len(names) != 1:
+            raise InputError(
+                f"an array of samples fits one column, these are {len(names)}: {names}. Give a mapping from name to"
+                " values."
+            )
+        return {names[0]: samples}
+    if isinstance(samples, Mapping):
+        table = dict(samples)
+    else:
+        table = {name: [sample.get(name, _MISSING) for sample in samples] for name in names}
+    lengths = {name: len(values) for name, values in table.items()}
+    missing = [name for name in names if name not in table or any(value is _MISSING for value in table[name])]
+    if missing or set(table) != set(names) or len(set(lengths.values())) > 1:
+        raise InputError(f"samples do not fit the columns {names}: values by column {lengths}, missing {missing}.")
+    return table
+
+
+_MISSING = object()
+
+
+def _encode_fixed(names: list[str], columns: Mapping[str, str], table: Mapping[str, Any]) -> tuple[int, int, bytes]:
+    """Encode samples whose columns all have a fixed size, as one (n, bytes) matrix."""
+    blocks = [_fixed_block(name, columns[name], table[name]) for name in names]
+    if len(blocks) == 1:
+        return len(blocks[0]), blocks[0].shape[1], blocks[0].tobytes()
+    matrix = np.concatenate(blocks, axis=1)
+    return len(matrix), matrix.shape[1], matrix.tobytes()
+
+
+def _fixed_block(name: str, encoding: str, values: Any) -> NDArray[np.uint8]:
+    size = encoded_size(encoding) or 0
+    if not isinstance(values, np.ndarray):
+        return np.frombuffer(b"".join(_encode_value(name, encoding, value) for value in values), np.uint8).reshape(
+            len(values), size
+        )
+    dtype, shape = (
+        _ndarray_spec(encoding) if encoding.startswith("ndarray") else ("int64" if encoding == "int" else encoding, ())
+    )
+    if values.dtype != np.dtype(dtype) or values.shape[1:] != shape:
+        raise InputError(
+            f"column {name!r} ({encoding}) takes an array (n, {shape}) of {dtype}, got {values.shape} of"
+            f" {values.dtype}."
+        )
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).reshape(len(values), size)
+
+
+def _encode_rows(names: list[str], columns: Mapping[str, str], table: Mapping[str, Any]) -> list[bytes]:
+    variable = [encoded_size(columns[name]) is None for name in names]
+    rows = []
+    for values in zip(*(table[name] for name in names)):
+        encoded = [_encode_value(name, columns[name], value) for name, value in zip(names, values)]
+        sizes = [len(value) for value, varies in zip(encoded, variable) if varies]
+        rows.append(b"".join((np.array(sizes, "<u4").tobytes(), *encoded)))
+    return rows
+
+
+# --- JSON ----------------------------------------------------------------------------------------------------------
+
+
+def _config(
+    columns: Mapping[str, str], compression: str | None, hashes: Sequence[str], size_limit: int | None
+) -> dict[str, Any]:
+    if list(hashes) != sorted(set(hashes)):
+        raise InputError(f"hashes must be sorted and unique, as mosaicml-streaming demands; got {list(hashes)}.")
+    names = sorted(columns)
+    return {
+        "version": 2,
+        "format": "mds",
+        "compression": compression,
+        "hashes": list(hashes),
+        "size_limit": size_limit,
+        "column_names": names,
+        "column_encodings": [columns[name] for name in names],
+        "column_sizes": [encoded_size(columns[name]) for name in names],
+    }
+
+
+def _config_bytes(
+    columns: Mapping[str, str], compression: str | None, hashes: Sequence[str], size_limit: int | None
+) -> bytes:
+    return json.dumps(_config(columns, compression, hashes, size_limit), sort_keys=True).encode("utf-8")
+
+
+def _file_info(basename: str, data: bytes | Mapping[str, Any], hashes: Sequence[str]) -> dict[str, Any]:
+    if isinstance(data, Mapping):
+        return {"basename": basename, "bytes": int(data["bytes"]), "hashes": dict(data["hashes"])}
+    return {
+        "basename": basename,
+        "bytes": len(data),
+        "hashes": {algorithm: hash_hex(algorithm, data) for algorithm in hashes},
+    }

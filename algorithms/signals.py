@@ -43,4 +43,4 @@ class Signals(NamedTuple):
         """Add field by field; a field is kept only where both sides have it."""
         if not isinstance(other, Signals):
             return NotImplemented
-        return Signals(*(None if a is None or b is None else a + b for a, b in zip(self, other)))
+        return Signals(*(None if a is None or b is None else a + b for a, b in zip(self, other)))  # type: ignore[arg-type]

@@ -103,7 +103,9 @@ class Manifest:
         except KeyError:
             have = sorted(self.domains[domain].splits) if domain in self.domains else None
             what = f"has only {have}" if have is not None else f"is not among {list(self.names)}"
-            raise InputError(f"domain {domain!r} has no split {split!r}: it {what}. Convert it with a held-out share.") from None
+            raise InputError(
+                f"domain {domain!r} has no split {split!r}: it {what}. Convert it with a held-out share."
+            ) from None
 
     def to_json(self) -> str:
         """Return canonical JSON: sorted keys, two spaces, one newline at the end."""
@@ -127,7 +129,10 @@ class Manifest:
         if not Path(folder).is_dir():
             raise InputError(f"no folder of shards at {folder}: give the folder that `mixer convert --out` wrote.")
         if not path.is_file():
-            raise InputError(f"{folder} has no {FILE_NAME}: the conversion did not finish, or this is another folder. Run `mixer convert` again with the same options; it continues.")
+            raise InputError(
+                f"{folder} has no {FILE_NAME}: the conversion did not finish, or this is another folder. "
+                "Run `mixer convert` again with the same options; it continues."
+            )
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -138,7 +143,10 @@ class Manifest:
     def from_dict(cls, raw: Mapping[str, Any], where: str = FILE_NAME) -> Manifest:
         """Build a manifest from parsed JSON; ``where`` names the source in errors."""
         if raw.get("schema") != SCHEMA:
-            raise InputError(f"{where} has schema {raw.get('schema')!r}, this version of domain-mixer reads {SCHEMA}. Install the matching version or convert again.")
+            raise InputError(
+                f"{where} has schema {raw.get('schema')!r}, this version of domain-mixer reads {SCHEMA}. "
+                "Install the matching version or convert again."
+            )
         try:
             domains = {
                 name: Domain(**{**domain, "splits": {key: Split(**split) for key, split in domain["splits"].items()}})
@@ -146,4 +154,6 @@ class Manifest:
             }
             return cls(**{**raw, "domains": domains, "tokenizer": TokenizerInfo(**raw["tokenizer"])})
         except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{where} is not a manifest of schema {SCHEMA}: {error!r}. Convert again, or restore the file.") from error
+            raise InputError(
+                f"{where} is not a manifest of schema {SCHEMA}: {error!r}. Convert again, or restore the file."
+            ) from error

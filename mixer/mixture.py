@@ -31,7 +31,7 @@ class Mixture:
     """Domain → weight, with provenance.
 
     Args:
-        weights: non-negative finite numbers by domain name, at least one positive; stored normalised and sorted by name.
+        weights: non-negative finite numbers by domain name, one positive at least; stored normalised, sorted by name.
         provenance: JSON-like facts. Keys that ``check`` compares: ``tokenizer`` (fingerprint), ``shards`` (domain →
             fingerprint of its train split).
 
@@ -59,7 +59,11 @@ class Mixture:
         """Write the mixture as JSON, atomically, and return the path."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"schema": SCHEMA, "weights": dict(self.weights), "provenance": dict(self.provenance)}, indent=2, ensure_ascii=False)
+        text = json.dumps(
+            {"schema": SCHEMA, "weights": dict(self.weights), "provenance": dict(self.provenance)},
+            indent=2,
+            ensure_ascii=False,
+        )
         partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         partial.write_text(text + "\n", encoding="utf-8")
         os.replace(partial, target)
@@ -74,7 +78,10 @@ class Mixture:
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise InputError(f"cannot read the mixture {path}: {error.strerror}. `mixer weigh` and `mixer optimize` write such files.") from error
+            raise InputError(
+                f"cannot read the mixture {path}: {error.strerror}. "
+                "`mixer weigh` and `mixer optimize` write such files."
+            ) from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path} is not a mixture file: {error}.") from error
         if not isinstance(raw, dict) or not isinstance(raw.get("weights"), dict):
@@ -103,7 +110,10 @@ class Mixture:
         if not differences:
             return self
         if not force:
-            raise InputError(f"this mixture does not fit these shards: {'; '.join(differences)}. Find weights for these shards, change the mixture, or use force (--force) to go on anyway; that is recorded.")
+            raise InputError(
+                f"this mixture does not fit these shards: {'; '.join(differences)}. Find weights for these "
+                "shards, change the mixture, or use force (--force) to go on anyway; that is recorded."
+            )
         weights = {name: self.weights.get(name, 0.0) for name in manifest.names}
         return Mixture(weights, {**self.provenance, "forced": differences})
 

@@ -38,7 +38,9 @@ class Domains(NamedTuple):
     prior: Vector
 
 
-def as_domains(domains: Domains | Sequence[str], num_tokens: Sequence[float] | None = None, prior: Sequence[float] | None = None) -> Domains:
+def as_domains(
+    domains: Domains | Sequence[str], num_tokens: Sequence[float] | None = None, prior: Sequence[float] | None = None
+) -> Domains:
     """Return ``Domains`` from names alone: sizes default to 1 each, the prior to uniform."""
     if isinstance(domains, Domains):
         return domains
@@ -91,11 +93,17 @@ def state_from_dict(template: Any, saved: Mapping[str, Any]) -> Any:
     Raises: InputError: if the fields or shapes differ.
     """
     if set(saved) != set(template._fields):
-        raise InputError(f"saved rule state has fields {sorted(saved)}, this rule has {sorted(template._fields)}. Use the rule and version it was saved with.")
+        raise InputError(
+            f"saved rule state has fields {sorted(saved)}, this rule has {sorted(template._fields)}. "
+            "Use the rule and version it was saved with."
+        )
     values = {}
     for name, like in template._asdict().items():
         value = np.asarray(saved[name], dtype=like.dtype) if isinstance(like, np.ndarray) else type(like)(saved[name])
         if isinstance(like, np.ndarray) and value.shape != like.shape:
-            raise InputError(f"saved rule state {name!r} has shape {value.shape}, expected {like.shape}: it was made for other domains.")
+            raise InputError(
+                f"saved rule state {name!r} has shape {value.shape}, expected {like.shape}: "
+                "it was made for other domains."
+            )
         values[name] = value
     return type(template)(**values)

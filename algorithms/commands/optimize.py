@@ -1,0 +1,97 @@
+"""``mixer optimize``: reference, proxy, frozen mixture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from algorithms.commands.options import parse_count, parse_settings, training_options
+
+__all__ = ["optimize"]
+
+
+@click.command(short_help="Find weights with a proxy model.")
+@click.argument("shards", type=click.Path(path_type=Path))
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder for the run; the same command continues it."
+)
+@click.option("--method", default="doremi", show_default=True, help="An update rule; `mixer methods` lists them.")
+@click.option(
+    "--set", "rule", multiple=True, metavar="KEY=VALUE", help="A setting of the rule, e.g. eta=0.1 (repeatable)."
+)
+@training_options
+@click.option("--reference-steps", type=click.IntRange(1), help="Steps of the reference model.  [default: --steps]")
+@click.option("--reference", type=click.Path(), help="A trained Hugging Face model to use as the reference.")
+@click.option(
+    "--rounds",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Iterate: each round's reference trains on the last weights.",
+)
+@click.option(
+    "--tolerance",
+    default=1e-3,
+    show_default=True,
+    type=float,
+    help="Stop the rounds when no weight moves by this much.",
+)
+@click.option("--max-epochs", type=float, help="Cap the weights so that no domain repeats more often; needs --budget.")
+@click.option("--budget", help="Tokens of the main run, e.g. 50M; for --max-epochs.")
+def optimize(
+    shards: Path,
+    out: Path,
+    method: str,
+    rule: tuple[str, ...],
+    model: str,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    heldout_samples: int,
+    reference_steps: int | None,
+    reference: str | None,
+    rounds: int,
+    tolerance: float,
+    max_epochs: float | None,
+    budget: str | None,
+) -> None:
+    """Find how much of each domain to train on, with a small proxy model, and freeze it into OUT/mixture.json.
+
+    Writes the reference and proxy runs, the weights at every step (trajectory.npz), and plots of weights and
+    excess losses. Ctrl-C keeps what is done; the same command continues.
+
+    \b
+    Examples:
+      mixer optimize shards --method doremi --steps 400 --out run
+      mixer optimize shards --method doremi --set variant=recommended --rounds 3 --out run
+      mixer optimize shards --method group_dro --steps 400 --out run
+      mixer optimize shards --method doremi --max-epochs 4 --budget 50M --out run
+    """
+    from rich.console import Console
+
+    from algorithms.report import draw_search, search_table
+    from algorithms.rounds import SearchSettings, find_mixture
+    from algorithms.training import TrainSettings
+    from mixer.errors import InputError
+
+    if (max_epochs is None) != (budget is None):
+        raise InputError("--max-epochs and --budget belong together: a cap in epochs needs the tokens of the main run.")
+    settings = SearchSettings(
+        method=method,
+        rule=parse_settings(rule),
+        proxy=TrainSettings(model=model, steps=steps, global_batch_size=batch_size, learning_rate=lr, seed=seed),
+        reference_steps=reference_steps,
+        rounds=rounds,
+        tolerance=tolerance,
+        reference=reference,
+        max_epochs=max_epochs,
+        budget_tokens=parse_count(budget) if budget else None,
+        heldout_samples=heldout_samples,
+    )
+    console = Console(stderr=True)
+    find_mixture(shards, settings, out, console)
+    plots = draw_search(out)
+    Console().print(search_table(shards, out))
+    console.print(f"[green]Frozen:[/green] {out / 'mixture.json'}   plots: {', '.join(str(path) for path in plots)}")

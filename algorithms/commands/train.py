@@ -1,0 +1,78 @@
+"""``mixer train``: one model on one mixture, and its held-out loss per domain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from algorithms.commands.options import training_options
+
+__all__ = ["train"]
+
+
+@click.command(short_help="Train a model on a mixture; held-out loss per domain.")
+@click.argument("shards", type=click.Path(path_type=Path))
+@click.option(
+    "--mixture", default="proportional", show_default=True, help="A mixture file, or 'proportional' or 'uniform'."
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder for the run; the same command continues it."
+)
+@training_options
+@click.option("--max-epochs", type=float, help="Read no domain more often than this.")
+@click.option(
+    "--on-exhausted",
+    default="repeat",
+    show_default=True,
+    type=click.Choice(["repeat", "drop", "stop"]),
+    help="What to do when a domain reaches --max-epochs.",
+)
+@click.option(
+    "--force", is_flag=True, help="Use a mixture made for other shards or another tokenizer; recorded in the result."
+)
+def train(
+    shards: Path,
+    mixture: str,
+    out: Path,
+    model: str,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    heldout_samples: int,
+    max_epochs: float | None,
+    on_exhausted: str,
+    force: bool,
+) -> None:
+    """Train a causal language model on SHARDS, drawn by a frozen mixture, and measure every domain's held-out loss.
+
+    \b
+    Examples:
+      mixer train shards --mixture run/mixture.json --steps 400 --out main
+      mixer train shards --mixture uniform --steps 400 --out main-uniform
+      mixer train shards --mixture unimax.json --max-epochs 4 --on-exhausted drop --out main-capped
+    """
+    from mixer.dataloader import resolve_mixture
+    from rich.console import Console
+
+    from algorithms.report import train_table
+    from algorithms.rounds import train_on
+    from algorithms.training import TrainSettings
+    from mixer.manifest import Manifest
+
+    manifest = Manifest.load(shards)
+    settings = TrainSettings(model=model, steps=steps, global_batch_size=batch_size, learning_rate=lr, seed=seed)
+    console = Console(stderr=True)
+    train_on(
+        shards,
+        resolve_mixture(mixture, manifest, force=force),
+        settings,
+        out,
+        label=out.name,
+        console=console,
+        heldout_samples=heldout_samples,
+        **({"max_epochs": max_epochs, "on_exhausted": on_exhausted} if max_epochs is not None else {}),
+    )
+    Console().print(train_table(out))
+    console.print(f"[green]Done:[/green] {out / 'result.json'}, model in {out / 'model'}")

@@ -1,0 +1,84 @@
+"""Held-out log-perplexity per domain: the mean loss in nats per token on the validation split.
+
+The same samples for every model, so that two mixtures are compared on equal terms: all samples of a split, or
+``max_samples`` of them spread evenly over it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from mixer.shards import open_domain
+from numpy.typing import NDArray
+
+from algorithms.losses import token_losses
+from mixer.errors import DataError
+from mixer.manifest import Manifest
+
+__all__ = ["HeldOut", "heldout_losses", "heldout_samples"]
+
+
+class HeldOut(NamedTuple):
+    """Loss of one domain: nats per token, over ``num_tokens`` predicted tokens of ``num_samples`` samples."""
+
+    loss: float
+    num_tokens: int
+    num_samples: int
+
+
+def heldout_samples(
+    shards: str | os.PathLike[str], domain: str, *, split: str = "validation", max_samples: int = 256
+) -> NDArray[np.int64]:
+    """Return (n, T) token ids: every sample of the split, or ``max_samples`` spread evenly over it."""
+    samples = open_domain(shards, domain, split)
+    count = min(max_samples, samples.num_samples)
+    return samples.read(np.arange(count) * samples.num_samples // count).astype(np.int64)
+
+
+@torch.no_grad()
+def heldout_losses(
+    model: torch.nn.Module,
+    shards: str | os.PathLike[str],
+    *,
+    split: str = "validation",
+    max_samples: int = 256,
+    batch_size: int = 32,
+    on_domain: Callable[[str], None] = lambda domain: None,
+) -> dict[str, HeldOut]:
+    """Return the held-out loss of every domain under a Hugging Face causal LM.
+
+    Args:
+        model: called as ``model(input_ids=...)`` and expected to return ``.logits`` (B, T, V).
+        shards: folder with ``manifest.json``.
+        max_samples: per domain.
+        on_domain: called with each domain's name when it is done.
+
+    Raises:
+        InputError: a domain has no such split.
+        DataError: a loss is not finite.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    losses = {}
+    for domain in Manifest.load(shards).names:
+        rows = heldout_samples(shards, domain, split=split, max_samples=max_samples)
+        total, count = 0.0, 0
+        for start in range(0, len(rows), batch_size):
+            ids = torch.from_numpy(rows[start : start + batch_size]).to(device)
+            per_token = token_losses(model(input_ids=ids).logits, ids)
+            total += per_token.double().sum().item()
+            count += per_token.numel()
+        if not np.isfinite(total):
+            raise DataError(
+                f"the held-out loss of domain {domain!r} is {total}: the model has diverged. "
+                "Train with a lower learning rate."
+            )
+        losses[domain] = HeldOut(total / count, count, len(rows))
+        on_domain(domain)
+    model.train(was_training)
+    return losses

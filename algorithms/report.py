@@ -1,0 +1,206 @@
+"""Tables, plots and one HTML page about finished runs: what was asked, which weights came out, what they brought.
+
+Always per domain, with the average and the worst domain, against the size-proportional and uniform baselines where
+they were run. Numbers are read from the run folders; nothing is computed twice and nothing is left out.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from rich.table import Table
+
+from algorithms.plots import plot_comparison, plot_trajectory
+from algorithms.runs import read_result, read_settings
+from mixer.errors import InputError
+from mixer.manifest import Manifest
+from mixer.mixture import Mixture
+
+_PAGE = Path(__file__).with_name("report.html.j2")
+
+__all__ = ["comparison_table", "draw_search", "search_table", "train_table", "write_report"]
+
+
+def draw_search(out: str | os.PathLike[str]) -> list[Path]:
+    """Draw the weights and the excess (or plain) losses of the last round's proxy into ``out``; return the files."""
+    folder = _last_round(Path(out)) / "proxy"
+    with np.load(folder / "trajectory.npz", allow_pickle=False) as saved:
+        names = [str(name) for name in saved["domains"]]
+        steps, weights, loss = saved["steps"], saved["weights"], saved["loss"]
+        excess = saved["excess"] if "excess" in saved.files else None
+    rule = read_settings(folder)["rule"]
+    files = [
+        plot_trajectory(
+            Path(out) / "weights.png",
+            names,
+            steps,
+            weights,
+            title=f"{rule}: domain weights",
+            unit="weight",
+            baseline=1 / len(names),
+        )
+    ]
+    if excess is not None and np.isfinite(excess).any():
+        files.append(
+            plot_trajectory(
+                Path(out) / "excess.png",
+                names,
+                steps,
+                excess,
+                title="Excess loss of the proxy over the reference",
+                unit="nats per token",
+                baseline=0.0,
+                smooth=15,
+            )
+        )
+    files.append(
+        plot_trajectory(
+            Path(out) / "losses.png",
+            names,
+            steps,
+            loss,
+            title="Training loss of the proxy",
+            unit="nats per token",
+            smooth=15,
+        )
+    )
+    return files
+
+
+def search_table(shards: str | os.PathLike[str], out: str | os.PathLike[str]) -> Table:
+    """Return a table of the frozen weights beside sizes and uniform weights."""
+    manifest, mixture = Manifest.load(shards), Mixture.load(Path(out) / "mixture.json")
+    tokens = {name: manifest.split(name, "train").num_tokens for name in manifest.names}
+    total = sum(tokens.values())
+    table = Table(
+        "domain", title=f"Weights found by {mixture.provenance.get('rule', 'the search')}", title_justify="left"
+    )
+    for column in ("tokens", "by size", "found", "found / size"):
+        table.add_column(column, justify="right")
+    for name in sorted(tokens, key=lambda name: -tokens[name]):
+        share = tokens[name] / total
+        table.add_row(
+            name,
+            f"{tokens[name]:,}",
+            f"{share:.4f}",
+            f"{mixture.weights[name]:.4f}",
+            f"{mixture.weights[name] / share:.2f}x",
+        )
+    return table
+
+
+def train_table(out: str | os.PathLike[str]) -> Table:
+    """Return a table of one training run: weights and held-out loss per domain."""
+    return comparison_table([Path(out)])
+
+
+def comparison_table(runs: Sequence[Path]) -> Table:
+    """Return a table of main runs: per domain its size and, under each mixture, weight and held-out log-perplexity."""
+    results = {_name(run, runs): read_result(run) for run in runs}
+    first = next(iter(results.values()))
+    sizes = {name: row["num_samples"] for name, row in first["loader"]["domains"].items()}
+    total = sum(sizes.values())
+    best = {name: min(result["heldout"][name]["loss"] for result in results.values()) for name in sizes}
+    table = Table("domain", title="Held-out log-perplexity (nats per token) under each mixture", title_justify="left")
+    table.add_column("share of data", justify="right")
+    for name in results:
+        table.add_column(f"{name}\nweight", justify="right")
+        table.add_column("\nloss", justify="right")
+    for domain in sorted(sizes, key=lambda name: -sizes[name]):
+        cells = [f"{sizes[domain] / total:.2%}"]
+        for result in results.values():
+            loss = result["heldout"][domain]["loss"]
+            mark = "bold green" if len(results) > 1 and loss == best[domain] else "default"
+            cells += [f"{result['weights'][domain]:.4f}", f"[{mark}]{loss:.3f}[/{mark}]"]
+        table.add_row(domain, *cells)
+    table.add_section()
+    for key in ("average", "worst"):
+        low = min(result[key] for result in results.values())
+        cells = []
+        for result in results.values():
+            mark = "bold green" if len(results) > 1 and result[key] == low else "bold"
+            cells += ["", f"[{mark}]{result[key]:.3f}[/{mark}]"]
+        table.add_row(f"[bold]{key}[/bold]", "", *cells)
+    return table
+
+
+def write_report(runs: Sequence[Path], out: Path, *, baseline: str | None = None) -> list[Path]:
+    """Write the HTML page about ``runs`` and return those that are main runs.
+
+    Raises: InputError: a folder is no finished run, the main runs are of different shards, or no such baseline.
+    """
+    searches, mains = [], []
+    for run in runs:
+        (searches if read_settings(run)["command"] == "optimize" else mains).append(run)
+        read_result(run)
+    domains = {tuple(sorted(read_settings(run)["shards"].items())) for run in runs}
+    if len(domains) > 1:
+        raise InputError(
+            f"these runs are of different shards and cannot be compared: {', '.join(map(str, runs))}. Report them one by one."
+        )
+    plots = {str(run): [_embed(path) for path in draw_search(run)] for run in searches}
+    comparison = None
+    if len(mains) > 1:
+        losses = {
+            _name(run, mains): {name: row["loss"] for name, row in read_result(run)["heldout"].items()} for run in mains
+        }
+        comparison = _embed(
+            plot_comparison(out.with_suffix(".comparison.png"), losses, baseline=_baseline(mains, baseline))
+        )
+    page = (
+        jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        .from_string(_PAGE.read_text(encoding="utf-8"))
+        .render(
+            searches=[
+                {
+                    "name": _name(run, searches),
+                    "settings": read_settings(run),
+                    "result": read_result(run),
+                    "mixture": Mixture.load(run / "mixture.json"),
+                    "plots": plots[str(run)],
+                }
+                for run in searches
+            ],
+            mains=[
+                {"name": _name(run, mains), "settings": read_settings(run), "result": read_result(run)} for run in mains
+            ],
+            best={
+                name: min(read_result(run)["heldout"][name]["loss"] for run in mains)
+                for name in (read_result(mains[0])["heldout"] if mains else ())
+            },
+            comparison=comparison,
+        )
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    return mains
+
+
+def _baseline(runs: Sequence[Path], asked: str | None) -> str:
+    names = [_name(run, runs) for run in runs]
+    if asked is not None:
+        wanted = Path(asked).name
+        if wanted not in names:
+            raise InputError(f"no run {asked!r} to compare with; there are {', '.join(names)}.")
+        return wanted
+    return next((name for name in names if "proportional" in name), names[0])
+
+
+def _last_round(out: Path) -> Path:
+    return out / f"round-{read_result(out)['rounds']}"
+
+
+def _name(run: Path, runs: Sequence[Path]) -> str:
+    """The folder's own name, or its whole path where two runs share it."""
+    same = [other for other in runs if other.resolve().name == run.resolve().name]
+    return run.resolve().name if len(same) == 1 else str(run)
+
+
+def _embed(path: Path) -> dict[str, Any]:
+    return {"name": path.stem, "data": base64.b64encode(path.read_bytes()).decode("ascii")}

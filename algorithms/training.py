@@ -1,0 +1,195 @@
+"""Train one causal LM with Composer on a ``MixtureLoader``: the loop that reference, proxy and main runs share.
+
+A run saves a checkpoint every ``save_every`` steps and when it is interrupted (Ctrl-C finishes the step first), and
+continues from the newest one. Model, optimiser, schedule, loader, update rule and random generators are all in it.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from composer import Algorithm, Callback, Event, Logger, State, Trainer
+from composer.algorithms import GradientClipping
+from composer.models import HuggingFaceModel
+from composer.optim import CosineAnnealingWithWarmupScheduler, DecoupledAdamW
+from mixer.dataloader import MixtureLoader
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mixer.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["TrainSettings", "train"]
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How one model is trained. Everything that changes the outcome is here, so it can be written down and compared.
+
+    Attributes:
+        model: a row of ``MODEL_SIZES``, or a path (see ``build_model``).
+        steps: optimiser steps.
+        global_batch_size: samples per step over all ranks.
+        learning_rate: peak; linear warm-up over ``warmup`` of the run, then cosine to a tenth.
+        weight_decay: decoupled from the learning rate's peak, per step.
+        seed: model weights, sample order and dropout.
+    """
+
+    model: str = "nano"
+    steps: int = 400
+    global_batch_size: int = 32
+    learning_rate: float = 2e-3
+    warmup: float = 0.06
+    weight_decay: float = 1e-5
+    seed: int = 17
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch_size", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be positive; got {getattr(self, name)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def train(
+    model: PreTrainedModel,
+    loader: MixtureLoader,
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    algorithms: Sequence[Algorithm] = (),
+    label: str = "training",
+    save_every: int = 50,
+    console: Console | None = None,
+) -> None:
+    """Train ``model`` in place for ``settings.steps`` steps; continue from ``folder/checkpoints`` where there are any.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, once the running step is finished and a checkpoint is written.
+        DataError: from a loss that is not finite or a shard that is damaged.
+    """
+    _quiet()
+    composer_model = HuggingFaceModel(model, use_logits=True, shift_labels=True)
+    optimizer = DecoupledAdamW(
+        composer_model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
+    )
+    stopper = _StopAfterStep()
+    latest = folder / "checkpoints" / "latest-rank{rank}.pt"
+    gpu = torch.cuda.is_available()
+
+    def save_now(state: State, event: Event) -> bool:
+        return event == Event.BATCH_CHECKPOINT and (stopper.requested or state.timestamp.batch.value % save_every == 0)
+
+    trainer = Trainer(
+        model=composer_model,
+        train_dataloader=loader,
+        max_duration=f"{settings.steps}ba",
+        algorithms=[*algorithms, GradientClipping(clipping_type="norm", clipping_threshold=1.0)],
+        optimizers=optimizer,
+        schedulers=CosineAnnealingWithWarmupScheduler(
+            t_warmup=f"{round(settings.warmup * settings.steps)}ba", alpha_f=0.1
+        ),
+        callbacks=[_ProgressBar(label, settings.steps, loader, console), stopper],
+        save_folder=str(latest.parent),
+        save_latest_filename=latest.name,
+        save_overwrite=True,
+        save_interval=save_now,
+        save_num_checkpoints_to_keep=1,
+        load_path=str(latest) if Path(str(latest).format(rank=0)).exists() else None,
+        device="gpu" if gpu else "cpu",
+        precision="amp_bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32",
+        device_train_microbatch_size="auto" if gpu else None,
+        progress_bar=False,
+        log_to_console=False,
+        auto_log_hparams=False,
+        seed=settings.seed,
+    )
+    try:
+        trainer.fit()
+    finally:
+        trainer.close()
+
+
+class _StopAfterStep(Callback):
+    """Let Ctrl-C finish the step; the checkpoint saver sees ``requested`` and saves, then the run ends."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: Any = None
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._request)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            signal.default_int_handler(number, frame)
+        self.requested = True
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+
+    def close(self, state: State, logger: Logger) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+
+class _ProgressBar(Callback):
+    """Steps, rate and loss on standard error, for as long as the run lasts."""
+
+    def __init__(self, label: str, steps: int, loader: MixtureLoader, console: Console | None) -> None:
+        self._label, self._steps = label, steps
+        self._tokens_per_step = loader.global_batch_size * loader.manifest.seq_len
+        self._bar = Progress(
+            TextColumn("{task.description:<24}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[loss]}"),
+            TimeRemainingColumn(),
+            console=console or Console(stderr=True),
+        )
+        self._task = self._bar.add_task(label, total=steps, rate="", loss="", start=False)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self._first, self._start = state.timestamp.batch.value, time.perf_counter()
+        self._bar.start()
+        self._bar.start_task(self._task)
+        self._bar.update(self._task, completed=self._first)
+
+    def after_loss(self, state: State, logger: Logger) -> None:
+        # The model's own mean loss: from BEFORE_BACKWARD on it is the reweighted one.
+        self._loss = state.loss.detach().float().mean() if isinstance(state.loss, torch.Tensor) else None
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        done = state.timestamp.batch.value
+        rate = (done - self._first) * self._tokens_per_step / max(time.perf_counter() - self._start, 1e-9)
+        loss = "" if self._loss is None else f"loss {self._loss.item():.3f}"
+        self._bar.update(self._task, completed=done, rate=f"{rate / 1000:,.1f} k tokens/s", loss=loss)
+
+    def close(self, state: State, logger: Logger) -> None:
+        self._bar.stop()
+
+
+def _quiet() -> None:
+    """Silence what says nothing about this run: missing tokenizers, future warnings of libraries."""
+    for name in ("composer", "transformers", "streaming"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning, module="composer")
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    warnings.filterwarnings("ignore", category=FutureWarning)

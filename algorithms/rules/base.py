@@ -65,7 +65,8 @@ class UpdateRule(NamedTuple):
         update: ``(state, Signals) -> (state, weights (D,))``; the returned weights are those to use from now on.
         weights: ``state -> (D,)``, the weights in force (the first ones right after ``init``).
         result: ``state -> (D,)``, the weights to freeze into a mixture (an average where the method says so).
-        needs: optional signals it reads: "reference", "heldout".
+        needs: optional signals it reads: "reference", "heldout", "behaviour", "gradients", "gradient_variance",
+            "histogram" (see ``Signals``).
         applies: what its weights act on by default: the per-domain "loss" or the "sampling".
         normalization: how loss weights meet token counts: "domain" is Σ_d w_d · mean loss of d (paper form);
             "tokens" is Σ w_d ℓ / Σ w_d over all tokens (official DoReMi code).
@@ -84,7 +85,13 @@ class UpdateRule(NamedTuple):
 
 def state_to_dict(state: Any) -> dict[str, Any]:
     """Return a rule's state as builtins, exact to the bit through JSON and ``torch.save``."""
-    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in state._asdict().items()}
+    return {name: _to_builtin(value) for name, value in state._asdict().items()}
+
+
+def _to_builtin(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return state_to_dict(value) if hasattr(value, "_asdict") else value
 
 
 def state_from_dict(template: Any, saved: Mapping[str, Any]) -> Any:
@@ -99,6 +106,9 @@ def state_from_dict(template: Any, saved: Mapping[str, Any]) -> Any:
         )
     values = {}
     for name, like in template._asdict().items():
+        if hasattr(like, "_asdict"):
+            values[name] = state_from_dict(like, saved[name])
+            continue
         value = np.asarray(saved[name], dtype=like.dtype) if isinstance(like, np.ndarray) else type(like)(saved[name])
         if isinstance(like, np.ndarray) and value.shape != like.shape:
             raise InputError(

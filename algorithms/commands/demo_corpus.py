@@ -1,8 +1,8 @@
 """A corpus of very unequal domains out of files that every install has: the packages that came with this one.
 
-No download and nothing made up: Python and C++ sources, type stubs, package READMEs, API descriptions, licences, and
-the hash lists of ``RECORD`` files, a domain near to noise. Each domain takes files in an order given by the hash of their
-path until it is as large as its limit, so a given set of installed packages always gives the same corpus.
+No download and nothing made up: Python and C++ sources, type stubs, package READMEs, API descriptions, licences,
+and the hash lists of ``RECORD`` files, a domain near to noise. Each domain takes files in an order given by the hash
+of their path until it is as large as its limit, so a given set of installed packages always gives the same corpus.
 """
 
 from __future__ import annotations

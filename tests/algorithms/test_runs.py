@@ -1,0 +1,56 @@
+"""A run folder continues the same run, shows a finished one, and refuses another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from algorithms.runs import begin_run, finish_run, read_result
+from mixer.errors import InputError
+
+SETTINGS = {"command": "train", "steps": 10, "mixture": {"code": 0.5, "web": 0.5}}
+
+
+def test_an_unfinished_run_is_continued(tmp_path: Path) -> None:
+    assert begin_run(tmp_path / "run", SETTINGS) is None
+    assert begin_run(tmp_path / "run", SETTINGS) is None
+
+
+def test_a_finished_run_gives_its_result(tmp_path: Path) -> None:
+    begin_run(tmp_path / "run", SETTINGS)
+    finish_run(tmp_path / "run", {"average": 1.25})
+    assert begin_run(tmp_path / "run", SETTINGS) == {"average": 1.25}
+
+
+def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
+    begin_run(tmp_path / "run", SETTINGS)
+    with pytest.raises(InputError, match=r"steps: 10 there, 20 asked.*Choose another --out"):
+        begin_run(tmp_path / "run", {**SETTINGS, "steps": 20})
+
+
+def test_tuples_and_lists_are_the_same_setting(tmp_path: Path) -> None:
+    begin_run(tmp_path / "run", {"hashes": ("xxh64",)})
+    assert begin_run(tmp_path / "run", {"hashes": ["xxh64"]}) is None
+
+
+def test_a_folder_with_other_files_is_not_claimed(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        begin_run(tmp_path, SETTINGS)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_unfinished_run_has_no_result(tmp_path: Path) -> None:
+    begin_run(tmp_path / "run", SETTINGS)
+    with pytest.raises(InputError, match="is unfinished: run its command again"):
+        read_result(tmp_path / "run")
+    with pytest.raises(InputError, match="holds no run"):
+        read_result(tmp_path)
+
+
+def test_a_damaged_result_is_named(tmp_path: Path) -> None:
+    begin_run(tmp_path / "run", SETTINGS)
+    (tmp_path / "run" / "result.json").write_text('{"average": 1.')
+    with pytest.raises(InputError, match=r"result\.json is damaged"):
+        begin_run(tmp_path / "run", SETTINGS)

@@ -24,8 +24,7 @@ $(VENV)/installed: pyproject.toml
 # The mixer and converters alone, without Composer, on the newest torch.
 $(STANDALONE)/installed: pyproject.toml
 	$(PYTHON) -c 'import venv; venv.create("$(STANDALONE)", with_pip=True)'
-	$(STANDALONE)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(STANDALONE)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(STANDALONE)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 --editable '.[dev]'
 	touch $@
 
 lint: $(VENV)/installed

@@ -1,0 +1,219 @@
+"""The commands ``mixer convert`` and ``mixer inspect``.
+
+Heavy imports are inside the functions, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from converters.conversion import Progress
+    from mixer.manifest import Manifest
+
+__all__ = ["convert", "inspect"]
+
+
+def _default_workers() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, required=True)
+@click.option("--out", required=True, help="Folder for the shards.")
+@click.option("--seq-len", type=int, required=True, help="Tokens per sample.")
+@click.option("--tokenizer", help="A tokenizer.json, a folder that holds one, or 'bytes'.")
+@click.option("--train-tokenizer", type=int, metavar="VOCAB", help="Train a byte-level BPE of this size on the corpus.")
+@click.option("--eos", metavar="TOKEN", help="End-of-text token, where the tokenizer's own is not found.")
+@click.option(
+    "--domain", default="folder", show_default=True, metavar="RULE",
+    help="folder, file, field:<dotted.path> or path:<regex>.",
+)  # fmt: skip
+@click.option("--text-field", default="text", show_default=True, help="Dotted path of a record's text.")
+@click.option("--format", default="auto", show_default=True, help="jsonl, parquet, text (file = document), or auto.")
+@click.option("--include", multiple=True, metavar="GLOB", help="Only files whose path or name matches (repeatable).")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="Not these; default: hidden files and __pycache__.")
+@click.option("--held-out", default=0.01, show_default=True, help="Share of each domain for validation; 0 for none.")
+@click.option("--min-held-out", default=8, show_default=True, help="Documents a validation split should have at least.")
+@click.option("--allow-empty", is_flag=True, help="Accept domains without a training or validation sample.")
+@click.option("--on-bad-record", type=click.Choice(["fail", "skip"]), default="fail", show_default=True)
+@click.option("--max-bad", default=0.01, show_default=True, help="Share of records that may be skipped as bad.")
+@click.option("--workers", type=int, help="Processes; default: one per core.")
+@click.option("--compression", default="zstd:3", show_default=True, help="zstd:LEVEL, or none.")
+@click.option("--hashes", default="xxh64", show_default=True, help="Hashes in the index, comma-separated.")
+@click.option("--shard-size", default="64MiB", show_default=True, help="Before compression.")
+@click.option("--unit-size", help="Input bytes that a process takes at a time; default by corpus size.")
+@click.option("--seed", default=0, show_default=True, help="Of the sample that a tokenizer is trained on.")
+@click.option("--stage", help="Folder for the tokenised documents, kept for packing again.")
+@click.option("--keep-stage", is_flag=True, help="Keep the tokenised documents inside --out.")
+@click.option("--fresh", is_flag=True, help="Start over: delete what an earlier conversion left in --out.")
+def convert(inputs: tuple[str, ...], workers: int | None, **options: Any) -> None:
+    """Convert text corpora to one set of MDS shards per domain.
+
+    INPUTS are files and folders: JSON lines and Parquet by their names (also .gz, .zst, .bz2, .xz), any other file as
+    one document. NAME=PATH gives everything in a path to one domain. An interrupted conversion is continued by the
+    same command; the bytes written do not depend on --workers.
+
+    \b
+    Examples:
+      mixer convert corpus/ --out shards --tokenizer tokenizer.json --seq-len 2048
+      mixer convert corpus/ --out shards --train-tokenizer 8192 --seq-len 512 --workers 8
+      mixer convert pile/*.jsonl.zst --out shards --tokenizer gpt-neox/ --seq-len 2048 --domain field:meta.pile_set_name
+      mixer convert python=/usr/lib/python3 web=crawl.parquet --out shards --tokenizer bytes --seq-len 1024 \\
+            --include '*.py' --include '*.parquet' --on-bad-record skip
+    """
+    from converters.conversion import convert as run
+
+    options["compression"] = None if options["compression"].lower() == "none" else options["compression"]
+    options["hashes"] = tuple(sorted(name for name in options["hashes"].split(",") if name))
+    if not options["exclude"]:
+        del options["exclude"]
+    with _progress_bar() as progress:
+        manifest = run(inputs, options.pop("out"), workers=workers or _default_workers(), progress=progress, **options)
+    _print_table(manifest)
+    _print_bad_records(manifest)
+
+
+@click.command()
+@click.argument("shards")
+@click.option("--sample", default=0, show_default=True, help="Show this many decoded samples per domain.")
+@click.option("--split", default="train", show_default=True, help="Split to show samples of.")
+@click.option("--domain", "only", multiple=True, help="Only this domain (repeatable).")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON instead.")
+def inspect(shards: str, sample: int, split: str, only: tuple[str, ...], as_json: bool) -> None:
+    """Show what a folder of shards holds: domains, samples, tokens, shares, bytes; and samples as text.
+
+    \b
+    Examples:
+      mixer inspect shards
+      mixer inspect shards --sample 2 --domain wiki
+      mixer inspect shards --sample 1 --split validation
+      mixer inspect shards --json | jq .domains
+    """
+    from mixer.errors import InputError
+    from mixer.manifest import Manifest
+
+    manifest = Manifest.load(shards)
+    if unknown := sorted(set(only) - set(manifest.names)):
+        raise InputError(f"no domain {unknown} in {shards}; it has {list(manifest.names)}.")
+    if as_json:
+        click.echo(manifest.to_json(), nl=False)
+        return
+    _print_table(manifest, only)
+    _print_bad_records(manifest)
+    if sample:
+        _print_samples(shards, manifest, only or manifest.names, split, sample)
+
+
+# --- printing ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[Progress], None]]:
+    """Yield a callback that draws one bar per phase, with rates."""
+    import time
+
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description:<16}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[rates]}"), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    tasks: dict[str, tuple[TaskID, float, int]] = {}
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+
+        def update(event: Progress) -> None:
+            if event.phase not in tasks:
+                task = bar.add_task(event.phase, total=event.total, completed=event.done, rates="")
+                tasks[event.phase] = (task, time.monotonic(), event.done)
+            task, start, first = tasks[event.phase]
+            bar.update(task, completed=event.done, rates=_rates(event, time.monotonic() - start, event.done - first))
+
+        yield update
+
+
+def _rates(event: Progress, seconds: float, done: int) -> str:
+    if seconds <= 0 or not event.tokens:
+        return ""
+    tokens = f"{event.tokens / seconds / 1e6:.2f} Mtok/s"
+    return f"{done / seconds / 1e6:.1f} MB/s, {tokens}" if event.unit == "bytes" else tokens
+
+
+def _print_table(manifest: Manifest, only: tuple[str, ...] = ()) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from converters.inspecting import domain_rows
+
+    title = f"{manifest.seq_len} tokens per sample, {manifest.dtype}, {manifest.tokenizer.vocab_size:,} token ids"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("domain", overflow="fold", min_width=12)
+    for name in ("docs", "train", "valid", "tokens", "share", "size", "held out"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = [row for row in domain_rows(manifest) if not only or row.domain in only]
+    for row in rows:
+        table.add_row(
+            row.domain, f"{row.documents:,}", f"{row.train_samples:,}", f"{row.validation_samples:,}",
+            _count(row.train_tokens), f"{row.share:.2%}", _size(row.size_bytes), row.held_out,
+        )  # fmt: skip
+    table.add_section()
+    table.add_row(
+        "total", *(f"{sum(values):,}" for values in zip(*(row[1:4] for row in rows))),
+        _count(sum(row.train_tokens for row in rows)), f"{sum(row.share for row in rows):.2%}",
+        _size(sum(row.size_bytes for row in rows)), "",
+    )  # fmt: skip
+    Console().print(table)
+
+
+def _count(number: float) -> str:
+    for unit in ("", "k", "M", "G"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} T"
+
+
+def _size(size: float) -> str:
+    return _count(size) + "B"
+
+
+def _print_bad_records(manifest: Manifest) -> None:
+    facts = manifest.converter
+    skipped = facts.get("skipped", {})
+    if skipped:
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
+        click.echo(f"Left out {sum(skipped.values()):,} of {facts['documents_read']:,} records: {counts}.", err=True)
+    for record in facts.get("bad_records", [])[:10]:
+        click.echo(f"  {record['place']}: {record['detail']}", err=True)
+    for warning in facts.get("warnings", []):
+        click.echo(f"Warning: {warning}", err=True)
+
+
+def _print_samples(shards: str, manifest: Manifest, domains: tuple[str, ...], split: str, count: int) -> None:
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    from converters.inspecting import decoded_samples
+
+    console = Console()
+    for domain in domains:
+        if split not in manifest.domains[domain].splits:
+            click.echo(f"{domain}: no {split} split.", err=True)
+            continue
+        for number, text in enumerate(decoded_samples(shards, domain=domain, split=split, count=count)):
+            title = f"{domain} / {split} / sample {number}"
+            console.print(Panel(Text(_printable(text)), title=title, title_align="left"))
+
+
+def _printable(text: str) -> str:
+    """Return text that is safe for a terminal: control characters other than newline and tab are shown as escapes."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

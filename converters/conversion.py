@@ -1,0 +1,401 @@
+"""The whole conversion: plan -> stage -> pack -> commit.
+
+    from converters import convert
+    convert(["corpus/"], "shards", tokenizer="tokenizer.json", seq_len=2048, workers=4)
+
+``index.json`` files are written when all shards are there, the manifest last of all: a folder without one is not
+finished, and the same command continues it. What was asked is kept beside the stage files; another request for the
+same folder is refused with the difference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+
+import mixer
+from converters.engines import run_tasks
+from converters.options import DEFAULT_EXCLUDE, PackOptions, StageOptions, size_in_bytes
+from converters.packing import (
+    DomainPlan,
+    SplitPlan,
+    check_accounting,
+    pack_shard,
+    pack_tasks,
+    plan_splits,
+    require_samples,
+    shard_path,
+)
+from converters.plan import Plan, difference, inputs_fingerprint, make_plan
+from converters.stage import StageTask, read_unit, stage_unit, summed, unit_folder
+from converters.tokenizers import describe, id_dtype
+from mixer.errors import DataError, InputError
+from mixer.manifest import FILE_NAME, Domain, Manifest, Split, TokenizerInfo, domain_folder
+from mixer.mds import write_index
+
+__all__ = ["Progress", "convert"]
+
+_STAGE, _PACK, _TOKENIZER = ".stage", ".pack", "tokenizer"
+
+
+class Progress(NamedTuple):
+    """How far a conversion is: ``phase`` is ``train-tokenizer``, ``tokenize`` or ``pack``; counts are so far."""
+
+    phase: str
+    done: int
+    total: int
+    unit: str
+    documents: int = 0
+    tokens: int = 0
+
+
+def convert(
+    inputs: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    train_tokenizer: int | None = None,
+    seq_len: int,
+    eos: str | None = None,
+    domain: str = "folder",
+    text_field: str = "text",
+    format: str = "auto",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    held_out: float = 0.01,
+    min_held_out: int = 8,
+    allow_empty: bool = False,
+    on_bad_record: str = "fail",
+    max_bad: float = 0.01,
+    workers: int = 1,
+    engine: str = "local",
+    compression: str | None = "zstd:3",
+    hashes: Sequence[str] = ("xxh64",),
+    shard_size: str | int = "64MiB",
+    unit_size: str | int | None = None,
+    seed: int = 0,
+    stage: str | os.PathLike[str] | None = None,
+    keep_stage: bool = False,
+    fresh: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Manifest:
+    """Convert text to one set of MDS shards per domain and return the manifest.
+
+    The bytes written depend on the inputs and the options below up to ``shard_size``, not on ``workers``, ``engine``,
+    ``unit_size``, or how often the conversion was interrupted. A finished conversion is returned as it is.
+
+    Args:
+        inputs: files and folders; ``name=path`` gives all documents of a path to one domain.
+        out: folder for the shards; new, empty, or an unfinished conversion by the same options.
+        tokenizer: a ``tokenizer.json``, a folder that holds one, or ``"bytes"``. Either this or ``train_tokenizer``.
+        train_tokenizer: vocabulary size of a byte-level BPE trained on a sample of the corpus.
+        seq_len: tokens per sample.
+        eos: the end-of-text token, where the tokenizer's own is not found.
+        domain: ``folder``, ``file``, ``field:<dotted.path>`` or ``path:<regex>``; see ``converters.domains``.
+        text_field: dotted path of a record's text.
+        format: one of ``converters.readers.FORMATS``, or ``auto``: by file name.
+        include, exclude: globs on the path below the input and on the file name.
+        held_out: share of each domain for the validation split; 0 for none.
+        min_held_out: documents that a validation split should have at least, see ``packing.choose_held_out``.
+        allow_empty: accept domains without a training or validation sample; recorded in the manifest.
+        on_bad_record: ``fail`` or ``skip`` (counted by reason, places named in the manifest).
+        max_bad: with ``skip``, the share of records that may be bad.
+        workers: processes.
+        compression: ``zstd:LEVEL`` or None.
+        hashes: names of the hashes in the index, sorted.
+        shard_size, unit_size: bytes per shard before compression, and per unit of work.
+        seed: of the sample for ``train_tokenizer``.
+        stage: folder for the tokenised documents, kept for packing again; default: inside ``out``, removed at the end.
+        keep_stage: keep it inside ``out``.
+        fresh: start over, deleting what an earlier conversion left in ``out``.
+        progress: called with ``Progress`` as work gets done.
+    Raises:
+        InputError: for wrong options or inputs, or if ``out`` holds something else.
+        DataError: for damaged input, a full disk or a dead worker. What is finished is kept.
+    """
+    if (tokenizer is None) == (train_tokenizer is None):
+        raise InputError("give one of tokenizer (a tokenizer.json or 'bytes') and train_tokenizer (a vocabulary size).")
+    stage_options = StageOptions(
+        format=format, include=tuple(include), exclude=tuple(exclude), domain=domain, text_field=text_field,
+        on_bad_record=on_bad_record, max_bad=max_bad, seed=seed, train_tokenizer=train_tokenizer,
+        unit_bytes=None if unit_size is None else size_in_bytes(unit_size, "unit_size"),
+    )  # fmt: skip
+    pack_options = PackOptions(
+        seq_len=seq_len, held_out=held_out, min_held_out=min_held_out, allow_empty=allow_empty,
+        shard_bytes=size_in_bytes(shard_size, "shard_size"), compression=compression, hashes=tuple(hashes),
+    )  # fmt: skip
+    given = None if tokenizer is None else describe(tokenizer, eos)
+    plan = make_plan(inputs, stage_options, {"trained": train_tokenizer} if given is None else _identity(given))
+    job = _Job(
+        Path(out), Path(stage) if stage else Path(out) / _STAGE, plan, stage_options, pack_options, given,
+        functools.partial(run_tasks, engine, workers=workers), progress or (lambda _: None),
+    )  # fmt: skip
+    if fresh:
+        job.clear()
+    if (done := job.finished()) is not None:
+        return done
+    with job.locked():
+        job.begin()
+        job.tokenize()
+        manifest = job.pack()
+        job.clean_up(keep_stage or stage is not None)
+    return manifest
+
+
+def _identity(tokenizer: TokenizerInfo) -> dict[str, Any]:
+    return {
+        "kind": tokenizer.kind,
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+    }
+
+
+class _Job:
+    """The state of one call of ``convert``: where things lie and what is done."""
+
+    def __init__(
+        self, out: Path, stage: Path, plan: Plan, stage_options: StageOptions, pack_options: PackOptions,
+        tokenizer: TokenizerInfo | None, run: Callable[..., Iterator[Any]], progress: Callable[[Progress], None],
+    ) -> None:  # fmt: skip
+        self.out, self.stage, self.plan = out, stage, plan
+        self.options, self.pack_options, self.tokenizer = stage_options, pack_options, tokenizer
+        self.run, self.progress = run, progress
+        self.skipped: dict[str, dict[str, int]] = {}
+        self.bad_records: list[dict[str, Any]] = []
+        self.documents_read = 0
+
+    # --- what is there already ---
+
+    def clear(self) -> None:
+        """Remove what an earlier conversion left, and nothing else."""
+        if (self.out / FILE_NAME).exists():
+            folders = {domain_folder(name) for name in Manifest.load(self.out).domains}
+        else:
+            folders = {path.name for path in (self.out / _PACK / "shards").glob("*")}
+        (self.out / FILE_NAME).unlink(missing_ok=True)
+        for name in (*sorted(folders), _TOKENIZER, _PACK, _STAGE):
+            shutil.rmtree(self.out / name, ignore_errors=True)
+
+    def finished(self) -> Manifest | None:
+        """Return the manifest if this very conversion is done; refuse a folder that holds another one."""
+        if not self.out.exists():
+            return None
+        if not self.out.is_dir():
+            raise InputError(f"{self.out} is a file; --out is a folder for the shards.")
+        if (self.out / FILE_NAME).exists():
+            manifest = Manifest.load(self.out)
+            self._refuse_difference(manifest.converter.get("request", {}), self._request(), self.out)
+            return manifest
+        if any(self.out.iterdir()) and not any((self.out / name).exists() for name in (_STAGE, _PACK)):
+            raise InputError(f"{self.out} is neither empty nor a conversion that can go on; choose another --out.")
+        return None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Let one process at a time work on a folder; the lock goes with the process, however it ends."""
+        with contextlib.ExitStack() as stack:
+            for folder in (self.stage, self.out / _PACK):
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    file = stack.enter_context(open(folder / "lock", "w"))
+                except OSError as error:
+                    raise InputError(f"cannot write into {folder}: {error.strerror}.") from error
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise InputError(f"another conversion works in {folder}; wait for it to end.") from error
+            yield
+
+    def begin(self) -> None:
+        """Write down what is asked, or compare it with what was asked before."""
+        staged = {**self.plan.facts, "inputs": self.plan.inputs}
+        self._same_or_new(self.stage / "plan.json", staged, self.stage)
+        self._same_or_new(self.out / _PACK / "request.json", self._request(), self.out)
+
+    def _same_or_new(self, file: Path, facts: dict[str, Any], folder: Path) -> None:
+        try:
+            before = orjson.loads(file.read_bytes())
+        except FileNotFoundError:
+            _write_json(file, facts)
+        else:
+            self._refuse_difference(before, facts, folder)
+
+    def _refuse_difference(self, before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+        lines = difference(before, orjson.loads(orjson.dumps(now)))
+        if lines:
+            more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
+            raise InputError(
+                f"{folder} holds a conversion with other inputs or options: {'; '.join(lines[:8])}{more}. Repeat those,"
+                " choose another --out, or start over with --fresh."
+            )
+
+    def _request(self) -> dict[str, Any]:
+        """Return what decides the bytes of the shards: no unit size, no times, no paths of this machine."""
+        facts = {key: value for key, value in self.plan.facts.items() if key != "unit_bytes"}
+        inputs = [{"name": row["name"], "bytes": row["bytes"], "hash": row["hash"]} for row in self.plan.inputs]
+        size = sum(row["bytes"] for row in inputs)
+        source = {"files": len(inputs), "bytes": size, "fingerprint": inputs_fingerprint(inputs)}
+        return {**facts, **self.pack_options.facts(), "source": source}
+
+    # --- stage ---
+
+    def tokenize(self) -> None:
+        """Stage every unit that is not there yet."""
+        tokenizer, file = self._tokenizer()
+        done = documents = tokens = 0
+        tasks = []
+        for unit in self.plan.units:
+            if read_unit(unit_folder(self.stage, unit.number)) is None:
+                tasks.append(StageTask(unit, str(self.stage), self.options, tokenizer, file))
+            else:
+                done += unit.size_bytes
+        self.progress(Progress("tokenize", done, self.plan.size_bytes, "bytes"))
+        for summary in self.run(stage_unit, tasks):
+            done += summary["size_bytes"]
+            documents += sum(sums["documents"] for sums in summary["domains"].values())
+            tokens += sum(sums["tokens"] for sums in summary["domains"].values())
+            self.progress(Progress("tokenize", done, self.plan.size_bytes, "bytes", documents, tokens))
+        self._count_bad_records()
+
+    def _tokenizer(self) -> tuple[TokenizerInfo, str | None]:
+        if self.tokenizer is None:
+            from converters.training import trained_tokenizer
+
+            self.progress(Progress("train-tokenizer", 0, 1, "tokenizers"))
+            file = trained_tokenizer(self.plan.units, self.options, self.stage)
+            self.progress(Progress("train-tokenizer", 1, 1, "tokenizers"))
+            self.tokenizer = describe(file)
+        return self.tokenizer, self.tokenizer.file
+
+    def _count_bad_records(self) -> None:
+        for unit in self.plan.units:
+            summary = read_unit(unit_folder(self.stage, unit.number)) or {}
+            self.documents_read += summary["read"]
+            for name, reasons in summary["skipped"].items():
+                self.skipped[name] = summed({"": self.skipped.get(name, {}), "more": reasons})
+            self.bad_records += summary["bad_records"]
+        bad = sum(count for reason, count in summed(self.skipped).items() if reason != "empty")
+        allowed = self.options.max_bad if self.options.on_bad_record == "skip" else 0
+        if bad > allowed * self.documents_read:
+            first = self.bad_records[0]
+            raise DataError(
+                f"{bad:,} of {self.documents_read:,} records are bad, more than the allowed share of {allowed:g}; the"
+                f" first is {first['place']}: {first['detail']}. Repair them, or raise --max-bad."
+            )
+
+    # --- pack and commit ---
+
+    def pack(self) -> Manifest:
+        """Write the shards that are not there yet, then the index files and the manifest."""
+        assert self.tokenizer is not None
+        dtype = id_dtype(self.tokenizer.vocab_size).name
+        plans = plan_splits(str(self.stage), [unit.number for unit in self.plan.units], self.pack_options)
+        if not plans:
+            raise InputError(f"no text in {self.documents_read:,} records of {len(self.plan.inputs):,} files.")
+        warnings = require_samples(plans, self.pack_options)
+        splits = [split for plan in plans for split in plan.splits if split.num_samples]
+        if not splits:
+            raise InputError(f"no domain fills a sample of {self.pack_options.seq_len:,} tokens. Lower --seq-len.")
+        tasks = [task for split in splits for task in self._pack_tasks(split, dtype)]
+        total = sum(task.num_samples for task in tasks)
+        done = 0
+        self.progress(Progress("pack", 0, total, "samples"))
+        for entry in self.run(pack_shard, tasks):
+            done += entry["samples"]
+            self.progress(Progress("pack", done, total, "samples", tokens=done * self.pack_options.seq_len))
+        written = {(split.domain, split.split): self._commit_split(split, dtype) for split in splits}
+        return self._commit(plans, written, dtype, warnings)
+
+    def _pack_tasks(self, split: SplitPlan, dtype: str) -> Iterator[Any]:
+        below = Path(domain_folder(split.domain)) / split.split
+        return pack_tasks(
+            split,
+            stage=str(self.stage),
+            folder=self.out / below,
+            records=self.out / _PACK / "shards" / below,
+            dtype=dtype,
+            options=self.pack_options,
+        )
+
+    def _commit_split(self, split: SplitPlan, dtype: str) -> Split:
+        tasks = list(self._pack_tasks(split, dtype))
+        entries = [orjson.loads(Path(task.record).read_bytes()) for task in tasks]
+        check_accounting(split, entries, self.pack_options.seq_len)
+        below = f"{domain_folder(split.domain)}/{split.split}"
+        index = write_index(self.out / below, entries)
+        return Split(
+            path=below,
+            num_samples=split.num_samples,
+            num_tokens=split.num_samples * self.pack_options.seq_len,
+            num_documents=split.num_documents,
+            num_shards=len(entries),
+            size_bytes=sum(shard_path(index.parent, entry).stat().st_size for entry in entries),
+            fingerprint=_sha256(index),
+        )
+
+    def _commit(
+        self, plans: Sequence[DomainPlan], written: dict[tuple[str, str], Split], dtype: str, warnings: list[str]
+    ) -> Manifest:
+        tokenizer = self._copy_tokenizer()
+        names = {name for name, _ in written}
+        domains = {plan.domain: self._domain(plan, written) for plan in plans if plan.domain in names}
+        facts = {
+            "name": "domain-mixer",
+            "version": mixer.__version__,
+            "request": self._request(),
+            "documents_read": self.documents_read,
+            "skipped": summed(self.skipped),
+            "bad_records": self.bad_records[:100],
+            "warnings": warnings,
+        }
+        manifest = Manifest(domains, self.pack_options.seq_len, dtype, tokenizer, converter=facts)
+        manifest.save(self.out)
+        return manifest
+
+    def _domain(self, plan: DomainPlan, written: dict[tuple[str, str], Split]) -> Domain:
+        held_out = {} if plan.held_out.by == "nothing" else {"by": plan.held_out.by, "share": plan.held_out.share}
+        return Domain(
+            splits={split.split: written[plan.domain, split.split] for split in plan.splits if split.num_samples},
+            text_bytes=plan.text_bytes,
+            held_out=held_out,
+            skipped=self.skipped.get(plan.domain, {}),
+            dropped_tokens={split.split: split.dropped_tokens for split in plan.splits},
+        )
+
+    def _copy_tokenizer(self) -> TokenizerInfo:
+        assert self.tokenizer is not None
+        if self.tokenizer.file is None:
+            return self.tokenizer
+        name = f"{_TOKENIZER}/tokenizer.json"
+        (self.out / _TOKENIZER).mkdir(exist_ok=True)
+        partial = self.out / _TOKENIZER / f".tokenizer.json.{os.getpid()}.tmp"
+        shutil.copyfile(self.tokenizer.file, partial)
+        os.replace(partial, self.out / name)
+        return dataclasses.replace(self.tokenizer, file=name)
+
+    def clean_up(self, keep_stage: bool) -> None:
+        """Remove what only an unfinished conversion needs."""
+        shutil.rmtree(self.out / _PACK, ignore_errors=True)
+        if not keep_stage:
+            shutil.rmtree(self.stage, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial.write_bytes(orjson.dumps(value))
+    os.replace(partial, path)

@@ -1,0 +1,125 @@
+"""Look at finished shards: sizes per domain, and samples as text."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.tokenizers import Encoder, load_encoder
+from mixer.errors import DataError
+from mixer.manifest import Manifest, Split
+from mixer.mds import parse_header
+
+__all__ = ["DomainRow", "decoded_samples", "domain_rows", "read_samples"]
+
+
+class DomainRow(NamedTuple):
+    """One line of the table of domains; ``share`` is of all training tokens."""
+
+    domain: str
+    documents: int
+    train_samples: int
+    validation_samples: int
+    train_tokens: int
+    share: float
+    size_bytes: int
+    bytes_per_token: float
+    held_out: str
+
+
+def domain_rows(manifest: Manifest) -> list[DomainRow]:
+    """Return one row per domain, in the order of domain ids."""
+    train = {name: domain.splits.get("train") for name, domain in manifest.domains.items()}
+    total = sum(split.num_tokens for split in train.values() if split) or 1
+    rows = []
+    for name in manifest.names:
+        domain, splits = manifest.domains[name], list(manifest.domains[name].splits.values())
+        tokens = sum(split.num_tokens for split in splits) + sum(domain.dropped_tokens.values())
+        rows.append(
+            DomainRow(
+                domain=name,
+                documents=sum(split.num_documents for split in splits),
+                train_samples=_samples(domain.splits.get("train")),
+                validation_samples=_samples(domain.splits.get("validation")),
+                train_tokens=_tokens(train[name]),
+                share=_tokens(train[name]) / total,
+                size_bytes=sum(split.size_bytes for split in splits),
+                bytes_per_token=domain.text_bytes / tokens if tokens else 0.0,
+                held_out=_held_out(domain.held_out),
+            )
+        )
+    return rows
+
+
+def _samples(split: Split | None) -> int:
+    return split.num_samples if split else 0
+
+
+def _tokens(split: Split | None) -> int:
+    return split.num_tokens if split else 0
+
+
+_SHORT = {"documents": "docs", "samples": "samples"}
+
+
+def _held_out(facts: Any) -> str:
+    return f"{facts['share']:.1%} {_SHORT[facts['by']]}" if facts else "none"
+
+
+def read_samples(folder: str | os.PathLike[str], column: str, count: int) -> list[NDArray[Any]]:
+    """Return the first ``count`` token rows of one MDS directory.
+
+    Raises: DataError: naming the shard, if it is missing or damaged.
+    """
+    try:
+        entries = json.loads((Path(folder) / "index.json").read_text(encoding="utf-8"))["shards"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"cannot read {folder}/index.json ({error}). Convert again.") from error
+    rows: list[NDArray[Any]] = []
+    for entry in entries:
+        if len(rows) >= count:
+            break
+        raw = _raw_shard(Path(folder), entry)
+        header = parse_header(raw, f"{folder}/{entry['raw_data']['basename']}")
+        where = header.config["column_names"].index(column)
+        dtype = np.dtype(header.config["column_encodings"][where].split(":")[1])
+        if len(header.config["column_names"]) > 1:
+            raise DataError(f"{folder} has columns {header.config['column_names']}; only one can be shown.")
+        for start, stop in zip(header.offsets[:-1], header.offsets[1:]):
+            if len(rows) < count:
+                rows.append(np.frombuffer(raw, dtype, (stop - start) // dtype.itemsize, start))
+    return rows
+
+
+def _raw_shard(folder: Path, entry: dict[str, Any]) -> bytes:
+    path = folder / (entry["zip_data"] or entry["raw_data"])["basename"]
+    try:
+        data = path.read_bytes()
+        if not entry["zip_data"]:
+            return data
+        import zstandard
+
+        return zstandard.ZstdDecompressor().decompress(data, max_output_size=entry["raw_data"]["bytes"])
+    except Exception as error:
+        raise DataError(f"shard {path} is missing or damaged ({error}). Restore it, or convert again.") from error
+
+
+def shards_encoder(folder: str | os.PathLike[str], manifest: Manifest) -> Encoder:
+    """Return the tokenizer that made the shards."""
+    file = manifest.tokenizer.file
+    return load_encoder(manifest.tokenizer.kind, None if file is None else str(Path(folder) / file))
+
+
+def decoded_samples(
+    folder: str | os.PathLike[str], *, domain: str, split: str = "train", count: int = 1
+) -> list[str]:
+    """Return the first samples of a domain as text, end-of-text tokens spelled out."""
+    manifest = Manifest.load(folder)
+    encoder = shards_encoder(folder, manifest)
+    where = Path(folder) / manifest.split(domain, split).path
+    return [encoder.decode(row.tolist()) for row in read_samples(where, manifest.column, count)]

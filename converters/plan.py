@@ -1,0 +1,276 @@
+"""Inputs -> units of work, in one fixed order.
+
+A unit is a few pieces of input files that one process tokenises at a time. Units are cut by bytes alone, never by the
+number of workers, and the order of documents is the order of (path, position), so neither changes the shards.
+The plan is kept beside the stage files; a later run with other inputs or options is refused with the difference.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import orjson
+import xxhash
+
+from converters.options import StageOptions
+from converters.readers import FORMATS, Piece, compression_suffix, open_bytes
+from mixer.errors import DataError, InputError
+
+__all__ = ["Plan", "Unit", "difference", "make_plan"]
+
+_HEAD_BYTES = 1 << 20
+_MIN_UNIT, _MAX_UNIT = 2 << 20, 128 << 20
+
+
+class Unit(NamedTuple):
+    """What one process tokenises at a time."""
+
+    number: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(piece_bytes(piece) for piece in self.pieces)
+
+
+class Plan(NamedTuple):
+    """All units of a conversion; ``facts`` is what must not change between runs, ``inputs`` one row per file."""
+
+    units: list[Unit]
+    inputs: list[dict[str, Any]]
+    facts: dict[str, Any]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(unit.size_bytes for unit in self.units)
+
+
+def piece_bytes(piece: Piece) -> int:
+    """Return the input bytes of a piece (for row groups: the file's share)."""
+    if piece.stop is None or FORMATS[piece.format].unit != "bytes":
+        return piece.size_bytes
+    return min(piece.stop, piece.size_bytes) - piece.start
+
+
+def make_plan(inputs: Sequence[str | os.PathLike[str]], options: StageOptions, tokenizer: Mapping[str, Any]) -> Plan:
+    """Find the files, fingerprint them and cut them into units.
+
+    Raises: InputError: if an input does not exist or nothing is left to convert.
+    """
+    files = list(_files(inputs, options))
+    if not files:
+        raise InputError(
+            f"nothing to convert in {[os.fspath(item) for item in inputs]}: no file left after include"
+            f" {list(options.include)} and exclude {list(options.exclude)}."
+        )
+    unit_bytes = options.unit_bytes or _default_unit(sum(piece.size_bytes for piece in files))
+    rows = [_fingerprint(piece) for piece in files]
+    pieces = (part for piece in files for part in _cut(piece, unit_bytes))
+    units = [Unit(number, tuple(group)) for number, group in enumerate(_grouped(pieces, unit_bytes))]
+    facts = {**options.facts(), "unit_bytes": unit_bytes, "tokenizer": dict(tokenizer)}
+    return Plan(units, rows, facts)
+
+
+def _default_unit(total_bytes: int) -> int:
+    return max(_MIN_UNIT, min(_MAX_UNIT, total_bytes // 256))
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def _files(inputs: Sequence[str | os.PathLike[str]], options: StageOptions) -> Iterator[Piece]:
+    if isinstance(inputs, str | os.PathLike):
+        inputs = [inputs]
+    seen: dict[str, str] = {}
+    for item in inputs:
+        root, path = _named_input(os.fspath(item))
+        for file, name in _walk(path, options):
+            if file in seen:
+                raise InputError(f"{file} comes in twice, by {seen[file]!r} and {os.fspath(item)!r}; give it once.")
+            seen[file] = os.fspath(item)
+            status = _status(file)
+            yield Piece(file, name, root, _format(file, options), status.st_size, status.st_mtime_ns)
+
+
+def _named_input(item: str) -> tuple[str, Path]:
+    """Split ``name=path``; the root of a plain path is its own name. A path that exists as written goes first."""
+    name, equals, rest = item.partition("=")
+    if equals and name and not Path(item).exists():
+        if not Path(rest).exists():
+            raise InputError(f"no input at {rest} (for domain {name!r}).")
+        return f"={name}", Path(rest)
+    path = Path(item)
+    if not path.exists():
+        raise InputError(f"no input at {item}.")
+    absolute = path.absolute()
+    return (absolute.name if path.is_dir() else absolute.parent.name), path
+
+
+def _walk(path: Path, options: StageOptions) -> Iterator[tuple[str, str]]:
+    """Yield (path, name below the input), sorted by the bytes of the name."""
+    if path.is_file():
+        yield str(path), path.name
+        return
+    found = []
+    for folder, subfolders, names in os.walk(path, onerror=_raise_unreadable, followlinks=True):
+        below = os.path.relpath(folder, path)
+        prefix = "" if below == "." else below.replace(os.sep, "/") + "/"
+        subfolders[:] = [name for name in subfolders if not _matches(prefix + name, options.exclude)]
+        found += [(os.path.join(folder, name), prefix + name) for name in names if _wanted(prefix + name, options)]
+    for file, name in sorted(found, key=lambda pair: os.fsencode(pair[1])):
+        if not os.path.exists(file):
+            raise InputError(f"cannot read {file}: it is a link to nothing. Repair it, or leave it out with --exclude.")
+        if os.path.isfile(file):
+            yield file, name
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise InputError(f"cannot read the folder {error.filename}: {error.strerror}.") from error
+
+
+def _wanted(name: str, options: StageOptions) -> bool:
+    return not _matches(name, options.exclude) and (not options.include or _matches(name, options.include))
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    last = PurePosixPath(name).name
+    return any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(last, pattern) for pattern in patterns)
+
+
+def _status(file: str) -> os.stat_result:
+    try:
+        return os.stat(file)
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}.") from error
+
+
+def _format(file: str, options: StageOptions) -> str:
+    if options.format != "auto":
+        return options.format
+    name = file.lower()
+    name = name.removesuffix(compression_suffix(name))
+    for kind, row in FORMATS.items():
+        if name.endswith(row.extensions):
+            return kind
+    return "jsonl" if name.endswith(".json") and _looks_like_jsonl(file, options.text_field) else "text"
+
+
+def _looks_like_jsonl(file: str, text_field: str) -> bool:
+    """Many corpora call JSON lines ``.json``: one is meant if the first line is an object with the text field."""
+    try:
+        with open_bytes(file) as opened:
+            first = orjson.loads(opened.readline(1 << 24))
+    except (OSError, EOFError, ValueError):
+        return False
+    return isinstance(first, dict) and text_field.split(".")[0] in first
+
+
+def _fingerprint(piece: Piece) -> dict[str, Any]:
+    """Return name, size, modification time and a hash of the first and last MiB."""
+    try:
+        status = os.stat(piece.path)
+        digest = xxhash.xxh3_128()
+        with open(piece.path, "rb") as file:
+            digest.update(file.read(_HEAD_BYTES))
+            if status.st_size > 2 * _HEAD_BYTES:
+                file.seek(-_HEAD_BYTES, os.SEEK_END)
+            digest.update(file.read(_HEAD_BYTES))
+    except OSError as error:
+        raise DataError(
+            f"cannot read {piece.path}: {error.strerror}. Make it readable, or leave it out with --exclude."
+        ) from error
+    name = f"{piece.root}/{piece.name}".lstrip("=")
+    return {"name": name, "bytes": status.st_size, "modified_ns": status.st_mtime_ns, "hash": digest.hexdigest()}
+
+
+def inputs_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return one digest over names, sizes and hashes (not times) of all input files."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(orjson.dumps([row["name"], row["bytes"], row["hash"]]))
+    return f"sha256:{digest.hexdigest()}"
+
+
+# --- units ---------------------------------------------------------------------------------------------------------
+
+
+def _cut(piece: Piece, unit_bytes: int) -> Iterator[Piece]:
+    """Cut a large file where its format allows it."""
+    unit = FORMATS[piece.format].unit
+    if unit == "bytes" and not compression_suffix(piece.path) and piece.size_bytes > unit_bytes:
+        for start in range(0, piece.size_bytes, unit_bytes):
+            yield piece._replace(start=start, stop=min(start + unit_bytes, piece.size_bytes))
+    elif unit == "groups" and piece.size_bytes > unit_bytes:
+        yield from _cut_groups(piece, unit_bytes)
+    else:
+        yield piece
+
+
+def _cut_groups(piece: Piece, unit_bytes: int) -> Iterator[Piece]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        count = pyarrow.parquet.ParquetFile(piece.path).num_row_groups
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{piece.path} is truncated or damaged ({error}). Fetch it again, or leave it out.") from error
+    step = max(1, count * unit_bytes // max(piece.size_bytes, 1))
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        yield piece._replace(start=start, stop=stop, size_bytes=piece.size_bytes * (stop - start) // count)
+
+
+def _grouped(pieces: Iterator[Piece], unit_bytes: int) -> Iterator[list[Piece]]:
+    group: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if group and size + piece_bytes(piece) > unit_bytes:
+            yield group
+            group, size = [], 0
+        group.append(piece)
+        size += piece_bytes(piece)
+    if group:
+        yield group
+
+
+# --- comparing -----------------------------------------------------------------------------------------------------
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return one short line per fact that is not the same.
+
+    >>> difference({"seq_len": 512, "inputs": [{"name": "a", "bytes": 1}]}, {"seq_len": 1024, "inputs": []})
+    ['inputs: a is gone', 'seq_len: 512 -> 1024']
+    """
+    lines = []
+    for key in sorted({*old, *new}):
+        if key == "inputs":
+            lines += _input_difference(old.get(key, []), new.get(key, []))
+        elif old.get(key) != new.get(key):
+            lines.append(f"{key}: {_short(old.get(key))} -> {_short(new.get(key))}")
+    return lines
+
+
+def _input_difference(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[str]:
+    before, after = ({row["name"]: row for row in rows} for rows in (old, new))
+    lines = [f"inputs: {name} is gone" for name in before if name not in after]
+    lines += [f"inputs: {name} is new" for name in after if name not in before]
+    for name in before:
+        changed = [key for key in before[name] if name in after and before[name][key] != after[name][key]]
+        if changed:
+            lines.append(f"inputs: {name} has another {' and '.join(changed)}")
+    if not lines and old != new:
+        lines.append("inputs: the same files in another order")
+    return lines
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        value = {key: value[key] for key in sorted(value)}
+    text = str(value)
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,100 @@
+"""Train a byte-level BPE tokenizer on a sample of the corpus, the same file in every run.
+
+The sample holds the documents with the smallest seeded hashes, the same number of bytes from every domain, so that
+rare domains shape the vocabulary too, and the order or cutting of the inputs does not.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import xxhash
+
+from converters.options import StageOptions
+from converters.plan import Unit
+from converters.readers import Bad
+from converters.stage import documents_of
+from mixer.errors import InputError
+
+__all__ = ["END_OF_TEXT", "sample_documents", "trained_tokenizer"]
+
+END_OF_TEXT = "<|endoftext|>"
+SAMPLE_BYTES = 64 << 20
+
+
+def trained_tokenizer(units: Sequence[Unit], options: StageOptions, folder: Path) -> Path:
+    """Return ``folder/tokenizer.json``, trained now unless it is there."""
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        assert options.train_tokenizer is not None
+        texts = sample_documents(units, options, SAMPLE_BYTES)
+        if not texts:
+            raise InputError("no text to train a tokenizer on.")
+        partial = folder / f".tokenizer.json.{os.getpid()}.tmp"
+        partial.write_text(train_bpe(texts, options.train_tokenizer), encoding="utf-8")
+        os.replace(partial, file)
+    return file
+
+
+def sample_documents(units: Sequence[Unit], options: StageOptions, sample_bytes: int) -> list[str]:
+    """Return texts of about ``sample_bytes`` in all, spread evenly over the domains that have enough."""
+    domains: dict[str, _SmallestHashes] = {}
+    for unit in units:
+        for piece in unit.pieces:
+            for document in documents_of(piece, options):
+                if not isinstance(document, Bad) and document.text:
+                    domains.setdefault(document.domain, _SmallestHashes(sample_bytes)).add(document.text, options.seed)
+    texts: list[str] = []
+    left = sample_bytes
+    # Smallest domains first: what they cannot use is shared among the rest.
+    for place, name in enumerate(sorted(domains, key=lambda name: (domains[name].size, name))):
+        budget = left // (len(domains) - place)
+        for text in domains[name].texts():
+            if budget <= 0:
+                break
+            cut = text[:budget]
+            texts.append(cut)
+            budget -= len(cut)
+            left -= len(cut)
+    return texts
+
+
+class _SmallestHashes:
+    """The documents of a domain with the smallest hashes, just enough of them to fill the sample."""
+
+    def __init__(self, limit: int) -> None:
+        self.size = 0
+        self._limit = limit
+        self._heap: list[tuple[int, str]] = []
+
+    def add(self, text: str, seed: int) -> None:
+        key = xxhash.xxh3_64_intdigest(text.encode("utf-8"), seed)
+        if self.size >= self._limit and -self._heap[0][0] <= key:
+            return
+        heapq.heappush(self._heap, (-key, text))
+        self.size += len(text)
+        while self.size - len(self._heap[0][1]) >= self._limit:
+            self.size -= len(heapq.heappop(self._heap)[1])
+
+    def texts(self) -> Iterator[str]:
+        return (text for _, text in sorted(self._heap, reverse=True))
+
+
+def train_bpe(texts: Sequence[str], vocab_size: int) -> str:
+    """Return the JSON of a byte-level BPE of ``vocab_size`` ids, the first of which is the end of text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str(pretty=True)

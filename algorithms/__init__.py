@@ -1,0 +1,56 @@
+"""Find domain weights with distributionally robust optimisation while a proxy model trains.
+
+    from algorithms import DomainReweighting, doremi
+    algorithm = DomainReweighting(doremi(), reference=reference)
+    trainer = Trainer(model=model, train_dataloader=loader, algorithms=[algorithm], max_duration="1000ba")
+
+Names are loaded when first used: only ``DomainReweighting`` needs Composer, and importing that takes seconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from algorithms.domain_reweighting import DomainReweighting
+    from algorithms.losses import DomainLosses, token_losses
+    from algorithms.references import FrozenModel, Reference, as_reference
+    from algorithms.rules.base import Domains, UpdateRule
+    from algorithms.rules.doremi import doremi
+    from algorithms.rules.group_dro import group_dro
+    from algorithms.signals import Signals
+
+_HOMES = {
+    "DomainLosses": "algorithms.losses",
+    "DomainReweighting": "algorithms.domain_reweighting",
+    "Domains": "algorithms.rules.base",
+    "FrozenModel": "algorithms.references",
+    "Reference": "algorithms.references",
+    "Signals": "algorithms.signals",
+    "UpdateRule": "algorithms.rules.base",
+    "as_reference": "algorithms.references",
+    "doremi": "algorithms.rules.doremi",
+    "group_dro": "algorithms.rules.group_dro",
+    "token_losses": "algorithms.losses",
+}
+
+__all__ = [
+    "DomainLosses",
+    "DomainReweighting",
+    "Domains",
+    "FrozenModel",
+    "Reference",
+    "Signals",
+    "UpdateRule",
+    "as_reference",
+    "doremi",
+    "group_dro",
+    "token_losses",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'algorithms' has no attribute {name!r}")

@@ -1,0 +1,552 @@
+"""``DomainReweighting``: find domain weights while a proxy model trains with Composer.
+
+    algorithm = DomainReweighting(doremi(), reference=reference)
+    Trainer(model=HuggingFaceModel(proxy), train_dataloader=loader, algorithms=[algorithm], max_duration="1000ba").fit()
+    algorithm.mixture().save("mixture.json")
+
+Per step: tokens per domain are counted over all ranks before the first forward; every micro-batch adds its sums on its
+own (no communication, so an out-of-memory retry on one rank can neither hang nor count twice) and gets its part of the
+weighted loss; after the optimiser step one all-reduce of a few numbers per domain feeds the update rule, which every
+rank computes alike. The weights of step t are those found by step t − 1.
+
+The proxy runs once. A ``HuggingFaceModel`` is called without labels and its loss is taken from the logits here, so the
+cross-entropy is computed once, too, for all Hugging Face models and without touching them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from composer.core import Algorithm, Event, Precision, State, Time, TimeUnit, get_precision_context
+from composer.loggers import Logger
+from composer.models import HuggingFaceModel
+from composer.utils import dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from algorithms.losses import (
+    DomainLosses,
+    Normalization,
+    OnNonfinite,
+    labels_of,
+    loss_mask,
+    token_losses,
+    weighted_loss,
+)
+from algorithms.random_state import random_state, restore_random_state
+from algorithms.references import Reference, as_reference
+from algorithms.references.frozen import is_encoder_decoder, language_model, logits_of, unwrapped
+from algorithms.rules.base import Domains, UpdateRule, as_domains, state_from_dict, state_to_dict
+from algorithms.signals import Signals
+from algorithms.trajectory import Rows, Trajectory
+from mixer.errors import DataError, InputError
+from mixer.mixture import Mixture
+
+__all__ = ["DomainReweighting"]
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+MAX_LOST_STEPS = 10  # steps in a row without one finite loss, before "skip" gives up
+
+
+class _Micro(NamedTuple):
+    """The micro-batch between its forward and its backward."""
+
+    labels: Tensor
+    mask: Tensor
+    domain_ids: Tensor
+    reference_loss: Tensor | None
+    token_loss: Tensor | None = None
+
+
+class DomainReweighting(Algorithm):
+    """Composer algorithm that runs an update rule and applies its weights to the loss or to the sampling.
+
+    Args:
+        rule: for example ``doremi()``. None gathers and logs the losses per domain and changes nothing.
+        reference: a model, the path of one, or a ``Reference``; for rules that need one.
+        apply: "loss" multiplies each domain's loss by its weight, and samples are drawn as before; "sampling" hands the
+            weights to the loader, and the loss stays the mean over tokens. By default what the rule is made for.
+        normalization: how loss weights meet token counts, see ``loss_coefficients``; by default the rule's.
+        every: time between updates, in batches ("20ba"), samples ("5000sp") or tokens ("1000000tok"); sums add up.
+        domains: names in the order of ``domain_ids``, or ``Domains``; by default the loader's.
+        on_nonfinite: "fail" stops the run at the first NaN or infinite loss and names the domain; "skip" leaves that
+            domain out of the update, its tokens out of the loss, and counts it.
+        shift: whether the model predicts the next token; found out for Hugging Face models.
+        restore_rng: continue the random generators (dropout) exactly when a run is resumed inside an epoch, which
+            Composer itself does not do for loaders that resume themselves.
+
+    Raises: InputError: on a setting that cannot work, here or when training starts.
+
+    Logged at Composer's own loss step, for every domain of the batch: ``domain_loss/<name>``, with a reference
+    ``domain_excess/<name>`` (mean of loss − reference loss); at updates ``domain_weight/<name>`` for all.
+    """
+
+    interpolate_loss = True  # tells Composer to warn when a second algorithm replaces the loss
+
+    def __init__(
+        self,
+        rule: UpdateRule | None = None,
+        *,
+        reference: Reference | nn.Module | str | Path | None = None,
+        apply: Literal["loss", "sampling"] | None = None,
+        normalization: Normalization | None = None,
+        every: str | int = "1ba",
+        domains: Domains | Sequence[str] | None = None,
+        on_nonfinite: OnNonfinite = "fail",
+        shift: bool | None = None,
+        restore_rng: bool = True,
+    ) -> None:
+        self.rule = rule
+        self.reference = None if reference is None else as_reference(reference)
+        self.target = apply or (rule.applies if rule else "loss")
+        self.normalization: Normalization = normalization or (rule.normalization if rule else "domain")
+        self.every = _interval(every)
+        self.shift = shift
+        self.restore_rng = restore_rng
+        self._on_nonfinite: OnNonfinite = on_nonfinite
+        self._given_domains = domains
+        self._check_settings()
+        self.weights: NDArray[np.float64] | None = None
+        self._losses: DomainLosses | None = None
+        self._saved: Mapping[str, Any] | None = None
+        self._loaded_rng: Sequence[Mapping[str, Any]] | None = None
+        self._micro: _Micro | None = None
+        self._loader: Any = None
+
+    def _check_settings(self) -> None:
+        if self.target not in ("loss", "sampling"):
+            raise InputError(f'apply must be "loss" or "sampling"; got {self.target!r}.')
+        if self.normalization not in ("domain", "tokens"):
+            raise InputError(f'normalization must be "domain" or "tokens"; got {self.normalization!r}.')
+        if self.rule and "reference" in self.rule.needs and self.reference is None:
+            raise InputError(
+                f"the rule {self.rule.name!r} compares with a reference, and none was given: "
+                f"DomainReweighting({self.rule.name}(), reference=...) takes a model, its path, or cached losses."
+            )
+        if self.rule and self.rule.needs - {"reference"}:
+            raise InputError(
+                f"the rule {self.rule.name!r} needs {sorted(self.rule.needs - {'reference'})}, "
+                "which DomainReweighting does not gather. Use it in a loop of your own."
+            )
+
+    # ------------------------------------------------------------------ what a person reads off
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains; known once training has started."""
+        return self._started().domains
+
+    @property
+    def trajectory(self) -> Rows:
+        """The history of the run, a row per update (or per step without a rule)."""
+        self._started()
+        return self._trajectory.rows()
+
+    @property
+    def num_nonfinite(self) -> dict[str, int]:
+        """Steps in which a domain's loss was not finite and was skipped, by name."""
+        losses = self._started()
+        return dict(zip(losses.domains, losses.num_nonfinite.tolist()))
+
+    def save_trajectory(self, path: str | Path) -> Path:
+        """Write ``trajectory`` and the names of the domains as a compressed ``.npz``."""
+        return self._trajectory.save(path, self.domains)
+
+    def mixture(self, **provenance: Any) -> Mixture:
+        """Return the mixture to train the main model on, with what made it; keywords add to the provenance.
+
+        Raises: InputError: without a rule, or before training has started.
+        """
+        names = self.domains
+        if self.rule is None:
+            raise InputError("DomainReweighting without a rule only observes: there is no mixture. Give it a rule.")
+        facts = {
+            "rule": self.rule.name,
+            "settings": dict(self.rule.settings),
+            "updates": self._num_updates,
+            "every": str(self.every),
+            "apply": self.target,
+            "reference": None if self.reference is None else self.reference.fingerprint,
+            **({"normalization": self.normalization} if self.target == "loss" else {}),
+            **_shards_provenance(self._loader),
+        }
+        return Mixture(dict(zip(names, self.rule.result(self._state).tolist())), {**facts, **provenance})
+
+    def _started(self) -> DomainLosses:
+        if self._losses is None:
+            raise InputError("DomainReweighting knows its domains once training has started: call trainer.fit() first.")
+        return self._losses
+
+    # ------------------------------------------------------------------ events
+
+    def match(self, event: Event, state: State) -> bool:
+        return event in self._HANDLERS
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        self._HANDLERS[event](self, state, logger)
+
+    def _on_init(self, state: State, logger: Logger) -> None:
+        count = sum(isinstance(algorithm, DomainReweighting) for algorithm in state.algorithms)
+        if count > 1:
+            raise InputError(
+                f"{count} DomainReweighting algorithms in one run: each would replace the loss, and a checkpoint keeps "
+                "one. Use one rule per run."
+            )
+        if self._losses is not None:
+            raise InputError(
+                "this DomainReweighting has served another Trainer and would continue from its weights. Make a new "
+                "one; a checkpoint restores its state."
+            )
+
+    def _on_fit_start(self, state: State, logger: Logger) -> None:
+        if self._losses is None:
+            self._begin(state)
+        loader = self._loader = state.dataloader
+        if self.reference is not None:
+            self.reference.to(next(state.model.parameters()).device)
+            self.reference.bind(self.domains, loader)
+        if hasattr(loader, "set_weights"):
+            # The loader knows its own position: Composer must not skip batches when fit() continues inside an epoch.
+            state.dataset_resumption["train"] = True
+        self._push_weights()
+
+    def _begin(self, state: State) -> None:
+        domains = _domains(self._given_domains, state.dataloader)
+        model = language_model(state.model)
+        self._is_wrapped = isinstance(unwrapped(state.model), HuggingFaceModel)
+        self._is_encoder_decoder = is_encoder_decoder(model)
+        self._model = model
+        shift = not self._is_encoder_decoder if self.shift is None else self.shift
+        self._losses = DomainLosses(
+            domains.names,
+            reference=self.reference,
+            normalization=self.normalization,
+            on_nonfinite=self._on_nonfinite,
+            shift=shift,
+        )
+        self._trajectory = Trajectory(len(domains.names))
+        self._state = self.rule.init(domains) if self.rule else None
+        self._pending: Signals | None = None
+        self._num_updates = 0
+        self._lost_steps = 0
+        if self.target == "sampling" and self.rule and not hasattr(state.dataloader, "set_weights"):
+            raise InputError(
+                'apply="sampling" needs a loader with set_weights, such as MixtureLoader; '
+                f"got {type(state.dataloader).__name__}."
+            )
+        if self._saved is not None:
+            self._restore(self._saved)
+        self.weights = self.rule.weights(self._state) if self.rule else None
+
+    def _before_dataloader(self, state: State, logger: Logger) -> None:
+        if self._loaded_rng is None:
+            return
+        # At the start of an epoch Composer restores the generators itself, before it makes the loader's iterator.
+        inside_epoch = state.timestamp.batch_in_epoch.value > 0 and "train" in state.dataset_resumption
+        if inside_epoch and len(self._loaded_rng) == dist.get_world_size():
+            restore_random_state(self._loaded_rng[dist.get_global_rank()])
+        elif inside_epoch:
+            log.warning(
+                "resumed on %d ranks what %d ranks saved: dropout continues with other random numbers.",
+                dist.get_world_size(),
+                len(self._loaded_rng),
+            )
+        self._loaded_rng = None
+
+    def _batch_start(self, state: State, logger: Logger) -> None:
+        # The only event at which state.batch is sure to be the whole batch, also on a retry.
+        if self._is_encoder_decoder and "labels" not in state.batch:
+            raise InputError(f"an encoder-decoder model needs 'labels' in the batch; it has {sorted(state.batch)}.")
+        _add_labels(state)
+        losses = self._started()
+        losses.start(state.batch)
+        weights = self.weights if self.target == "loss" else None
+        self._coefficients = losses.coefficients(weights, _sampling_weights(self._loader))
+
+    def _before_train_batch(self, state: State, logger: Logger) -> None:
+        # Also at every retry of a batch that ran out of memory, and at every call of an optimiser's closure.
+        self._started().reset()
+
+    def _before_forward(self, state: State, logger: Logger) -> None:
+        batch = state.batch
+        labels = labels_of(batch)
+        reference_loss = None
+        if self.reference is not None:
+            # Before the proxy's activations exist, so that the reference's logits are gone when they do.
+            with torch.no_grad(), get_precision_context(state.precision, state.precision_config):
+                reference_loss = self.reference.token_losses(batch)
+        self._micro = _Micro(
+            labels, loss_mask(labels, shift=self._started().shift), batch["domain_ids"], reference_loss
+        )
+        if self._is_wrapped:
+            state.batch = {name: value for name, value in batch.items() if name != "labels"}
+            if self._is_encoder_decoder and "decoder_input_ids" not in batch:
+                state.batch["decoder_input_ids"] = self._model.prepare_decoder_input_ids_from_labels(labels=labels)
+
+    def _after_forward(self, state: State, logger: Logger) -> None:
+        if not self._is_wrapped:
+            return
+        assert self._micro is not None
+        state.batch = {**state.batch, "labels": self._micro.labels}
+        loss = token_losses(logits_of(state.outputs), self._micro.labels, shift=self._started().shift)
+        self._micro = self._micro._replace(token_loss=loss)
+        outputs: Any = state.outputs
+        if isinstance(outputs, Mapping):
+            outputs["loss"] = loss  # type: ignore[index]  # what HuggingFaceModel.loss returns
+        else:
+            state.outputs = (loss, *outputs)
+
+    def _before_backward(self, state: State, logger: Logger) -> None:
+        losses, micro = self._started(), self._micro
+        assert micro is not None
+        token_loss = self._token_loss(state, micro)
+        losses.add(token_loss, micro.mask, micro.domain_ids, micro.reference_loss)
+        usable = losses.usable(token_loss, micro.mask)
+        if self.rule is None:
+            loss = torch.where(usable, token_loss, torch.zeros_like(token_loss)).sum() / micro.mask.sum().clamp(min=1)
+        else:
+            share = len(micro.labels) / losses.num_rows
+            loss = _share_of_the_sum(
+                weighted_loss(token_loss, usable, micro.domain_ids, self._coefficients), state, share
+            )
+        extra = self._auxiliary_loss(state)
+        state.loss = loss if extra is None else {"total": loss + extra, "loss": loss, "auxiliary": extra}
+        self._micro = None
+
+    def _token_loss(self, state: State, micro: _Micro) -> Tensor:
+        """Return the proxy's losses (B, S): taken after the forward, or the model's own where they are per token."""
+        if micro.token_loss is not None:
+            return micro.token_loss
+        own = state.loss.get("loss") if isinstance(state.loss, Mapping) else state.loss
+        if isinstance(own, Tensor) and own.shape == micro.mask.shape:
+            return own
+        return token_losses(logits_of(state.outputs), micro.labels, shift=self._started().shift)
+
+    def _auxiliary_loss(self, state: State) -> Tensor | None:
+        """Return what the model adds to the cross-entropy, such as the load balancing of a mixture of experts."""
+        if isinstance(state.loss, Mapping):
+            parts = [value for name, value in state.loss.items() if name not in ("total", "loss")]
+            return torch.stack(parts).sum() if parts else None
+        auxiliary = state.outputs.get("aux_loss") if isinstance(state.outputs, Mapping) else None
+        return None if auxiliary is None else auxiliary * getattr(self._model.config, "router_aux_loss_coef", 1.0)
+
+    def _batch_end(self, state: State, logger: Logger) -> None:
+        losses = self._started()
+        step = state.timestamp.batch.value - 1  # Composer logged this step's loss before it moved the clock
+        before = losses.num_nonfinite
+        try:
+            signals = losses.signals()
+        except DataError as error:
+            raise DataError(f"at step {step} {error}") from error
+        self._count_lost(signals, step)
+        if self.reference is not None:
+            self.reference.observe(signals)
+        self._pending = signals if self._pending is None else self._pending + signals
+        metrics = _loss_metrics(losses.domains, signals, losses.num_nonfinite - before)
+        if _is_due(self.every, state):
+            metrics |= self._update(step)
+        logger.log_metrics(metrics, step=step)
+
+    def _update(self, step: int) -> dict[str, float]:
+        signals, self._pending = self._pending, None
+        assert signals is not None
+        if self.rule is None:
+            shares = signals.num_tokens / max(signals.num_tokens.sum(), 1.0)
+            self._trajectory.append(step, shares, signals)
+            return {}
+        self._state, self.weights = self.rule.update(self._state, signals)
+        self._num_updates += 1
+        self._trajectory.append(step, self.weights, signals)
+        self._push_weights()
+        return {f"domain_weight/{name}": float(weight) for name, weight in zip(self.domains, self.weights)}
+
+    def _push_weights(self) -> None:
+        if self.rule and self.target == "sampling":
+            assert self.weights is not None
+            self._loader.set_weights(dict(zip(self.domains, self.weights.tolist())))
+
+    def _count_lost(self, signals: Signals, step: int) -> None:
+        self._lost_steps = 0 if signals.num_tokens.any() else self._lost_steps + 1
+        if self._lost_steps >= MAX_LOST_STEPS:
+            raise DataError(
+                f"no domain had a finite loss in the {MAX_LOST_STEPS} steps up to {step}: the model has diverged. "
+                "Start again with a lower learning rate."
+            )
+
+    def _eval_batch_start(self, state: State, logger: Logger) -> None:
+        _add_labels(state)
+
+    _HANDLERS: ClassVar[dict[Event, Callable[[Any, State, Logger], None]]] = {
+        Event.INIT: _on_init,
+        Event.FIT_START: _on_fit_start,
+        Event.BEFORE_DATALOADER: _before_dataloader,
+        Event.BATCH_START: _batch_start,
+        Event.BEFORE_TRAIN_BATCH: _before_train_batch,
+        Event.BEFORE_FORWARD: _before_forward,
+        Event.AFTER_FORWARD: _after_forward,
+        Event.BEFORE_BACKWARD: _before_backward,
+        Event.BATCH_END: _batch_end,
+        Event.EVAL_BATCH_START: _eval_batch_start,
+    }
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return builtins and tensors, the same on every rank, of a size that does not grow with the run."""
+        if self._losses is None:
+            return dict(self._saved or {"version": VERSION})
+        return {
+            "version": VERSION,
+            **self._identity(),
+            "state": state_to_dict(self._state) if self.rule else {},
+            "pending": None
+            if self._pending is None
+            else [None if row is None else row.tolist() for row in self._pending],
+            "num_updates": self._num_updates,
+            "num_nonfinite": self._losses.num_nonfinite.tolist(),
+            "lost_steps": self._lost_steps,
+            "trajectory": self._trajectory.state_dict(),
+            "reference_state": {} if self.reference is None else self.reference.state_dict(),
+            "rng": dist.all_gather_object(random_state()) if self.restore_rng else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        # Called before the loader is known; the domains are compared when training starts.
+        self._saved = None if self._given_up(state) else state
+        self._loaded_rng = state.get("rng") if self.restore_rng else None
+        if self._saved is not None and self._losses is not None:
+            self._restore(self._saved)
+
+    @staticmethod
+    def _given_up(state: Mapping[str, Any]) -> bool:
+        if state.get("version") != VERSION:
+            raise InputError(
+                f"the checkpoint holds DomainReweighting state of version {state.get('version')!r}, this is version "
+                f"{VERSION}. Install the version it was saved with."
+            )
+        return "state" not in state  # saved before training had started
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what a checkpoint and this run have to agree on."""
+        return {
+            "domains": list(self.domains),
+            "rule": self.rule.name if self.rule else None,
+            "settings": dict(self.rule.settings) if self.rule else {},
+            "apply": self.target,
+            "reference": None if self.reference is None else self.reference.fingerprint,
+        }
+
+    def _restore(self, saved: Mapping[str, Any]) -> None:
+        for name, mine in self._identity().items():
+            if saved[name] != mine:
+                raise InputError(
+                    f"the checkpoint was saved with {name} {saved[name]!r}, this run has {mine!r}. Continue with the "
+                    "same, or start anew with load_ignore_keys=['state/algorithms/*']."
+                )
+        if self.rule:
+            self._state = state_from_dict(self._state, saved["state"])
+            self.weights = self.rule.weights(self._state)
+        pending = saved["pending"]
+        rows = [None if row is None else np.array(row, dtype=np.float64) for row in pending or []]
+        self._pending = Signals(*rows) if rows else None  # type: ignore[arg-type]
+        self._num_updates, self._lost_steps = int(saved["num_updates"]), int(saved["lost_steps"])
+        self._started().num_nonfinite = np.array(saved["num_nonfinite"], dtype=np.int64)
+        self._trajectory.load_state_dict(saved["trajectory"])
+        if self.reference is not None:
+            self.reference.load_state_dict(saved["reference_state"])
+
+
+def _share_of_the_sum(loss: Tensor, state: State, share: float) -> Tensor:
+    """Return ``loss``, a part of a sum over micro-batches and ranks, so that Composer optimises and logs that sum.
+
+    Composer multiplies each micro-batch loss by its share of the rows (of the tokens, with
+    ``accumulate_train_batch_on_tokens``), as a mean needs, and gradients are averaged over ranks. The gradient is set
+    to what a sum needs, whatever that factor was; the value undoes it, for the log.
+    """
+    ranks = dist.get_world_size()
+    scale = state.scaler.get_scale() if state.precision == Precision.AMP_FP16 and state.scaler is not None else 1.0
+    loss.register_hook(lambda gradient: torch.full_like(gradient, ranks * scale))
+    return loss * (ranks / share)
+
+
+def _interval(every: str | int) -> Time:
+    try:
+        interval = Time.from_input(every, TimeUnit.BATCH)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f'every={every!r} is not a time: expected "20ba" (batches), "5000sp" (samples) or "1000000tok" (tokens).'
+        ) from error
+    if interval.unit not in (TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN) or interval.value < 1:
+        raise InputError(f'every={every!r} has to be at least one batch ("ba"), sample ("sp") or token ("tok").')
+    return interval
+
+
+def _is_due(every: Time, state: State) -> bool:
+    now, before = state.timestamp.get(every.unit).value, state.previous_timestamp.get(every.unit).value  # type: ignore[union-attr]
+    return now // every.value > before // every.value
+
+
+def _add_labels(state: State) -> None:
+    # MixtureLoader's batches have none: the labels of a language model are its inputs.
+    if not isinstance(state.batch, Mapping):
+        raise InputError(
+            f"batches have to be mappings with 'input_ids' and 'domain_ids'; got {type(state.batch).__name__}."
+        )
+    if "labels" not in state.batch:
+        state.batch = {**state.batch, "labels": labels_of(state.batch)}
+
+
+def _domains(given: Domains | Sequence[str] | None, loader: Any) -> Domains:
+    names = None if getattr(loader, "domains", None) is None else tuple(loader.domains)
+    if given is not None:
+        domains = as_domains(given)
+        if names not in (None, domains.names):
+            raise InputError(
+                f"the domains given are {list(domains.names)}, the loader's are {list(names or ())}; domain_ids index "
+                "the loader's. Leave the argument out."
+            )
+        return domains
+    if names is None:
+        raise InputError(
+            f"{type(loader).__name__} does not say what its domains are: "
+            "give DomainReweighting(..., domains=[names in the order of domain_ids])."
+        )
+    manifest, shares = getattr(loader, "manifest", None), _sampling_weights(loader)
+    sizes = None if manifest is None else [manifest.split(name, "train").num_tokens for name in names]
+    return as_domains(names, sizes, None if shares is None else shares.tolist())
+
+
+def _sampling_weights(loader: Any) -> NDArray[np.float64] | None:
+    names, weights = getattr(loader, "domains", None), getattr(loader, "weights", None)
+    if names is None or weights is None:
+        return None
+    return np.array([weights[name] for name in names] if isinstance(weights, Mapping) else weights, dtype=np.float64)
+
+
+def _loss_metrics(domains: Sequence[str], signals: Signals, skipped: NDArray[np.int64]) -> dict[str, float]:
+    metrics = {}
+    for index, name in enumerate(domains):
+        if skipped[index]:
+            metrics[f"domain_nonfinite/{name}"] = 1.0
+        count = signals.num_tokens[index]
+        if count == 0:
+            continue
+        metrics[f"domain_loss/{name}"] = float(signals.loss[index] / count)
+        if signals.reference_loss is not None:
+            metrics[f"domain_excess/{name}"] = float((signals.loss[index] - signals.reference_loss[index]) / count)
+    return metrics
+
+
+def _shards_provenance(loader: Any) -> dict[str, Any]:
+    manifest = getattr(loader, "manifest", None)
+    if manifest is None:
+        return {}
+    shards = {name: manifest.split(name, "train").fingerprint for name in manifest.names}
+    return {"tokenizer": manifest.tokenizer.fingerprint, "shards": shards}

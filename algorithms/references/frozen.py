@@ -1,0 +1,152 @@
+"""A frozen model as reference: the per-token losses of a model that is run on every batch but never trained."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from algorithms.losses import labels_of, token_losses
+from algorithms.references.base import Reference
+from mixer.errors import InputError
+
+__all__ = ["FrozenModel", "fingerprint_of", "is_encoder_decoder", "language_model", "logits_of", "unwrapped"]
+
+
+class FrozenModel(Reference):
+    """The losses of a frozen language model: evaluation mode, no gradient, no dropout.
+
+    It is a copy, so the model given may be the one about to be trained; and it is no ``nn.Module``, so that neither
+    checkpoint nor optimiser nor DDP sees it.
+
+    Args:
+        model: a Hugging Face causal or encoder-decoder model, Composer's ``HuggingFaceModel`` around one, or any module
+            that maps ``input_ids`` (B, T) to logits (B, T, V); or the path of a Hugging Face folder or a Composer
+            checkpoint.
+        dtype: convert the weights, for example to ``torch.bfloat16``; losses stay float32.
+    """
+
+    def __init__(self, model: nn.Module | str | Path, dtype: torch.dtype | None = None) -> None:
+        source = load_model(model) if isinstance(model, str | Path) else copy.deepcopy(language_model(model))
+        self._fingerprint = fingerprint_of(source)
+        self.model = source.to(dtype=dtype).eval().requires_grad_(False)
+        self._arguments = set(inspect.signature(self.model.forward).parameters)
+        self._shift = not is_encoder_decoder(self.model)
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @torch.no_grad()
+    def token_losses(self, batch: Mapping[str, Any]) -> Tensor:
+        device = next(self.model.parameters()).device
+        labels = labels_of(batch).to(device)
+        wanted = self._arguments - {"labels"}
+        inputs = {name: value.to(device) for name, value in batch.items() if name in wanted}
+        if not self._shift and "decoder_input_ids" not in inputs:
+            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return token_losses(logits_of(self.model(**inputs)), labels, shift=self._shift)
+
+    def to(self, device: torch.device | str) -> FrozenModel:
+        self.model.to(device)
+        return self
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside DDP's and torch.compile's wrappers."""
+    for name in ("module", "_orig_mod"):
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module):
+            return unwrapped(inner)
+    return model
+
+
+def language_model(model: nn.Module) -> Any:
+    """Return the Hugging Face model inside Composer's wrapper; any other module itself."""
+    model = unwrapped(model)
+    inner = getattr(model, "model", None)
+    is_composer_wrapper = hasattr(model, "eval_forward") and hasattr(inner, "config")
+    return inner if is_composer_wrapper and isinstance(inner, nn.Module) else model
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Return whether the model predicts ``labels`` in place (T5), not the next token of its input."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """Return the logits (B, T, V) in a model's output.
+
+    Raises: InputError: if there are none.
+    """
+    if isinstance(outputs, Mapping) and "logits" in outputs:
+        return outputs["logits"]
+    candidates = outputs if isinstance(outputs, tuple | list) else [outputs]
+    for value in (getattr(outputs, "logits", None), *candidates):
+        if isinstance(value, Tensor) and value.ndim == 3:
+            return value
+    raise InputError(
+        "a language model has to return logits of shape (B, T, V), alone, in a tuple, or as .logits; "
+        f"got {type(outputs).__name__}."
+    )
+
+
+def fingerprint_of(model: nn.Module) -> str:
+    """Return a digest of the names, shapes, types and values of all parameters and buffers."""
+    digest = xxhash.xxh3_128()
+    for name, value in sorted(model.state_dict().items()):
+        flat = value.detach().cpu().contiguous().flatten()
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(flat.view(torch.uint8).numpy())
+    return f"xxh3:{digest.hexdigest()}"
+
+
+def load_model(path: str | Path) -> Any:
+    """Return the model in a Hugging Face folder, or the one inside a Composer checkpoint file.
+
+    Raises: InputError: if there is none.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return _from_folder(path)
+    if path.is_file():
+        return _from_checkpoint(path)
+    raise InputError(
+        f"no reference model at {path}: expected a Hugging Face folder with config.json and weights, or a Composer "
+        "checkpoint file (.pt)."
+    )
+
+
+def _from_folder(path: Path) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    is_seq2seq = getattr(AutoConfig.from_pretrained(path), "is_encoder_decoder", False)
+    kind = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
+    try:
+        return kind.from_pretrained(path, local_files_only=True)
+    except OSError as error:
+        raise InputError(f"cannot load the reference model in {path}: {' '.join(str(error).split())}.") from error
+
+
+def _from_checkpoint(path: Path) -> nn.Module:
+    from composer.models import HuggingFaceModel
+    from composer.utils.checkpoint import safe_torch_load
+
+    try:
+        checkpoint = safe_torch_load(str(path))
+        saved = checkpoint["state"]["integrations"]["huggingface"]
+        model = HuggingFaceModel.load_huggingface_model_from_saved_state(saved, checkpoint, None, None)
+    except (KeyError, TypeError, RuntimeError, EOFError, ValueError) as error:
+        raise InputError(
+            f"{path} is not a Composer checkpoint of a HuggingFaceModel ({type(error).__name__}: {error}). "
+            "Give a Hugging Face folder instead."
+        ) from error
+    weights = {name.removeprefix("model."): value for name, value in checkpoint["state"]["model"].items()}
+    model.load_state_dict(weights)
+    return model

@@ -1,0 +1,399 @@
+"""DomainReweighting in one Composer process: gradients, weights, events, logs, refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from composer import Callback, State
+from composer.core import DataSpec
+from composer.loggers import Logger
+from composer.models import ComposerModel, HuggingFaceModel
+
+from algorithms import DomainReweighting, doremi, group_dro
+from algorithms.losses import DomainLosses
+from algorithms.references import FrozenModel, as_reference
+from algorithms.rules.base import UpdateRule, as_domains
+from mixer.errors import DataError, InputError
+from mixer.mixture import Mixture
+from tests.algorithms.tiny import DOMAINS, VOCAB, Loader, batch, gpt2, llama, wrap
+from tests.algorithms.training_helpers import Gradients, Metrics, fit, flat, make_trainer, parameters
+
+WEIGHTS = np.array([0.1, 0.7, 0.2])
+
+
+def constant(weights: np.ndarray = WEIGHTS, **fields: Any) -> UpdateRule:
+    """A rule whose weights never move, so that a gradient can be written out."""
+    from typing import NamedTuple
+
+    class Count(NamedTuple):
+        updates: int
+
+    return UpdateRule(
+        name="constant",
+        settings={"weights": weights.tolist()},
+        init=lambda domains: Count(0),
+        update=lambda state, signals: (Count(state.updates + 1), weights),
+        weights=lambda state: weights,
+        result=lambda state: weights,
+        **fields,
+    )
+
+
+def written_out(
+    model: torch.nn.Module, part: dict[str, torch.Tensor], weights: np.ndarray = WEIGHTS, scale: str = "domain"
+) -> torch.Tensor:
+    """Return the gradient of the objective as the papers write it, by autograd on the whole batch."""
+    model.zero_grad()
+    ids, mask = part["input_ids"], part.get("attention_mask")
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    keep = torch.ones_like(ids[:, 1:], dtype=torch.bool) if mask is None else mask[:, 1:].bool()
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(keep.shape)
+    domains = part["domain_ids"]
+    of = domains[:, None].expand_as(keep) if domains.ndim == 1 else domains[:, 1:]
+    if scale == "domain":
+        total = sum(w * losses[keep & (of == d)].mean() for d, w in enumerate(weights) if (keep & (of == d)).any())
+    else:
+        factor = torch.as_tensor(weights, dtype=torch.float32)[of] * keep
+        total = (factor * losses).sum() / factor.sum()
+    total.backward()
+    return flat(parameter.grad for parameter in model.parameters())
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("options", [{}, {"padded": True}, {"per_token": True}], ids=["plain", "padded", "per_token"])
+@pytest.mark.parametrize("micro", [12, 5, 4, 1])
+def test_gradient_is_the_papers_for_any_micro_batch(micro: int, options: dict[str, bool]) -> None:
+    seen = Gradients()
+    fit(DomainReweighting(constant()), loader=Loader(**options), micro=micro, steps=1, callbacks=[seen])
+    assert distance(seen.steps[0], written_out(llama(), batch(**options))) < 1e-6
+
+
+def test_gradient_does_not_change_when_composer_accumulates_by_tokens() -> None:
+    seen, loader = Gradients(), Loader(padded=True)
+
+    def count(part: dict[str, torch.Tensor]) -> dict[str, int]:
+        return {"total": part["input_ids"].numel(), "loss_generating": int(part["attention_mask"].sum())}
+
+    spec = DataSpec(loader, get_num_tokens_in_batch=count)  # type: ignore[arg-type]
+    fit(
+        DomainReweighting(constant()),
+        loader=spec,
+        micro=4,
+        steps=1,
+        callbacks=[seen],
+        accumulate_train_batch_on_tokens=True,
+    )
+    assert distance(seen.steps[0], written_out(llama(), batch(padded=True))) < 1e-6
+
+
+def test_token_normalization_gives_the_official_codes_gradient() -> None:
+    seen, loader = Gradients(), Loader(padded=True)
+    loader.set_weights(dict.fromkeys(DOMAINS, 1 / 3))
+    part = next(iter(loader))
+    loader.dataset.position = 0
+    fit(DomainReweighting(constant(normalization="tokens")), loader=loader, micro=4, steps=1, callbacks=[seen])
+    assert distance(seen.steps[0], written_out(llama(), part, scale="tokens")) < 1e-6
+
+
+@pytest.mark.parametrize("model", [llama, gpt2])
+def test_works_with_any_hugging_face_model(model: Any) -> None:
+    seen = Gradients()
+    fit(DomainReweighting(constant()), model=wrap(model()), micro=4, steps=1, callbacks=[seen])
+    assert distance(seen.steps[0], written_out(model(), batch())) < 1e-6
+
+
+class OwnModel(ComposerModel):
+    """A model that is not Hugging Face's, returns logits, and reduces its loss or not."""
+
+    def __init__(self, reduce: bool) -> None:
+        super().__init__()
+        self.lm, self.reduce = llama(), reduce
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        return self.lm(input_ids=batch["input_ids"]).logits
+
+    def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        losses = F.cross_entropy(outputs[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none")
+        return losses.mean() if self.reduce else losses
+
+
+@pytest.mark.parametrize("reduce", [True, False])
+def test_works_with_a_composer_model_of_ones_own(reduce: bool) -> None:
+    seen = Gradients()
+    fit(DomainReweighting(constant()), model=OwnModel(reduce), micro=4, steps=1, callbacks=[seen])
+    assert distance(seen.steps[0], written_out(llama(), batch())) < 1e-6
+
+
+def test_the_proxy_runs_once_per_micro_batch_and_its_loss_function_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = llama(), []
+    model.loss_function = lambda *args, **kwargs: pytest.fail("the model computed a second cross-entropy")
+    model.register_forward_hook(lambda *args: calls.append(1))
+    fit(DomainReweighting(constant()), model=wrap(model), micro=4, steps=2)
+    assert len(calls) == 2 * 3
+
+
+def test_without_a_rule_training_is_what_composer_would_do() -> None:
+    class Labelled(Loader):
+        def __iter__(self) -> Any:
+            return ({**part, "labels": part["input_ids"]} for part in super().__iter__())
+
+    observer = DomainReweighting()
+    watched, plain = fit(observer, micro=4), fit(loader=Labelled(), micro=4)
+    assert distance(parameters(watched), parameters(plain)) < 1e-7
+    assert np.nansum(observer.trajectory.num_tokens) == 3 * 12 * 11
+    with pytest.raises(InputError, match="only observes"):
+        observer.mixture()
+
+
+def test_logged_total_is_the_weighted_loss_and_series_share_their_steps() -> None:
+    log = Metrics()
+    algorithm = DomainReweighting(doremi(), reference=llama(seed=1))
+    fit(algorithm, micro=5, steps=3, loggers=[log])
+    total = log.series["loss/train/total"]
+    assert [step for step, _ in total] == [0, 1, 2]
+    assert [step for step, _ in log.series["domain_weight/code"]] == [0, 1, 2]
+    assert {name for name in log.series if name.startswith("domain_loss/")} == {
+        f"domain_loss/{name}" for name in DOMAINS
+    }
+    means = {name: dict(log.series[f"domain_loss/{name}"]) for name in DOMAINS}
+    assert total[0][1] == pytest.approx(sum(means[name][0] / 3 for name in DOMAINS), rel=1e-5)
+    before = {name: dict(log.series[f"domain_weight/{name}"])[0] for name in DOMAINS}
+    assert total[1][1] == pytest.approx(sum(before[name] * means[name][1] for name in DOMAINS), rel=1e-5)
+    assert set(log.series) >= {f"domain_excess/{name}" for name in DOMAINS}
+
+
+def test_a_plain_loop_finds_the_weights_that_composer_finds() -> None:
+    algorithm = DomainReweighting(doremi(), reference=llama(seed=1))
+    trainer = fit(algorithm, steps=4, micro=12)
+    model, loader, rule = llama(), Loader(), doremi()
+    losses = DomainLosses(DOMAINS, reference=as_reference(llama(seed=1)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = rule.init(DOMAINS)
+    for _, part in zip(range(4), loader):
+        losses(model(input_ids=part["input_ids"]).logits, part, rule.weights(state)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        state, weights = rule.update(state, losses.signals())
+    np.testing.assert_array_equal(weights, algorithm.weights)
+    assert torch.equal(flat(model.parameters()), parameters(trainer))
+
+
+def test_weights_do_not_depend_on_the_micro_batch() -> None:
+    results = []
+    for micro in (12, 5, 1):
+        algorithm = DomainReweighting(doremi(), reference=llama(seed=1))
+        fit(algorithm, micro=micro, steps=3, loader=Loader(padded=True))
+        results.append(algorithm.weights)
+    np.testing.assert_allclose(results[1:], [results[0]] * 2, rtol=1e-6)
+
+
+class FailOnce(Callback):
+    """Run out of memory in the middle of a step, as a GPU would: the step is tried again with half the micro-batch."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.calls, self.failed = step, 0, False
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        state.auto_microbatching = True
+
+    def after_forward(self, state: State, logger: Logger) -> None:
+        self.calls += state.timestamp.batch.value == self.step
+        if self.calls == 2 and not self.failed:
+            self.failed = True
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+
+
+def test_a_retry_after_running_out_of_memory_changes_nothing() -> None:
+    runs = []
+    for callbacks in ([], [FailOnce(step=1)]):
+        algorithm = DomainReweighting(doremi(), reference=llama(seed=1))
+        trainer = fit(algorithm, micro=4, steps=3, callbacks=callbacks)
+        runs.append((algorithm, parameters(trainer), trainer.state.device_train_microbatch_size))
+    (calm, calm_parameters, _), (retried, retried_parameters, micro) = runs
+    assert micro == 2, "the failure has to have made Composer halve the micro-batch"
+    assert calm.trajectory.num_tokens.tolist() == retried.trajectory.num_tokens.tolist()
+    np.testing.assert_allclose(calm.weights, retried.weights, rtol=1e-6)
+    assert distance(retried_parameters, calm_parameters) < 1e-6
+
+
+def test_a_closure_optimiser_that_runs_the_step_twice_counts_it_once() -> None:
+    algorithm = DomainReweighting(doremi(), reference=llama(seed=1))
+    model = wrap(llama())
+    fit(algorithm, model=model, micro=4, steps=2, optimizers=torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=3))
+    assert algorithm.trajectory.num_tokens.sum(1).tolist() == [12 * 11] * 2
+
+
+def test_sampling_rules_drive_the_loader_and_leave_the_loss() -> None:
+    seen, loader = Gradients(), Loader()
+    algorithm = DomainReweighting(group_dro(eta=1.0), apply="sampling")
+    fit(algorithm, loader=loader, micro=4, steps=2, callbacks=[seen])
+    assert list(loader.weights.values()) == pytest.approx(algorithm.weights.tolist())
+    # The rule's first weights were handed to the loader before the first batch.
+    first = Loader()
+    first.set_weights(
+        dict(zip(DOMAINS, group_dro().weights(group_dro().init(as_domains(DOMAINS, prior=[0.5, 0.3, 0.2])))))
+    )
+    part = next(iter(first))
+    counts = np.bincount(part["domain_ids"], minlength=3)
+    assert distance(seen.steps[0], written_out(llama(), part, counts / counts.sum())) < 1e-6
+
+
+def test_updates_every_few_batches_or_samples_use_all_sums_in_between() -> None:
+    for every, rows in (("2ba", [1, 3]), (3, [2]), ("24sp", [1, 3]), ("30sp", [2, 4])):
+        algorithm = DomainReweighting(constant(), every=every)
+        fit(algorithm, steps=5, micro=12)
+        assert algorithm.trajectory.steps.tolist() == rows
+    assert algorithm.trajectory.num_tokens.sum(1).tolist() == [3 * 12 * 11, 2 * 12 * 11]
+
+
+def test_mixture_says_how_it_was_made(tmp_path: Any) -> None:
+    algorithm = DomainReweighting(doremi(), reference=llama(seed=1))
+    with pytest.raises(InputError, match="call trainer.fit"):
+        algorithm.mixture()
+    fit(algorithm, steps=2)
+    mixture = Mixture.load(algorithm.mixture(round=1).save(tmp_path / "mixture.json"))
+    assert list(mixture.weights) == list(DOMAINS)
+    assert (
+        mixture.provenance["rule"] == "doremi"
+        and mixture.provenance["updates"] == 2
+        and mixture.provenance["round"] == 1
+    )
+    assert mixture.provenance["reference"] == FrozenModel(llama(seed=1)).fingerprint
+    assert mixture.provenance["settings"]["eta"] == 1.0
+    average = algorithm.trajectory.weights.mean(0)
+    assert list(mixture.weights.values()) == pytest.approx(average.tolist())
+    saved = np.load(algorithm.save_trajectory(tmp_path / "trajectory.npz"))
+    assert saved["domains"].tolist() == list(DOMAINS) and saved["weights"].shape == (2, 3)
+
+
+class Poison(Callback):
+    """Mark the samples of one domain at one step."""
+
+    def __init__(self, step: int, domain: int) -> None:
+        self.step, self.domain = step, domain
+
+    def before_forward(self, state: State, logger: Logger) -> None:
+        self.rows = (state.batch["domain_ids"] == self.domain) & (state.timestamp.batch.value == self.step)
+
+
+def poisoned_model(poison: Poison) -> HuggingFaceModel:
+    model = llama()
+
+    def spoil(module: Any, arguments: Any, outputs: Any) -> Any:
+        # A forbidden token has probability 0: an infinite loss with a finite gradient elsewhere.
+        outputs.logits = outputs.logits.masked_fill(
+            poison.rows[:, None, None] & (torch.arange(VOCAB) < 20), float("-inf")
+        )
+        return outputs
+
+    model.register_forward_hook(spoil)
+    return wrap(model)
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_step_and_domain() -> None:
+    poison = Poison(step=2, domain=0)
+    with pytest.raises(DataError, match="at step 2 the training loss of domain 'books' is inf"):
+        fit(DomainReweighting(constant()), model=poisoned_model(poison), callbacks=[poison], micro=4, steps=5)
+
+
+def test_a_non_finite_loss_can_be_skipped_and_is_counted() -> None:
+    poison, log = Poison(step=1, domain=0), Metrics()
+    algorithm = DomainReweighting(group_dro(), on_nonfinite="skip")
+    trainer = fit(algorithm, model=poisoned_model(poison), callbacks=[poison], micro=4, steps=3, loggers=[log])
+    assert algorithm.num_nonfinite == {"books": 1, "code": 0, "web": 0}
+    assert algorithm.trajectory.num_tokens[1].tolist()[0] == 0 and np.isnan(algorithm.trajectory.loss[1][0])
+    assert np.isfinite(algorithm.weights).all() and parameters(trainer).isfinite().all()
+    assert log.series["domain_nonfinite/books"] == [(1, 1.0)]
+
+
+def test_skipping_ends_when_nothing_finite_is_left() -> None:
+    with pytest.raises(DataError, match="no domain had a finite loss in the 10 steps up to 9"):
+        fit(DomainReweighting(constant(), on_nonfinite="skip"), model=_ruined(), steps=20)
+
+
+def _ruined() -> HuggingFaceModel:
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    return wrap(model)
+
+
+def test_the_reference_is_neither_trained_nor_saved_nor_optimised() -> None:
+    reference = llama(seed=1)
+    algorithm = DomainReweighting(doremi(), reference=reference)
+    trainer = fit(algorithm, steps=2)
+    frozen = algorithm.reference.model  # type: ignore[union-attr]
+    assert torch.equal(flat(frozen.parameters()), flat(llama(seed=1).parameters()))
+    optimised = {id(p) for group in trainer.state.optimizers[0].param_groups for p in group["params"]}
+    assert not optimised & {id(p) for p in frozen.parameters()}
+    assert set(trainer.state.state_dict()["model"]) == set(wrap(llama()).state_dict())
+    assert all(parameter.requires_grad for parameter in reference.parameters()), "the caller's model stays trainable"
+
+
+def test_batches_without_domains_or_of_the_wrong_kind_are_refused() -> None:
+    class NoDomains(Loader):
+        def __iter__(self) -> Any:
+            return ({"input_ids": part["input_ids"]} for part in super().__iter__())
+
+    class Tuples(Loader):
+        def __iter__(self) -> Any:
+            return ((part["input_ids"], part["domain_ids"]) for part in super().__iter__())
+
+    with pytest.raises(InputError, match="needs 'domain_ids'"):
+        fit(DomainReweighting(constant()), loader=NoDomains())
+    with pytest.raises(InputError, match="have to be mappings"):
+        fit(DomainReweighting(constant()), loader=Tuples())
+
+
+def test_settings_that_cannot_work_are_refused() -> None:
+    with pytest.raises(InputError, match="'doremi' compares with a reference, and none was given"):
+        DomainReweighting(doremi())
+    with pytest.raises(InputError, match='apply must be "loss" or "sampling"'):
+        DomainReweighting(constant(), apply="both")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="normalization must be"):
+        DomainReweighting(constant(), normalization="samples")  # type: ignore[arg-type]
+    for every in ("1ep", "0ba", "soon"):
+        with pytest.raises(InputError, match=f"every='{every}'"):
+            DomainReweighting(constant(), every=every)
+    with pytest.raises(InputError, match="a reference is a model"):
+        DomainReweighting(doremi(), reference=3)  # type: ignore[arg-type]
+
+
+def test_two_rules_in_one_run_are_refused() -> None:
+    with pytest.raises(InputError, match="2 DomainReweighting algorithms in one run"):
+        make_trainer(DomainReweighting(constant()), DomainReweighting(group_dro()))
+
+
+def test_a_second_trainer_does_not_continue_silently() -> None:
+    algorithm = DomainReweighting(constant())
+    fit(algorithm, steps=1)
+    with pytest.raises(InputError, match="has served another Trainer"):
+        make_trainer(algorithm)
+
+
+def test_domains_come_from_the_loader_and_must_agree_with_it() -> None:
+    class Nameless(Loader):
+        domains = None  # type: ignore[assignment]
+
+    with pytest.raises(InputError, match="does not say what its domains are"):
+        fit(DomainReweighting(constant()), loader=Nameless())
+    algorithm = DomainReweighting(constant(), domains=["a", "b", "c"])
+    fit(algorithm, loader=Nameless(), steps=1)
+    assert algorithm.domains == ("a", "b", "c")
+    with pytest.raises(InputError, match=r"given are \['a', 'b', 'c'\], the loader's are \['books'"):
+        fit(DomainReweighting(constant(), domains=["a", "b", "c"]))
+
+
+def test_sampling_needs_a_loader_that_takes_weights() -> None:
+    class Fixed(Loader):
+        set_weights = property()  # type: ignore[assignment]
+
+    with pytest.raises(InputError, match="needs a loader with set_weights"):
+        fit(DomainReweighting(constant(), apply="sampling"), loader=Fixed())

@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class FrozenModel(Reference):
 
     Args:
         model: a Hugging Face causal or encoder-decoder model, Composer's ``HuggingFaceModel`` around one, or any module
-            that maps ``input_ids`` (B, T) to logits (B, T, V); or the path of a Hugging Face folder or a Composer
+            with ``forward(input_ids)`` that returns logits (B, T, V); or the path of a Hugging Face folder or a Composer
             checkpoint.
         dtype: convert the weights, for example to ``torch.bfloat16``; losses stay float32.
     """
@@ -142,7 +143,7 @@ def _from_checkpoint(path: Path) -> nn.Module:
         checkpoint = safe_torch_load(str(path))
         saved = checkpoint["state"]["integrations"]["huggingface"]
         model = HuggingFaceModel.load_huggingface_model_from_saved_state(saved, checkpoint, None, None)
-    except (KeyError, TypeError, RuntimeError, EOFError, ValueError) as error:
+    except (KeyError, TypeError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
         raise InputError(
             f"{path} is not a Composer checkpoint of a HuggingFaceModel ({type(error).__name__}: {error}). "
             "Give a Hugging Face folder instead."

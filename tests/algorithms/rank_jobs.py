@@ -1,0 +1,90 @@
+"""What the ranks of ``test_domain_reweighting_ranks.py`` run; the same functions give the single-process result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import State
+from composer.utils import dist
+from composer.utils.parallelism import FSDP2Config, ParallelismConfig
+
+from algorithms import DomainReweighting, doremi
+from tests.algorithms.ranks import job, main
+from tests.algorithms.tiny import Loader, gpt2, llama, wrap
+from tests.algorithms.training_helpers import Gradients, fit, flat, parameters
+
+
+def searching() -> DomainReweighting:
+    return DomainReweighting(doremi(), reference=llama(seed=1))
+
+
+@job
+def ddp(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """Unequal padding and domains on the ranks, three micro-batches each."""
+    algorithm, seen = searching(), Gradients()
+    loader = Loader(padded=True, rank=rank, world_size=world_size)
+    trainer = fit(algorithm, loader=loader, micro=2, steps=3, callbacks=[seen])
+    return {
+        "gradients": seen.steps,
+        "parameters": parameters(trainer),
+        "weights": algorithm.trajectory.weights,
+        "tokens": algorithm.trajectory.num_tokens,
+        "loss": trainer.state.total_loss_dict["loss/train/total"],
+    }
+
+
+@job
+def resume(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """Dropout on two ranks, continued from the middle of an epoch."""
+
+    def run(steps: int, **options: Any) -> Any:
+        loader = Loader(rank=rank, world_size=world_size)
+        return fit(searching(), model=wrap(gpt2(dropout=0.2)), loader=loader, micro=3, steps=steps, **options)
+
+    whole = parameters(run(4))
+    run(2, save_folder=str(folder / "resume"), save_interval="2ba")
+    resumed = run(4, load_path=str(folder / "resume" / "ep0-ba2-rank0.pt"), seed=5)
+    return {"whole": whole, "resumed": parameters(resumed)}
+
+
+@job
+def fsdp2(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """Sharded parameters, a replicated reference, a sharded checkpoint and its continuation."""
+
+    def run(steps: int, **options: Any) -> tuple[DomainReweighting, torch.Tensor]:
+        algorithm, loader = searching(), Loader(padded=True, rank=rank, world_size=world_size)
+        sharded = ParallelismConfig(fsdp2=FSDP2Config())
+        # FSDP2 asks for the mean over ranks, and torch's gloo returns the sum: half the rate makes up for it.
+        trainer = fit(
+            algorithm, loader=loader, micro=2, steps=steps, lr=0.1 / world_size, parallelism_config=sharded, **options
+        )
+        return algorithm, full_parameters(trainer.state)
+
+    whole, whole_parameters = run(3)
+    run(2, save_folder=str(folder / "fsdp2"), save_interval="2ba")
+    resumed, resumed_parameters = run(3, load_path=str(folder / "fsdp2" / "ep0-ba2"))
+    return {
+        "weights": whole.trajectory.weights,
+        "parameters": whole_parameters,
+        "resumed_weights": resumed.trajectory.weights,
+        "resumed_parameters": resumed_parameters,
+    }
+
+
+def full_parameters(state: State) -> torch.Tensor:
+    return flat(p.full_tensor() if hasattr(p, "full_tensor") else p for p in state.model.parameters())
+
+
+@job
+def gathered(folder: Path, rank: int, world_size: int) -> list[Any]:
+    """What the ranks disagree on would show here."""
+    algorithm = searching()
+    fit(algorithm, loader=Loader(rank=rank, world_size=world_size), steps=2)
+    assert algorithm.weights is not None
+    return dist.all_gather_object(algorithm.weights.tolist())
+
+
+if __name__ == "__main__":
+    main()

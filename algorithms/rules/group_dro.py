@@ -25,7 +25,6 @@ import numpy as np
 
 from algorithms.rules.base import Domains, UpdateRule, as_domains
 from algorithms.rules.steps import (
-    Present,
     Vector,
     by_name,
     choice,
@@ -33,6 +32,7 @@ from algorithms.rules.steps import (
     hold,
     mean_into,
     mean_of,
+    moving_average,
     normalized,
     number,
     weights_of,
@@ -106,7 +106,7 @@ def group_dro(
         if not present.any():
             return state, weights_of(state.log_weights)
         loss, seen = hold(fresh, present, state.loss, state.seen)
-        loss_average = _moving_average(state, fresh, present, smoothing)
+        loss_average = moving_average(state.loss_average, state.seen, fresh, present, smoothing)
         added = _gap(state.adjustment, loss_average, seen, signals) if automatic else state.adjustment
         score = (fresh if variant == "official" else loss) + added
         log_weights = exponentiated(state.log_weights, eta * score)
@@ -123,11 +123,6 @@ def group_dro(
         result=lambda state: normalized(state.average),
         needs=frozenset({"heldout"}) if automatic else frozenset(),
     )
-
-
-def _moving_average(state: GroupDROState, fresh: Vector, present: Present, smoothing: float) -> Vector:
-    moved = np.where(state.seen > 0, (1 - smoothing) * state.loss_average + smoothing * fresh, fresh)
-    return np.where(present, moved, state.loss_average)
 
 
 def _gap(adjustment: Vector, loss_average: Vector, seen: Vector, signals: Signals) -> Vector:

@@ -10,7 +10,7 @@ The mirror step is ``exponentiated`` (entropy), ``euclidean`` (projected ascent)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,16 +20,19 @@ from algorithms.signals import Signals
 from mixer.errors import InputError
 
 __all__ = [
+    "applied_to",
     "by_name",
     "choice",
     "euclidean",
     "exponentiated",
     "field",
+    "filled",
     "hold",
     "mean_into",
     "mean_of",
     "means",
     "mix_in",
+    "moving_average",
     "normalized",
     "number",
     "weights_of",
@@ -99,6 +102,27 @@ def hold(score: Vector, present: Present, last: Vector, seen: Vector) -> tuple[V
     return held, seen
 
 
+def moving_average(average: Vector, seen: Vector, fresh: Vector, present: Present, newest: float) -> Vector:
+    """Return the exponential moving average with share ``newest`` for ``fresh``; the first value starts it.
+
+    >>> old, seen, fresh = np.array([4.0, 0.0, 7.0]), np.array([1.0, 0.0, 1.0]), np.array([8.0, 5.0, 0.0])
+    >>> moving_average(old, seen, fresh, np.array([True, True, False]), newest=0.25).tolist()
+    [5.0, 5.0, 7.0]
+    """
+    moved = np.where(seen > 0, (1 - newest) * average + newest * fresh, fresh)
+    return np.where(present, moved, average)
+
+
+def filled(values: Vector, seen: Vector) -> Vector:
+    """Return ``values`` with the mean of the seen ones where a domain was never seen; all 0 if none was.
+
+    >>> filled(np.array([4.0, 2.0, 0.0]), np.array([1.0, 1.0, 0.0])).tolist()
+    [4.0, 2.0, 3.0]
+    """
+    known = seen > 0
+    return np.where(known, values, np.mean(values[known]) if known.any() else 0.0)
+
+
 def exponentiated(log_weights: Vector, step: Vector) -> Vector:
     """Return the log of w·exp(step) / Σ w·exp(step): one step of exponentiated gradient, stable for any step.
 
@@ -147,18 +171,27 @@ def normalized(weights: Vector) -> Vector:
     return weights / weights.sum()
 
 
-def euclidean(point: Vector) -> Vector:
-    """Return the point of the simplex that is nearest to ``point`` (it may have exact zeros).
+def euclidean(point: Vector, lower: Vector | float = 0.0, upper: Vector | float = 1.0) -> Vector:
+    """Return the mixture nearest to ``point`` with ``lower`` <= w <= ``upper``; it may have exact zeros.
 
-    Sort, and subtract the one threshold that leaves a sum of 1 (Held, Wolfe and Crowder 1974).
+    It is clip(point - t, lower, upper) for the one t that leaves a sum of 1. The sum is piecewise linear in t with
+    kinks at point - lower and point - upper, so t is found exactly by interpolation between two kinks.
+
+    Raises: InputError: if no mixture lies within the bounds.
 
     >>> euclidean(np.array([0.9, 0.5, -1.0])).round(12).tolist()
     [0.7, 0.3, 0.0]
+    >>> euclidean(np.array([0.9, 0.5, -1.0]), upper=0.6).round(12).tolist()
+    [0.6, 0.4, 0.0]
     """
-    descending = np.sort(point)[::-1]
-    thresholds = (np.cumsum(descending) - 1.0) / np.arange(1, point.size + 1)
-    threshold = thresholds[np.nonzero(descending > thresholds)[0][-1]]
-    return np.maximum(point - threshold, 0.0)
+    shifted = point - np.max(point)
+    low, high = np.broadcast_to(lower, shifted.shape), np.broadcast_to(np.minimum(upper, 1.0), shifted.shape)
+    if np.any(low > high) or low.sum() > 1 + 1e-12 or high.sum() < 1 - 1e-12:
+        raise InputError(f"no mixture has weights between {np.min(low):g} and {np.max(high):g} that sum to 1.")
+    kinks = np.unique(np.concatenate([shifted - high, shifted - low]))
+    sums = np.clip(shifted - kinks[:, None], low, high).sum(axis=1)
+    threshold = np.interp(-1.0, -sums, kinks)
+    return np.clip(shifted - threshold, low, high)
 
 
 def mean_into(average: Vector, value: Vector, count: int) -> Vector:
@@ -195,6 +228,11 @@ def number(value: Any, what: str, low: float = -np.inf, high: float = np.inf) ->
     if not low <= value <= high:
         raise InputError(f"{what} must lie in [{low:g}, {high:g}]; got {value:g}.")
     return float(value)
+
+
+def applied_to(apply: str) -> Literal["loss", "sampling"]:
+    """Return ``apply``, checked: what a rule's weights act on."""
+    return "loss" if choice(apply, "apply", ("loss", "sampling")) == "loss" else "sampling"
 
 
 def choice(value: str, what: str, options: Sequence[str]) -> str:

@@ -1,0 +1,216 @@
+"""Sampling weights from held-out losses at intervals of ordinary training.
+
+``validation_feedback`` has three readings of the same signal v[d], the mean held-out loss of d:
+
+    level      w ~ p * exp(v / tau)                                              the worst mixture under a KL penalty
+    target     w ~ w * exp(eta * (v - target + C / sqrt(N)))                     ascent on the excess over a target
+    progress   w ~ p * exp(eta * R),  R <- (1 - s) R + s (v before - v now)      follow what is being learnt
+
+each followed by (1 - c) w + c p, p the prior. "target" is the stage mix for continual training: targets are the start
+model's losses for old domains (above it: forgetting) and a real goal for new ones; no second model is resident.
+Targets: by name; "reference" (Signals.heldout_reference_loss, from losses computed once); or "best", the domain's
+lowest held-out loss so far, which only guards against getting worse.
+
+``sheared_llama`` is "target" with eta = 1, c = 1e-4 towards uniform and the excess clipped at 0: Xia, Gao, Zeng, Chen
+2023, arXiv:2310.06694, Algorithm 1. Their code (``clip=False``) does not clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from algorithms.rules.ascent import AscentState, ascend, begin, uniform
+from algorithms.rules.base import Domains, UpdateRule, as_domains
+from algorithms.rules.on_demand import heldout
+from algorithms.rules.steps import (
+    Present,
+    Vector,
+    by_name,
+    choice,
+    exponentiated,
+    filled,
+    hold,
+    mean_into,
+    mean_of,
+    mix_in,
+    moving_average,
+    normalized,
+    number,
+    weights_of,
+)
+from algorithms.signals import Signals
+from mixer.errors import InputError
+
+__all__ = ["FeedbackState", "sheared_llama", "validation_feedback"]
+
+
+class FeedbackState(NamedTuple):
+    """The ascent, and (D,) vectors: the targets (or lowest losses so far), what is added to the excess, the last
+    held-out losses, their moving-average progress and 1 where it is known."""
+
+    ascent: AscentState
+    target: Vector
+    added: Vector
+    loss: Vector
+    progress: Vector
+    moved: Vector
+
+
+def validation_feedback(
+    mode: str = "target",
+    eta: float = 1.0,
+    targets: Mapping[str, float] | str = "best",
+    smoothing: float = 1e-3,
+    tau: float = 1.0,
+    newest: float = 0.5,
+    adjustment: float = 0.0,
+    clip: bool = False,
+) -> UpdateRule:
+    """Return validation feedback.
+
+    Args:
+        mode: "level", "target" or "progress".
+        eta: step size of "target"; sharpness of "progress", per nat of progress between updates.
+        targets: of "target": nats per token by name, "reference" or "best".
+        smoothing: c, the share of the prior in the weights.
+        tau: temperature of "level", nats.
+        newest: s, share of the newest difference in the moving average of "progress".
+        adjustment: C of "target", N being the tokens per domain that ``init`` is told.
+        clip: whether an excess below 0 counts as 0 in "target".
+
+    >>> rule = validation_feedback(targets={"old": 1.0, "new": 2.0}, smoothing=0)
+    >>> signals = Signals(
+    ...     np.ones(2), np.ones(2), heldout_loss=np.array([2 + np.log(3), 1.0]), heldout_tokens=np.ones(2)
+    ... )
+    >>> rule.update(rule.init(["new", "old"]), signals)[1].round(12).tolist()
+    [0.75, 0.25]
+    """
+    settings = dict(locals())
+    choice(mode, "mode", ("level", "target", "progress"))
+    eta, tau = number(eta, "eta", low=0), number(tau, "tau", low=1e-9)
+    smoothing, newest = number(smoothing, "smoothing", low=0, high=1), number(newest, "newest", low=0, high=1)
+    if isinstance(targets, str):
+        choice(targets, "targets", ("reference", "best"))
+
+    def init(domains: Domains | Sequence[str]) -> FeedbackState:
+        known = as_domains(domains)
+        zeros = np.zeros(len(known.names))
+        fixed = zeros if isinstance(targets, str) else by_name(targets, known, "targets")
+        added = number(adjustment, "adjustment") / np.sqrt(np.maximum(known.num_tokens, 1.0))
+        return FeedbackState(begin(known.prior, known.prior), fixed, added, zeros, zeros, zeros)
+
+    def update(state: FeedbackState, signals: Signals) -> tuple[FeedbackState, Vector]:
+        fresh, present = heldout(signals, state.loss.size)
+        if not present.any():
+            return state, weights_of(state.ascent.log_weights)
+        if mode == "target":
+            new = _towards_targets(state, fresh, present, signals, targets, clip, eta, smoothing)
+        else:
+            new = _tilt(state, fresh, present, mode, 1 / tau if mode == "level" else eta, smoothing, newest)
+        return new, weights_of(new.ascent.log_weights)
+
+    return _rule("validation_feedback", settings, init, update, result="average")
+
+
+def sheared_llama(
+    targets: Mapping[str, float], eta: float = 1.0, smoothing: float = 1e-4, clip: bool = True
+) -> UpdateRule:
+    """Return the dynamic batch loading of Sheared LLaMA.
+
+    Args:
+        targets: nats per token by name, from a scaling law fitted to larger models of the same family.
+        eta: step size per evaluation (every 50 to 400 batches).
+        smoothing: c, towards uniform.
+        clip: whether domains below their target score 0 (paper) or less (code).
+
+    >>> rule = sheared_llama({"a": 1.0, "b": 2.0}, smoothing=0)
+    >>> signals = Signals(
+    ...     np.ones(2), np.ones(2), heldout_loss=np.array([1 + np.log(3), 1.5]), heldout_tokens=np.ones(2)
+    ... )
+    >>> rule.update(rule.init(["a", "b"]), signals)[1].round(12).tolist()
+    [0.75, 0.25]
+    """
+    settings = dict(locals())
+    eta, smoothing = number(eta, "eta", low=0), number(smoothing, "smoothing", low=0, high=1)
+    if not isinstance(targets, Mapping):
+        raise InputError(f"sheared_llama needs targets, nats per token by domain name; got {targets!r}.")
+
+    def init(domains: Domains | Sequence[str]) -> FeedbackState:
+        known = as_domains(domains)
+        zeros = np.zeros(len(known.names))
+        ascent = begin(known.prior, uniform(zeros.size))
+        return FeedbackState(ascent, by_name(targets, known, "targets"), zeros, zeros, zeros, zeros)
+
+    def update(state: FeedbackState, signals: Signals) -> tuple[FeedbackState, Vector]:
+        fresh, present = heldout(signals, state.loss.size)
+        new = _towards_targets(state, fresh, present, signals, targets, clip, eta, smoothing)
+        return new, weights_of(new.ascent.log_weights)
+
+    return _rule("sheared_llama", settings, init, update, result="last")
+
+
+def _rule(
+    name: str,
+    settings: dict[str, Any],
+    init: Callable[[Domains | Sequence[str]], FeedbackState],
+    update: Callable[[FeedbackState, Signals], tuple[FeedbackState, Vector]],
+    result: Literal["average", "last"],
+) -> UpdateRule:
+    def frozen(state: FeedbackState) -> Vector:
+        return normalized(state.ascent.average) if result == "average" else weights_of(state.ascent.log_weights)
+
+    return UpdateRule(
+        name=name,
+        settings=settings,
+        init=init,
+        update=update,
+        weights=lambda state: weights_of(state.ascent.log_weights),
+        result=frozen,
+        needs=frozenset({"heldout"}),
+        applies="sampling",
+    )
+
+
+def _towards_targets(
+    state: FeedbackState,
+    fresh: Vector,
+    present: Present,
+    signals: Signals,
+    targets: Mapping[str, float] | str,
+    clip: bool,
+    eta: float,
+    smoothing: float,
+) -> FeedbackState:
+    target = state.target
+    if targets == "best":
+        lowest = np.where(state.ascent.seen > 0, np.minimum(target, fresh), fresh)
+        target = np.where(present, lowest, target)
+    elif targets == "reference":
+        reference, _ = mean_of(signals, "heldout_reference_loss", "heldout_tokens", fresh.size)
+        target = np.where(present, reference, target)
+    excess = fresh - target + state.added
+    score = np.maximum(excess, 0.0) if clip else excess
+    ascent = ascend(state.ascent, score, present, eta, smoothing)
+    return state._replace(ascent=ascent, target=target, loss=np.where(present, fresh, state.loss))
+
+
+def _tilt(
+    state: FeedbackState, fresh: Vector, present: Present, mode: str, sharpness: float, smoothing: float, newest: float
+) -> FeedbackState:
+    old, loss_before = state.ascent, state.loss
+    loss, seen = hold(fresh, present, loss_before, old.seen)
+    again = present & (old.seen > 0)
+    progress = moving_average(state.progress, state.moved, loss_before - fresh, again, newest)
+    moved = np.where(again, 1.0, state.moved)
+    score = loss if mode == "level" else filled(progress, moved)
+    with np.errstate(divide="ignore"):
+        log_weights = exponentiated(np.log(old.prior), sharpness * score)
+    log_weights = mix_in(log_weights, smoothing, old.prior)
+    count = old.num_updates + 1
+    average = mean_into(old.average, weights_of(log_weights), count)
+    ascent = AscentState(log_weights, old.prior, score, seen, average, count)
+    stored = np.where(present, fresh, loss_before)
+    return state._replace(ascent=ascent, loss=stored, progress=progress, moved=moved)

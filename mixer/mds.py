@@ -28,11 +28,14 @@ from mixer.errors import DataError, InputError
 __all__ = [
     "SIZE_LIMIT",
     "Header",
+    "column_spans",
     "compress",
     "compression_extension",
     "encode_shard",
     "encoded_size",
     "hash_hex",
+    "hasher",
+    "ndarray_prefix",
     "parse_header",
     "shard_entry",
     "shard_overhead",
@@ -209,6 +212,44 @@ def parse_header(shard: bytes | memoryview | NDArray[np.uint8], name: str = "sha
             f"{name}: its header is not JSON ({error}). It is damaged: fetch or convert it again."
         ) from error
     return Header(num_samples, offsets, config)
+
+
+def column_spans(
+    shard: NDArray[np.uint8], header: Header, columns: Mapping[str, str], column: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return where the encoded values of one column start, and their sizes, both (n,) int64 in bytes.
+
+    Raises: DataError: if the sizes that a sample gives for its columns do not add up to its length.
+    """
+    sizes = [encoded_size(columns[name]) for name in sorted(columns)]
+    begins, lengths = header.offsets[:-1], np.diff(header.offsets)
+    varying = [i for i, size in enumerate(sizes) if size is None]
+    if varying and len(lengths) and lengths.min() < 4 * len(varying):
+        raise DataError(f"samples as short as {lengths.min()} bytes cannot hold the sizes of {len(varying)} columns")
+    heads = begins[:, None] + np.arange(4 * len(varying))
+    widths = shard[heads].view("<u4").astype(np.int64) if varying else np.zeros((len(begins), 0), np.int64)
+    spans = np.empty((len(begins), len(sizes)), np.int64)
+    for i, size in enumerate(sizes):
+        spans[:, i] = widths[:, varying.index(i)] if size is None else size
+    if not (spans.sum(axis=1) + 4 * len(varying) == lengths).all():
+        raise DataError("the column sizes of its samples do not add up to their lengths")
+    place = sorted(columns).index(column)
+    return begins + 4 * len(varying) + spans[:, :place].sum(axis=1), spans[:, place]
+
+
+def ndarray_prefix(encoding: str, value: bytes) -> tuple[int, str | None, tuple[int, ...] | None]:
+    """Return how many bytes stand before an encoded ndarray's elements, and the dtype and shape they have."""
+    dtype, shape = _ndarray_spec(encoding)
+    at = 0
+    if dtype is None:
+        dtype = next((name for name, code in _DTYPE_CODES.items() if value and code == value[0]), None)
+        at = 1
+    if shape is None and len(value) > at:
+        kind = np.dtype(_SHAPE_DTYPES[value[at] & 3])
+        end = at + 1 + (value[at] >> 2) * kind.itemsize
+        shape = tuple(np.frombuffer(value[at + 1 : end], kind).tolist())
+        at = end
+    return at, dtype, shape
 
 
 def hash_hex(algorithm: str, data: Any) -> str:

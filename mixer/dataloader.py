@@ -1,0 +1,259 @@
+"""The loader: weighted, changeable at every batch, exactly resumable; a ``torch.utils.data.DataLoader``.
+
+    loader = MixtureLoader("shards", mixture={"code": 0.3, "web": 0.7}, global_batch_size=64, seed=17)
+    for batch in loader:                     # {"input_ids": (B, T), "domain_ids": (B,), "sample_ids": (B,)}, all int64
+        loader.set_weights({"code": 0.5, "web": 0.5})            # decides the very next batch
+    state = loader.state_dict();  loader.load_state_dict(state)
+
+Without worker processes a batch is planned at the moment it is asked for and gathered from memory-mapped shards; that
+is faster than any hand-over from another process, and nothing planned ahead has to be taken back when weights change.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from mixer.dataset import MixtureDataset, mixer_for
+from mixer.errors import ExhaustedError, InputError
+from mixer.folders import load_manifest
+from mixer.manifest import Manifest
+from mixer.mixer import Mixer, RunEnded, Weights
+from mixer.mixture import Mixture
+from mixer.static_weights import proportional, uniform
+
+__all__ = ["MixtureLoader"]
+
+Batch = dict[str, torch.Tensor]
+
+
+class MixtureLoader(DataLoader[Batch]):
+    """Endless batches from a mixture of domains.
+
+    Args:
+        shards: folder of shards, from ``mixer convert`` or of MDS folders by domain.
+        mixture: "proportional" (to samples), "uniform", weights by domain, a ``Mixture``, or the path of a mixture
+            file.
+        global_batch_size: samples per batch over all ranks; must divide by ``world_size``.
+        split: "train" or "validation".
+        seed: of the order of samples and of the batches.
+        rank, world_size: which share of every global batch to deliver; default torch.distributed's, else torchrun's.
+        num_workers: accepted for compatibility; reading needs none.
+        max_epochs: how often a domain may be read: a number, or one by domain; None for no limit.
+        on_exhausted: what happens then: "repeat" (an error, if there is a limit), "drop" (its weight goes to the
+            others), "stop" (the run ends); the latter two allow one epoch unless ``max_epochs`` says more.
+        remote, cache_limit: where shards come from if not local, and how many bytes of them to keep.
+        verify: "hash" checks every shard before its first use, "never" only sizes and offsets.
+        force: use a mixture that was made for other shards; what differs is recorded in ``loader.mixture.provenance``.
+    Raises: InputError, DataError: one sentence that names what does not fit.
+
+    Attributes: ``domains`` (sorted names that ``domain_ids`` index), ``num_samples`` (by domain), ``manifest``,
+    ``mixture``, ``step`` (batches delivered), ``weights``.
+    """
+
+    def __init__(
+        self,
+        shards: str | os.PathLike[str],
+        *,
+        mixture: str | os.PathLike[str] | Mapping[str, float] | Mixture = "proportional",
+        global_batch_size: int,
+        split: str = "train",
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        num_workers: int = 0,
+        max_epochs: float | Mapping[str, float] | None = None,
+        on_exhausted: str = "repeat",
+        remote: str | None = None,
+        cache_limit: int | str | None = None,
+        verify: Literal["hash", "never"] = "hash",
+        force: bool = False,
+        pin_memory: bool = False,
+    ) -> None:
+        if remote is not None or cache_limit is not None:
+            raise InputError("remote shards are not supported yet: copy them to a local folder and leave out `remote`.")
+        self.rank, self.world_size = _rank_and_world(rank, world_size)
+        share = _share(global_batch_size, self.world_size)
+        self.manifest: Manifest = load_manifest(shards)
+        dataset = MixtureDataset(shards, split, seed, verify, self.manifest)
+        self.domains, self.num_samples, self.split = dataset.domains, dataset.num_samples, split
+        self.mixture = resolve_mixture(mixture, self.manifest, dataset.num_samples, split, force)
+        self.mixer: Mixer = mixer_for(
+            dataset,
+            weights=self.mixture.weights,
+            batch_size=global_batch_size,
+            seed=seed,
+            max_epochs=max_epochs,
+            on_exhausted=on_exhausted,
+        )
+        dataset._loader = self
+        self._reads: MixtureDataset = dataset
+        self._ended = ""
+        super().__init__(
+            dataset, batch_size=share, sampler=_PlanSampler(self), num_workers=0, pin_memory=pin_memory, drop_last=True
+        )
+
+    @property
+    def step(self) -> int:
+        """Global batches delivered so far."""
+        return self.mixer.step
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.mixer.batch_size
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights by domain that decide the next batch."""
+        return dict(zip(self.domains, self.mixer.weights.tolist()))
+
+    def set_weights(self, weights: Weights) -> None:
+        """Draw by these weights from the very next batch on.
+
+        Args:
+            weights: shares by domain, or (D,) in the order of ``domains``; normalised. Every rank must set the same.
+        """
+        self.mixer.set_weights(weights)
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """Continue with the next batch; iterating again goes on and never rewinds.
+
+        Raises: ExhaustedError: if the run had ended before this iteration began.
+        """
+        if self._ended:
+            raise ExhaustedError(
+                f"this loader has ended ({self._ended}); iterating it again would yield nothing. Make a new one, load"
+                " an earlier state, or allow more epochs (max_epochs)."
+            )
+        return self._batches()
+
+    def _batches(self) -> Iterator[Batch]:
+        while (batch := self._next()) is not None:
+            yield batch
+
+    def _next(self) -> Batch | None:
+        """Plan and read one batch; after an error the counters stand before it."""
+        before = self.mixer.snapshot()
+        try:
+            draws = self.mixer.next_batch()
+            sample_ids = self._reads.sample_ids(draws)
+            mine = slice(self.rank, None, self.world_size)
+            batch = self._reads.batch(draws.domain_ids[mine], sample_ids[mine])
+        except RunEnded as end:
+            self._ended = str(end)
+            return None
+        except BaseException:
+            self.mixer.restore(before)
+            raise
+        if self.pin_memory and torch.cuda.is_available():
+            batch = {name: value.pin_memory() for name, value in batch.items()}
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position after the last delivered batch, as JSON-like builtins; the same on every rank."""
+        return self.mixer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], *, remap: bool = False) -> None:
+        """Continue after the batch at which ``state`` was taken, on any number of ranks and with any batch size.
+
+        Args:
+            state: from ``state_dict``.
+            remap: allow domains to be added, dropped, or changed in fingerprint; see ``Mixer.load_state_dict``.
+        Raises: InputError: if the state was saved for other data or another seed; both sides are named.
+        """
+        self.mixer.load_state_dict(state, remap=remap)
+        self._ended = ""
+
+    def stats(self) -> dict[str, Any]:
+        """Return what was delivered so far, by domain: target and realised share, samples, tokens, epochs."""
+        mixer, total = self.mixer, max(int(self.mixer.drawn.sum()), 1)
+        limits = mixer.sample_limits
+        domains = {}
+        for i, name in enumerate(self.domains):
+            drawn = int(mixer.drawn[i])
+            domains[name] = {
+                "weight": float(mixer.weights[i]),
+                "target_share": (drawn + float(mixer.credit[i])) / total,
+                "share": drawn / total,
+                "samples": drawn,
+                "tokens": drawn * self.manifest.seq_len,
+                "epochs": float(mixer.positions[i] / max(mixer.num_samples[i], 1)),
+                "exhausted": bool(limits is not None and mixer.positions[i] >= limits[i]),
+            }
+        return {"step": self.step, "samples": int(mixer.drawn.sum()), "domains": domains}
+
+
+class _PlanSampler(DistributedSampler):  # type: ignore[type-arg]
+    """Stands in the sampler's place: with several ranks Composer asks for a DistributedSampler.
+
+    It has no length, so that trainers see an endless loader.
+    """
+
+    def __init__(self, loader: MixtureLoader) -> None:
+        self._loader = loader
+        self.num_replicas, self.rank, self.epoch = loader.world_size, loader.rank, 0
+        self.shuffle, self.drop_last, self.seed = False, True, 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        raise InputError("iterate the MixtureLoader itself; its sampler plans nothing on its own.")
+
+    def __len__(self) -> int:
+        raise TypeError("a MixtureLoader has no length: it goes on until training stops or its domains are used up")
+
+
+def resolve_mixture(
+    mixture: str | os.PathLike[str] | Mapping[str, float] | Mixture,
+    manifest: Manifest,
+    num_samples: Mapping[str, int],
+    split: str,
+    force: bool = False,
+) -> Mixture:
+    """Return a checked mixture for these shards from any form that a loader accepts."""
+    sizes = np.array([num_samples[name] for name in manifest.names], np.float64)
+    if not sizes.any():
+        raise InputError(
+            f"no domain has a sample in split {split!r}. Convert with a held-out share, or use another split."
+        )
+    if isinstance(mixture, str) and mixture in ("proportional", "uniform"):
+        values = proportional(sizes) if mixture == "proportional" else uniform(len(sizes))
+        found = Mixture(dict(zip(manifest.names, values.tolist())), {"rule": mixture})
+    elif isinstance(mixture, Mixture):
+        found = mixture
+    elif isinstance(mixture, Mapping):
+        found = Mixture(mixture)
+    else:
+        found = Mixture.load(mixture)
+    found = found.check(manifest, force=force)
+    empty = [name for name, weight in found.weights.items() if weight > 0 and not num_samples[name]]
+    if empty:
+        raise InputError(
+            f"domains without a sample in split {split!r} cannot have a weight: {empty[:8]}. Give them weight 0, or"
+            " convert them with a held-out share."
+        )
+    return found
+
+
+def _rank_and_world(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    if rank is None and world_size is None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if rank is None or world_size is None or not 0 <= rank < world_size:
+        raise InputError(
+            f"rank and world_size must be given together, 0 <= rank < world_size; got {rank} of {world_size}."
+        )
+    return rank, world_size
+
+
+def _share(global_batch_size: int, world_size: int) -> int:
+    if global_batch_size < 1 or global_batch_size % world_size:
+        near = max(world_size, round(global_batch_size / world_size) * world_size)
+        raise InputError(
+            f"global_batch_size {global_batch_size} does not divide by world_size {world_size}; use for example {near}."
+        )
+    return global_batch_size // world_size

@@ -1,0 +1,179 @@
+"""Read what the mixer has planned: draws → sample indices → rows of tokens.
+
+The dataset owns one ``DomainShards`` and one ``Order`` per domain. It has no position of its own: what to read is told,
+so any process can read any part of the plan.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from mixer.folders import load_manifest
+from mixer.manifest import Manifest
+from mixer.mixer import Draws, Mixer
+from mixer.order import Order
+from mixer.shards import DomainShards, Verify, View, open_domain
+
+__all__ = ["MixtureDataset"]
+
+Ids = NDArray[np.int64]
+
+
+class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
+    """All domains of one split, read by (domain id, sample index).
+
+    Args:
+        root: folder of shards.
+        domains: names, in the order of their ids; those without a sample in this split may be left unread.
+        split, seed, verify: as for ``MixtureLoader``.
+        manifest: of ``root``.
+
+    ``dataset[(domain_id, sample_id)]`` is one sample; ``dataset.read(domain_ids, sample_ids)`` many at once.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        split: str,
+        seed: int,
+        verify: Verify = "hash",
+        manifest: Manifest | None = None,
+    ) -> None:
+        self.manifest = manifest or load_manifest(root)
+        self.domains = self.manifest.names
+        self.shards: list[DomainShards | None] = [
+            (
+                open_domain(root, name, split, verify=verify, manifest=self.manifest)
+                if split in self.manifest.domains[name].splits
+                else None
+            )
+            for name in self.domains
+        ]
+        self.orders = [
+            Order(seed, name, shards.shard_sizes) if shards is not None and len(shards) else None
+            for name, shards in zip(self.domains, self.shards)
+        ]
+        self.dtype = np.dtype(self.manifest.dtype)
+        self.seq_len = self.manifest.seq_len
+        sizes = [shards.shard_sizes if shards is not None else np.zeros(0, np.int64) for shards in self.shards]
+        # All shards of all domains in one row, so that one search finds the shards of a whole batch.
+        self._domain_shards = np.cumsum([0] + [len(size) for size in sizes])
+        self._firsts = np.cumsum(np.concatenate([[0], *sizes]))
+        self._domain_firsts = self._firsts[self._domain_shards]
+        self._views: dict[int, View] = {}
+        self._ahead = np.full(len(self.domains), -1, np.int64)
+        self._loader: Any = None
+
+    @property
+    def num_samples(self) -> dict[str, int]:
+        return {name: 0 if shards is None else len(shards) for name, shards in zip(self.domains, self.shards)}
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {name: "" if shards is None else shards.fingerprint for name, shards in zip(self.domains, self.shards)}
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+
+    def sample_ids(self, draws: Draws) -> Ids:
+        """Return the sample indices (B,) of a planned batch, in its order; read ahead where a window begins."""
+        stops = draws.firsts + draws.counts
+        if ((stops > self._ahead) & (draws.counts > 0)).any():
+            self._read_ahead(stops, draws)
+        parts = [
+            self.orders[d].take(first, count)  # type: ignore[union-attr]
+            for d, (first, count) in enumerate(zip(draws.firsts.tolist(), draws.counts.tolist()))
+            if count
+        ]
+        return np.concatenate(parts)[draws.places]
+
+    def read(self, domain_ids: Ids, sample_ids: Ids) -> NDArray[Any]:
+        """Return the token rows (n, T) of n samples, in the stored dtype."""
+        out = np.empty((len(domain_ids), self.seq_len), self.dtype)
+        target, width, views = memoryview(out.data).cast("B"), out.strides[0], self._views
+        samples = self._domain_firsts[domain_ids] + sample_ids
+        shards = self._firsts.searchsorted(samples, side="right") - 1
+        at = 0
+        for shard, row in zip(shards.tolist(), (samples - self._firsts[shards]).tolist()):
+            view = views.get(shard)
+            if view is None:
+                view = self._view(shard)
+            data, first, stride, starts = view
+            start = first + row * stride if starts is None else starts[row]
+            target[at : at + width] = data[start : start + width]
+            at += width
+        return out
+
+    def _view(self, shard: int) -> View:
+        domain = int(np.searchsorted(self._domain_shards, shard, side="right")) - 1
+        shards = self.shards[domain]
+        assert shards is not None
+        view = self._views[shard] = shards.view(shard - int(self._domain_shards[domain]))
+        return view
+
+    def _read_ahead(self, stops: Ids, draws: Draws) -> None:
+        """Where a domain enters a new window: prepare it and the next one, and let go of those behind."""
+        moved = np.flatnonzero((stops > self._ahead) & (draws.counts > 0)).tolist()
+        upcoming: list[tuple[int, list[int]]] = []
+        for d in moved:
+            order, shards = self.orders[d], self.shards[d]
+            assert order is not None and shards is not None
+            current, end = order.shards_at(int(draws.firsts[d]))
+            needed = current.tolist()
+            while end < stops[d]:
+                more, end = order.shards_at(end)
+                needed += more.tolist()
+            following = order.shards_at(end)[0].tolist()
+            self._ahead[d] = end
+            self._forget(d, set(needed) | set(following))
+            shards.prepare(needed)
+            upcoming.append((d, following))
+        for d, following in upcoming:
+            self.shards[d].prepare(following)  # type: ignore[union-attr]
+
+    def _forget(self, domain: int, kept: set[int]) -> None:
+        first, last = int(self._domain_shards[domain]), int(self._domain_shards[domain + 1])
+        for shard in [shard for shard in self._views if first <= shard < last and shard - first not in kept]:
+            del self._views[shard]
+        self.shards[domain].keep(kept)  # type: ignore[union-attr]
+
+    # --- torch's protocol ------------------------------------------------------------------------------------------
+
+    def __getitem__(self, draw: tuple[int, int]) -> dict[str, torch.Tensor]:
+        return {name: value[0] for name, value in self.batch(np.array([draw[0]]), np.array([draw[1]])).items()}
+
+    def __getitems__(self, draws: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        pairs = np.array(draws, np.int64).reshape(-1, 2)
+        return self.batch(pairs[:, 0], pairs[:, 1])
+
+    def batch(self, domain_ids: Ids, sample_ids: Ids) -> dict[str, torch.Tensor]:
+        """Return a batch as delivered: ``input_ids`` (n, T), ``domain_ids`` (n,), ``sample_ids`` (n,), int64."""
+        rows = self.read(domain_ids, sample_ids)
+        return {
+            "input_ids": torch.from_numpy(rows.astype(np.int64)),
+            "domain_ids": torch.from_numpy(domain_ids),
+            "sample_ids": torch.from_numpy(sample_ids),
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_views": {}, "_ahead": np.full(len(self.domains), -1, np.int64), "_loader": None}
+
+    # --- Composer's protocol: it saves and restores the dataset, not the loader -------------------------------------
+
+    def state_dict(self, num_samples: int | None = None, from_beginning: bool = True) -> dict[str, Any]:
+        """Return the loader's state. Composer gives the samples trained on; the loader knows its position."""
+        return self._loader.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._loader.load_state_dict(state)
+
+
+def mixer_for(dataset: MixtureDataset, **options: Any) -> Mixer:
+    """Return a mixer over a dataset's domains."""
+    return Mixer(dataset.num_samples, fingerprints=dataset.fingerprints, **options)

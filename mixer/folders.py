@@ -1,0 +1,85 @@
+"""Folders of shards that others made: a manifest for those that have none.
+
+root/<domain>/<split>/index.json      ours and most others'
+root/<domain>/index.json              no splits: all of it is "train"
+root/index.json, root/<split>/index.json    one domain, named after the folder
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
+
+from mixer.errors import InputError
+from mixer.manifest import FILE_NAME, Domain, Manifest, Split, TokenizerInfo
+
+if TYPE_CHECKING:
+    from mixer.shards import DomainShards
+
+__all__ = ["load_manifest", "synthesise_manifest"]
+
+_SPLITS = ("train", "validation", "val", "test", "train_small", "val_small", "val_xsmall")
+
+
+def load_manifest(root: str | os.PathLike[str]) -> Manifest:
+    """Return the manifest of a folder of shards, or one made from the MDS folders in it where it has none.
+
+    Raises: InputError: if the folder is missing or holds no MDS.
+    """
+    folder = Path(root)
+    if folder.is_dir() and not (folder / FILE_NAME).exists():
+        found = _mds_folders(folder)
+        if found:
+            return synthesise_manifest(folder, found)
+    return Manifest.load(folder)
+
+
+def synthesise_manifest(root: Path, found: dict[str, dict[str, Path]]) -> Manifest:
+    """Return a manifest for MDS folders by domain and split; of the tokenizer only the absence is known."""
+    from mixer.shards import DomainShards
+
+    domains, shapes = {}, {}
+    for domain, splits in sorted(found.items()):
+        described = {}
+        for split, folder in sorted(splits.items()):
+            shards = DomainShards(domain, split, folder, verify="never")
+            shapes[domain, split] = (shards.column, shards.dtype.name, shards.seq_len)
+            described[split] = _describe(root, folder, shards)
+        domains[domain] = Domain(described)
+    if len(set(shapes.values())) > 1:
+        raise InputError(
+            f"the domains in {root} differ in token column, dtype or length: {shapes}. One loader reads samples of one"
+            " shape; convert them alike, or load them separately."
+        )
+    column, dtype, seq_len = next(iter(shapes.values()))
+    return Manifest(
+        domains, seq_len, dtype, TokenizerInfo("unknown", "", 0, -1), column=column, converter={"synthesised": True}
+    )
+
+
+def _describe(root: Path, folder: Path, shards: DomainShards) -> Split:
+    return Split(
+        path=os.path.relpath(folder, root),
+        num_samples=shards.num_samples,
+        num_tokens=shards.num_samples * shards.seq_len,
+        num_documents=0,
+        num_shards=len(shards.shard_sizes),
+        size_bytes=int(shards.index.raw_bytes.sum()),
+        fingerprint=shards.fingerprint,
+    )
+
+
+def _mds_folders(root: Path) -> dict[str, dict[str, Path]]:
+    own = _splits(root)
+    if own:
+        return {root.resolve().name: own}
+    folders = sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
+    return {unquote(child.name): splits for child in folders if (splits := _splits(child))}
+
+
+def _splits(folder: Path) -> dict[str, Path]:
+    if (folder / "index.json").is_file():
+        return {"train": folder}
+    return {name: folder / name for name in _SPLITS if (folder / name / "index.json").is_file()}

@@ -1,0 +1,375 @@
+"""Decide what every batch is made of, from counters alone: no data, no files, no random state.
+
+    mixer = Mixer({"code": 50_000, "web": 900_000}, weights=[0.3, 0.7], batch_size=64, seed=17)
+    draws = mixer.next_batch()         # the global batch; rank r of n reads draws.domain_ids[r::n],
+    draws.positions[r::n] mixer.set_weights({"code": 0.5, "web": 0.5})        # decides the very next batch
+    state = mixer.state_dict()         # a few numbers per domain; any rank's is every rank's
+
+A draw is (domain, position in that domain's endless order); ``mixer.order`` says which sample lies there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixer.allocation import allocate, allocate_independently
+from mixer.errors import InputError
+from mixer.exhaustion import EXHAUSTION, Exhausted, RunEnded
+from mixer.order import WINDOW_SAMPLES
+from mixer.randomness import key, permutation
+
+__all__ = ["Draws", "Mixer", "RunEnded"]
+
+Vector = NDArray[np.float64]
+Ids = NDArray[np.int64]
+Weights = Mapping[str, float] | Sequence[float] | Vector
+
+VERSION = 1
+_FOREVER = np.int64(1) << np.int64(62)
+
+
+class Draws(NamedTuple):
+    """One global batch, in the order in which it is delivered.
+
+    Attributes:
+        step: index of the batch in the run, from 0.
+        domain_ids, positions: (B,) int64, what each row is read from.
+        counts, firsts: (D,) int64, samples per domain and the first of its positions; a domain's are consecutive.
+        places: (B,) int64; row i of the batch is draw ``places[i]`` when draws are listed domain by domain.
+    """
+
+    step: int
+    domain_ids: Ids
+    positions: Ids
+    counts: Ids
+    firsts: Ids
+    places: Ids
+
+
+class _Stage(NamedTuple):
+    """From batch ``step`` on the weights are ``weights``; over the ``ramp`` batches before, they move there."""
+
+    step: int
+    ramp: int
+    weights: Vector
+
+
+class Mixer:
+    """Plan global batches from counters.
+
+    Args:
+        num_samples: samples by domain; one without any can have no weight. Domain ids follow the sorted names.
+        weights: shares by domain name, or (D,) in the order of ids; normalised. Default: proportional to size.
+        batch_size: samples in the global batch.
+        seed: of every order in the run.
+        max_epochs: how often a domain may be read, a number or one by domain; None for no limit, but 1 with
+            ``on_exhausted`` "drop" or "stop".
+        on_exhausted: a row of ``mixer.exhaustion.EXHAUSTION``.
+        fingerprints: of the data by domain, compared when a state is loaded.
+        independent: draw every sample on its own (multinomial) instead of carrying the rounding.
+    Raises: InputError: for names, sizes, weights or limits that do not fit.
+
+    >>> mixer = Mixer({"code": 10, "web": 90}, weights={"code": 0.5, "web": 0.5}, batch_size=4)
+    >>> mixer.next_batch().counts.tolist()
+    [2, 2]
+    """
+
+    def __init__(
+        self,
+        num_samples: Mapping[str, int],
+        *,
+        weights: Weights | None = None,
+        batch_size: int,
+        seed: int = 0,
+        max_epochs: float | Mapping[str, float] | None = None,
+        on_exhausted: str = "repeat",
+        fingerprints: Mapping[str, str] | None = None,
+        independent: bool = False,
+    ) -> None:
+        self.names = tuple(sorted(num_samples))
+        if not self.names or min(num_samples.values()) < 0:
+            raise InputError(f"a mixer needs at least one domain and sizes >= 0; got {dict(num_samples)!s:.200}.")
+        if batch_size < 1:
+            raise InputError(f"the batch size must be >= 1; got {batch_size}.")
+        self.batch_size, self.seed, self.independent = int(batch_size), int(seed), independent
+        self.num_samples = np.array([num_samples[name] for name in self.names], np.int64)
+        self.fingerprints = {name: (fingerprints or {}).get(name, "") for name in self.names}
+        self.on_exhausted, self.max_epochs = on_exhausted, _limits(self.names, max_epochs, on_exhausted)
+        self._limits = _sample_limits(self.max_epochs, self.num_samples)
+        self._weights = self._as_weights(self.num_samples.astype(np.float64) if weights is None else weights)
+        self._stages: list[_Stage] = []
+        self.step = 0
+        self._credit = np.zeros(len(self.names))
+        self._positions = np.zeros(len(self.names), np.int64)
+        self._drawn = np.zeros(len(self.names), np.int64)
+        self._ids = np.arange(len(self.names), dtype=np.int64)
+
+    # --- planning --------------------------------------------------------------------------------------------------
+
+    def next_batch(self) -> Draws:
+        """Plan the next global batch and move the counters on.
+
+        Raises:
+            RunEnded: if the policy ends the run here; nothing has moved.
+            ExhaustedError: if a domain would be read more often than allowed and the policy is to refuse; nothing has
+                moved.
+        """
+        counts, credit = self._allocate(self._weights_at(self.step, forget=True))
+        firsts = self._positions
+        # Listed domain by domain, then put into an order that is random but the same on every rank.
+        places = permutation(key(self.seed, "batch", self.step), self.batch_size)
+        ids = np.repeat(self._ids, counts)
+        offsets = firsts - counts.cumsum() + counts
+        positions = offsets[ids]
+        positions += np.arange(self.batch_size)
+        draws = Draws(self.step, ids[places], positions[places], counts, firsts, places)
+        self._credit, self._positions, self._drawn = credit, firsts + counts, self._drawn + counts
+        self.step += 1
+        return draws
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """Return the counters as they are; cheap, because planning replaces arrays and never changes them."""
+        return self.step, self._credit, self._positions, self._drawn, self._weights, self._stages
+
+    def restore(self, snapshot: tuple[Any, ...]) -> None:
+        """Go back to a ``snapshot`` of this mixer."""
+        self.step, self._credit, self._positions, self._drawn, self._weights, self._stages = snapshot
+
+    def _allocate(self, weights: Vector) -> tuple[Ids, Vector]:
+        if self._limits is None:
+            return self._share_out(weights, self._credit, self.batch_size)
+        remaining = self._limits - self._positions
+        used_up = (remaining == 0) & (weights > 0)
+        if not used_up.any():
+            counts, credit = self._share_out(weights, self._credit, self.batch_size)
+            if not (counts > remaining).any():
+                return counts, credit
+        return self._allocate_within(weights, remaining, used_up)
+
+    def _allocate_within(self, weights: Vector, remaining: Ids, used_up: NDArray[np.bool_]) -> tuple[Ids, Vector]:
+        """Fill the batch when some domains have less left than they owe; the policy says what becomes of their
+        share."""
+        policy = EXHAUSTION[self.on_exhausted]
+        given, credit = np.zeros_like(remaining), self._credit.copy()
+        while True:
+            if used_up.any():
+                event = Exhausted(self.names, weights, used_up, self.max_epochs, self.step)
+                weights = _normalised(np.where(used_up, 0.0, policy(event)))
+                credit[used_up] = 0.0
+            counts, left = self._share_out(weights, credit, self.batch_size - int(given.sum()))
+            used_up = counts > remaining
+            if not used_up.any():
+                return given + counts, left
+            given[used_up] = remaining[used_up]
+
+    def _share_out(self, weights: Vector, credit: Vector, batch_size: int) -> tuple[Ids, Vector]:
+        if not self.independent:
+            return allocate(weights, credit, batch_size)
+        drawn = allocate_independently(weights, batch_size, self.seed, self.step)
+        return drawn, np.asarray(credit + batch_size * weights - drawn, np.float64)
+
+    # --- weights ---------------------------------------------------------------------------------------------------
+
+    @property
+    def weights(self) -> Vector:
+        """The weights (D,) that decide the next batch."""
+        return self._weights_at(self.step).copy()
+
+    def set_weights(self, weights: Weights) -> None:
+        """Draw by these weights from the next batch on. Stages scheduled for later batches stay scheduled."""
+        self.schedule(self.step, weights)
+
+    def schedule(self, step: int, weights: Weights, *, ramp: int = 0) -> None:
+        """Draw by these weights from batch ``step`` on, and move there in a straight line over the ``ramp`` batches
+        before.
+
+        Args:
+            step: index of the first batch drawn by exactly these weights; not yet planned.
+            weights: names → shares, or (D,); normalised.
+            ramp: batches before ``step`` in which the weights move from those then in force; 0 for a jump.
+        Raises: InputError: if the batch has been planned already, or the weights do not fit the domains.
+        """
+        if step < self.step or ramp < 0:
+            raise InputError(
+                f"cannot schedule weights for batch {step} with ramp {ramp}: batch {self.step} is the next to be"
+                " planned."
+            )
+        stage = _Stage(int(step), int(ramp), self._as_weights(weights))
+        self._stages = sorted([other for other in self._stages if other.step != step] + [stage], key=lambda s: s.step)
+
+    def _weights_at(self, step: int, *, forget: bool = False) -> Vector:
+        """Return the weights of a batch not yet planned; with ``forget`` merge the stages that lie behind it."""
+        if not self._stages:
+            return self._weights
+        base, stages = self._weights, self._stages
+        while stages and stages[0].step <= step:
+            base, stages = stages[0].weights, stages[1:]
+        if forget:
+            self._weights, self._stages = base, stages
+        if stages and step > stages[0].step - stages[0].ramp:
+            upcoming = stages[0]
+            done = (step - (upcoming.step - upcoming.ramp)) / upcoming.ramp
+            return _normalised(base + done * (upcoming.weights - base))
+        return base
+
+    def _as_weights(self, weights: Weights) -> Vector:
+        if isinstance(weights, Mapping):
+            if set(weights) != set(self.names):
+                unknown, missing = sorted(set(weights) - set(self.names)), sorted(set(self.names) - set(weights))
+                raise InputError(
+                    f"weights must name every domain once: unknown {unknown}, missing {missing}; the domains are"
+                    f" {_names(self.names)}. Give 0 to a domain that is not to be drawn."
+                )
+            weights = [weights[name] for name in self.names]
+        vector = np.array(weights, np.float64)
+        if vector.shape != (len(self.names),):
+            raise InputError(f"weights have shape {vector.shape}, expected one per domain: ({len(self.names)},).")
+        if not np.isfinite(vector).all() or (vector < 0).any() or not vector.any():
+            bad = {name: value for name, value in zip(self.names, vector.tolist()) if not 0 <= value < math.inf}
+            raise InputError(f"weights must be finite, >= 0 and not all 0; got {bad or 'only zeros'}.")
+        empty = [name for i, name in enumerate(self.names) if vector[i] > 0 and not self.num_samples[i]]
+        if empty:
+            raise InputError(f"domains without a single sample cannot have a weight: {_names(empty)}. Give them 0.")
+        return _normalised(vector)
+
+    # --- state -----------------------------------------------------------------------------------------------------
+
+    @property
+    def positions(self) -> Ids:
+        """Samples (D,) taken from each domain's order so far, over all its epochs."""
+        return self._positions.copy()
+
+    @property
+    def drawn(self) -> Ids:
+        """Samples (D,) drawn in this run."""
+        return self._drawn.copy()
+
+    @property
+    def sample_limits(self) -> Ids | None:
+        """Samples (D,) that may be taken from each domain, or None where nothing limits them."""
+        return self._limits
+
+    @property
+    def credit(self) -> Vector:
+        """Samples (D,) owed: the target up to here minus what was drawn."""
+        return self._credit.copy()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a restart needs, as JSON-like builtins; the size does not grow with the run."""
+        domains = {}
+        for i, name in enumerate(self.names):
+            domains[name] = {
+                "position": int(self._positions[i]),
+                "drawn": int(self._drawn[i]),
+                "credit": float(self._credit[i]),
+                "weight": float(self._weights[i]),
+                "samples": int(self.num_samples[i]),
+                "fingerprint": self.fingerprints[name][:24],
+            }
+        stages = [{"step": s.step, "ramp": s.ramp, "weights": s.weights.tolist()} for s in self._stages]
+        return {
+            "version": VERSION,
+            "seed": self.seed,
+            "window": WINDOW_SAMPLES,
+            "step": self.step,
+            "batch_size": self.batch_size,
+            "scheduled": stages,
+            "domains": domains,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, remap: bool = False) -> None:
+        """Continue where ``state`` was taken; the weights of the state hold, whatever this mixer was made with.
+
+        Args:
+            state: from ``state_dict``, also through JSON.
+            remap: allow domains to be added (they start with this mixer's weights, unread), dropped, or changed in
+                fingerprint; what was consumed of the others is kept, and this mixer's weights hold.
+        Raises: InputError: naming both sides, if seed, order, domains, sizes or fingerprints differ.
+        """
+        saved = self._checked(state, remap)
+        known = [name in saved for name in self.names]
+
+        def column(field: str, default: Any, dtype: type) -> NDArray[Any]:
+            return np.array([saved[n][field] if k else default for n, k in zip(self.names, known)], dtype)
+
+        positions, drawn = column("position", 0, np.int64), column("drawn", 0, np.int64)
+        credit = column("credit", 0.0, np.float64)
+        if not remap:
+            weights = column("weight", 0.0, np.float64)
+            stages = [_Stage(s["step"], s["ramp"], np.array(s["weights"], np.float64)) for s in state["scheduled"]]
+            self._weights, self._stages = weights, stages
+        self.step = int(state["step"])
+        self._positions, self._drawn, self._credit = positions, drawn, credit
+
+    def _checked(self, state: Mapping[str, Any], remap: bool) -> Mapping[str, Any]:
+        """Return the saved domains, or refuse a state that was made for something else."""
+        if state.get("version") != VERSION or "domains" not in state:
+            raise InputError(
+                f"this is not a mixer state of version {VERSION}: it has version {state.get('version')!r} and keys"
+                f" {sorted(state)[:8]}. Load it with the version of domain-mixer that saved it."
+            )
+        saved = state["domains"]
+        differences = []
+        for what, there, here in (("seed", state["seed"], self.seed), ("window", state["window"], WINDOW_SAMPLES)):
+            if there != here:
+                differences.append(f"the state has {what} {there}, this run {here}")
+        if set(saved) != set(self.names) and not (remap and set(saved) & set(self.names)):
+            differences.append(f"the state has the domains {_names(sorted(saved))}, these shards {_names(self.names)}")
+        for i, name in enumerate(self.names):
+            if name in saved:
+                differences += self._differences(i, name, saved[name], remap)
+        if differences:
+            raise InputError(
+                f"this state was saved for other data: {'; '.join(differences[:6])}. Use the shards and seed it was"
+                " saved with, or remap=True to add, drop or grow domains."
+            )
+        return saved
+
+    def _differences(self, i: int, name: str, saved: Mapping[str, Any], remap: bool) -> list[str]:
+        found = []
+        if saved["samples"] != self.num_samples[i]:
+            found.append(f"domain {name!r} had {saved['samples']:,} samples, has {self.num_samples[i]:,}")
+        there, here = saved["fingerprint"], self.fingerprints[name][:24]
+        if there and here and there != here and not remap:
+            found.append(f"domain {name!r} had fingerprint {there}, has {here}")
+        return found
+
+
+def _normalised(weights: Vector) -> Vector:
+    """Return weights that sum to 1; math.fsum rounds the same way on every machine."""
+    total = math.fsum(weights)
+    return weights if abs(total - 1.0) <= 1e-12 else weights / total
+
+
+def _limits(names: tuple[str, ...], max_epochs: float | Mapping[str, float] | None, on_exhausted: str) -> Vector:
+    """Return (D,) epochs, infinite where there is no limit."""
+    if on_exhausted not in EXHAUSTION:
+        raise InputError(f"on_exhausted must be one of {sorted(EXHAUSTION)}; got {on_exhausted!r}.")
+    default = math.inf if on_exhausted == "repeat" else 1.0
+    if isinstance(max_epochs, Mapping):
+        unknown = sorted(set(max_epochs) - set(names))
+        if unknown:
+            raise InputError(f"max_epochs names unknown domains {unknown}; the domains are {_names(names)}.")
+        limits = np.array([max_epochs.get(name, default) for name in names], np.float64)
+    else:
+        limits = np.full(len(names), default if max_epochs is None else max_epochs, np.float64)
+    if not (limits > 0).all():
+        raise InputError(f"max_epochs must be > 0; got {max_epochs}. Leave a domain out by giving it weight 0.")
+    return limits
+
+
+def _sample_limits(max_epochs: Vector, num_samples: Ids) -> Ids | None:
+    if np.isinf(max_epochs).all():
+        return None
+    # 1e-9 of an epoch: 0.1 · 30 is meant to be 3 samples, not 2.
+    allowed = np.floor(np.minimum(max_epochs * num_samples + 1e-9 * num_samples, float(_FOREVER)))
+    return allowed.astype(np.int64)
+
+
+def _names(names: Sequence[str], limit: int = 12) -> str:
+    return str(list(names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,363 @@
+"""The samples of one domain on disk: an MDS folder as an array of rows that is read where it lies.
+
+    shards = open_domain("shards", "web", "train")
+    shards.num_samples, shards.seq_len
+    shards.read(np.array([5, 0, 123]))            # (3, T) in the stored dtype
+
+Raw shards are memory-mapped; compressed ones are decompressed once, to the raw file beside them. Before the first
+sample of a shard is used, its size, its offsets and (unless ``verify="never"``) its hash are checked; what does not
+hold is an error that names domain, file and remedy. ``prepare`` does all this ahead of need, in threads.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixer import mds
+from mixer.errors import DataError, InputError
+from mixer.folders import load_manifest
+from mixer.index import ShardIndex, read_index
+from mixer.manifest import Manifest
+
+__all__ = ["DomainShards", "Verify", "View", "decompress", "open_domain"]
+
+Verify = Literal["hash", "never"]
+Indices = NDArray[np.int64]
+_CHUNK = 1 << 22
+
+
+class View(NamedTuple):
+    """One shard, mapped and checked. Row i of the token column is ``data[start(i) : start(i) + row_bytes]``."""
+
+    data: memoryview
+    first: int
+    stride: int
+    starts: list[int] | None  # where rows lie at no fixed distance
+
+    def start(self, row: int) -> int:
+        return self.first + row * self.stride if self.starts is None else self.starts[row]
+
+
+class DomainShards:
+    """The samples of one split of one domain. Safe to use from several threads.
+
+    Attributes:
+        domain, split, folder: where they come from.
+        num_samples, shard_sizes: samples, and (S,) samples per shard.
+        columns: name → MDS encoding.
+        column, dtype, seq_len: the token column, its stored dtype, its length T.
+        fingerprint: ``sha256:`` of the index.
+    """
+
+    def __init__(
+        self,
+        domain: str,
+        split: str,
+        folder: Path,
+        *,
+        column: str | None = None,
+        dtype: str | None = None,
+        verify: Verify = "hash",
+    ) -> None:
+        if verify not in ("hash", "never"):
+            raise InputError(f"verify must be 'hash' or 'never'; got {verify!r}.")
+        self.domain, self.split, self.folder, self.verify = domain, split, folder, verify
+        self.index: ShardIndex = read_index(folder, domain)
+        self.columns = self.index.columns
+        self.fingerprint = self.index.fingerprint
+        self.shard_sizes = self.index.samples
+        self.num_samples = int(self.shard_sizes.sum())
+        self.firsts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        self._views: dict[int, View] = {}
+        self._pending: dict[int, Future[View]] = {}
+        self._verified: set[int] = set()
+        self._lock = threading.Lock()
+        self.column = _token_column(self.columns, column, domain)
+        self.dtype, self.seq_len, self._prefix = self._token_shape(dtype)
+        self.row_bytes = self.dtype.itemsize * self.seq_len
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def read(self, indices: Indices) -> NDArray[Any]:
+        """Return the token rows (n, T) of samples (n,), in the stored dtype, as a new array."""
+        rows = np.asarray(indices, np.int64)
+        if rows.size and not 0 <= rows.min() <= rows.max() < self.num_samples:
+            raise InputError(
+                f"domain {self.domain!r} has samples 0…{self.num_samples - 1:,}; asked for {rows.min()}…{rows.max()}."
+            )
+        out = np.empty((len(rows), self.seq_len), self.dtype)
+        target, width = memoryview(out.data).cast("B"), self.row_bytes
+        shards = np.searchsorted(self.firsts, rows, side="right") - 1
+        for k, (shard, row) in enumerate(zip(shards.tolist(), (rows - self.firsts[shards]).tolist())):
+            view = self.view(shard)
+            start = view.start(row)
+            target[k * width : (k + 1) * width] = view.data[start : start + width]
+        return out
+
+    def view(self, shard: int) -> View:
+        """Return a shard ready to be read, waiting for its preparation if need be.
+
+        Raises: DataError: if it is missing, truncated, damaged or not what the index says.
+        """
+        view = self._views.get(shard)
+        if view is not None:
+            return view
+        pending = self._pending.get(shard)
+        view = pending.result() if pending is not None else self._open(shard)
+        with self._lock:
+            self._pending.pop(shard, None)
+            return self._views.setdefault(shard, view)
+
+    def prepare(self, shards: Iterable[int]) -> None:
+        """Start to fetch, decompress and check shards in the background, in this order; errors appear when they are
+        read."""
+        for shard in shards:
+            with self._lock:
+                if shard not in self._views and shard not in self._pending:
+                    self._pending[shard] = _pool().submit(self._open, shard)
+
+    def keep(self, shards: Iterable[int]) -> None:
+        """Let go of the memory maps of all other shards."""
+        wanted = set(shards)
+        with self._lock:
+            for shard in [shard for shard in self._views if shard not in wanted]:
+                del self._views[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without what belongs to this process; the worker maps and checks for itself."""
+        return {**self.__dict__, "_views": {}, "_pending": {}, "_verified": set(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    # --- one shard -------------------------------------------------------------------------------------------------
+
+    def _open(self, shard: int) -> View:
+        if not self.shard_sizes[shard]:
+            return View(memoryview(b""), 0, 0, None)
+        path = self._raw_file(shard)
+        data = self._map(path, int(self.index.raw_bytes[shard]))
+        self._check_hash(shard, path, data, self.index.raw_hashes[shard])
+        return self._layout(path, data, shard)
+
+    def _raw_file(self, shard: int) -> Path:
+        """Return the path of the raw shard, decompressing it if it is not there in full."""
+        raw = self.folder / self.index.raw_name(shard)
+        zip_name = self.index.zip_name(shard)
+        if zip_name is None or _size(raw) == self.index.raw_bytes[shard]:
+            return raw
+        kept = self.cache_folder() / self.index.raw_name(shard)
+        if _size(kept) == self.index.raw_bytes[shard]:
+            return kept
+        zipped = self.folder / zip_name
+        data = self._map(zipped, int(self.index.zip_bytes[shard]))
+        self._check_hash(None, zipped, data, self.index.zip_hashes[shard])
+        return self._decompress(zipped, data, raw, kept, int(self.index.raw_bytes[shard]))
+
+    def _decompress(self, zipped: Path, data: memoryview, raw: Path, kept: Path, size_bytes: int) -> Path:
+        try:
+            content = decompress(str(self.index.compression), data, size_bytes)
+        except Exception as error:
+            raise self._damaged(zipped, f"does not decompress as {self.index.compression}: {error}") from error
+        if len(content) != size_bytes:
+            raise self._damaged(zipped, f"decompresses to {len(content):,} bytes, its index says {size_bytes:,}")
+        for target in (raw, kept):  # beside the compressed file, or in the cache where that folder is read-only
+            try:
+                return _write_atomically(target, content)
+            except OSError as error:
+                if target == kept or error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM):
+                    raise DataError(
+                        f"domain {self.domain!r}: cannot write the decompressed shard {target} ({len(content):,}"
+                        f" bytes): {error.strerror}. Free space there or set XDG_CACHE_HOME to a folder with room."
+                    ) from error
+        raise AssertionError("unreachable: the last target returns or raises")
+
+    def cache_folder(self) -> Path:
+        """Return where raw shards go when their own folder cannot be written."""
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        return Path(base) / "domain-mixer" / self.fingerprint.rpartition(":")[2][:32]
+
+    def _map(self, path: Path, size_bytes: int) -> memoryview:
+        try:
+            with open(path, "rb") as file:
+                found = os.fstat(file.fileno()).st_size
+                if found != size_bytes:
+                    raise self._damaged(path, f"has {found:,} bytes, its index says {size_bytes:,}")
+                return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except FileNotFoundError:
+            raise self._damaged(path, "is missing") from None
+        except OSError as error:
+            raise self._damaged(path, f"cannot be read: {error.strerror}") from error
+
+    def _check_hash(self, shard: int | None, path: Path, data: memoryview, digest: bytes) -> None:
+        """Compare a file with its hash, raw shards only once per process."""
+        if self.verify == "never" or not digest or self.index.algorithm is None or shard in self._verified:
+            return
+        hasher = mds.hasher(self.index.algorithm)
+        for start in range(0, len(data), _CHUNK):
+            hasher.update(data[start : start + _CHUNK])
+        if hasher.hexdigest() != digest.decode():
+            raise self._damaged(
+                path, f"has {self.index.algorithm} {hasher.hexdigest()}, its index says {digest.decode()}"
+            )
+        if shard is not None:
+            self._verified.add(shard)
+
+    def _layout(self, path: Path, data: memoryview, shard: int) -> View:
+        """Find where the token rows lie, and check that the offsets describe the file."""
+        content = np.frombuffer(data, np.uint8)
+        try:
+            header = mds.parse_header(content, "it")
+            starts, sizes = mds.column_spans(content, header, self.columns, self.column)
+        except DataError as error:
+            raise self._damaged(path, f"does not hold what an MDS shard holds: {error}") from error
+        if header.num_samples != self.shard_sizes[shard]:
+            raise self._damaged(
+                path, f"holds {header.num_samples:,} samples, its index says {self.shard_sizes[shard]:,}"
+            )
+        prefix, alike = self._prefix, True
+        if prefix:  # every value must announce the same shape
+            announced = content[starts[:, None] + np.arange(len(prefix))]
+            alike = bool((announced == np.frombuffer(prefix, np.uint8)).all())
+        if not alike or (sizes != len(prefix) + self.row_bytes).any():
+            raise self._damaged(
+                path,
+                f"has samples of column {self.column!r} that are not {self.seq_len} tokens of {self.dtype}; sizes run"
+                f" from {sizes.min() - len(prefix):,} to {sizes.max() - len(prefix):,} bytes",
+            )
+        steps = np.diff(starts)
+        if len(steps) == 0 or (steps == steps[0]).all():
+            stride = int(steps[0]) if len(steps) else 0
+            return View(data, int(starts[0]) + len(prefix), stride, None)
+        return View(data, 0, 0, (starts + len(prefix)).tolist())
+
+    def _damaged(self, path: Path, what: str) -> DataError:
+        return DataError(
+            f"domain {self.domain!r}, shard {path}: {what}. The file is damaged or not the one the index was written"
+            " for: restore it from where it came from, or convert the domain again."
+        )
+
+    def _token_shape(self, dtype: str | None) -> tuple[np.dtype[Any], int, bytes]:
+        """Return dtype, T and what precedes every row, from the encoding or else from the first sample."""
+        encoding = self.columns[self.column]
+        size = mds.encoded_size(encoding)
+        if size is not None and encoding.startswith("ndarray"):
+            _, kind, shape = mds.ndarray_prefix(encoding, b"")
+            return np.dtype(kind), int(np.prod(shape or ())), b""
+        shard = int(np.flatnonzero(self.shard_sizes)[0])
+        path = self._raw_file(shard)
+        content = np.frombuffer(self._map(path, int(self.index.raw_bytes[shard])), np.uint8)
+        try:
+            starts, sizes = mds.column_spans(content, mds.parse_header(content, "it"), self.columns, self.column)
+        except DataError as error:
+            raise self._damaged(path, f"does not hold what an MDS shard holds: {error}") from error
+        value = bytes(content[starts[0] : starts[0] + sizes[0]])
+        if encoding == "bytes":  # llm-foundry writes int64 ids
+            kind_of_bytes = np.dtype(dtype or "int64")
+            return kind_of_bytes, len(value) // kind_of_bytes.itemsize, b""
+        length, kind, shape = mds.ndarray_prefix(encoding, value)
+        if kind is None or shape is None:
+            raise self._damaged(path, f"has a first sample whose column {self.column!r} ({encoding}) cannot be decoded")
+        return np.dtype(kind), int(np.prod(shape)), value[:length]
+
+
+def open_domain(
+    root: str | os.PathLike[str],
+    domain: str,
+    split: str = "train",
+    *,
+    verify: Verify = "hash",
+    manifest: Manifest | None = None,
+) -> DomainShards:
+    """Open one split of one domain of a folder of shards.
+
+    Args:
+        root: a folder with a manifest, or of MDS folders by domain.
+        verify: "hash" checks every shard's hash before its first use, "never" only sizes and offsets.
+        manifest: of ``root``, if it was read already.
+    Raises: InputError: for an unknown domain or split; DataError: for an index that is damaged or not the manifest's.
+    """
+    manifest = manifest or load_manifest(root)
+    entry = manifest.split(domain, split)
+    shards = DomainShards(
+        domain, split, Path(root) / entry.path, column=manifest.column, dtype=manifest.dtype, verify=verify
+    )
+    if entry.fingerprint and shards.fingerprint != entry.fingerprint:
+        raise DataError(
+            f"domain {domain!r}: {shards.folder / 'index.json'} has fingerprint {shards.fingerprint}, the manifest of"
+            f" {root} says {entry.fingerprint}. One of the two was changed; restore it, or convert again."
+        )
+    return shards
+
+
+def decompress(compression: str, data: memoryview, size_bytes: int) -> bytes:
+    """Return the content of a compressed shard. zstd here; other kinds by streaming's own code."""
+    if compression.partition(":")[0] == "zstd":
+        import zstandard
+
+        return zstandard.ZstdDecompressor().decompress(data, max_output_size=size_bytes)
+    from mixer.streaming_door import decompress as by_streaming
+
+    return by_streaming(compression, bytes(data))
+
+
+def _token_column(columns: Mapping[str, str], wanted: str | None, domain: str) -> str:
+    """Return the column that holds the token ids: the one asked for, else by its usual names, else the only one."""
+    for name in (wanted or "tokens", "tokens", "input_ids"):
+        if name in columns and _holds_tokens(columns[name]):
+            return name
+    candidates = [name for name, encoding in columns.items() if _holds_tokens(encoding)]
+    if len(candidates) == 1:
+        return candidates[0]
+    raise InputError(
+        f"domain {domain!r} has no column of token ids: it has {dict(columns)}; expected {wanted or 'tokens'!r} as an"
+        " ndarray of integers or raw bytes."
+    )
+
+
+def _holds_tokens(encoding: str) -> bool:
+    kind, _, rest = encoding.partition(":")
+    return kind == "bytes" or (kind == "ndarray" and "float" not in rest)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _write_atomically(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return path
+
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+
+
+def _pool() -> ThreadPoolExecutor:
+    """Return this process's threads; a forked child starts its own."""
+    pid = os.getpid()
+    if pid not in _pools:
+        _pools.clear()
+        _pools[pid] = ThreadPoolExecutor(max_workers=4, thread_name_prefix="mixer-shards")
+    return _pools[pid]

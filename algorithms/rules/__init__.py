@@ -14,6 +14,7 @@ from algorithms.rules.feedback import sheared_llama, validation_feedback
 from algorithms.rules.fixed import erm, given, preset, temperature, uniform, unimax
 from algorithms.rules.gradients import doge, pike
 from algorithms.rules.group_dro import group_dro
+from algorithms.rules.jtt import jtt
 from algorithms.rules.lookahead import lookahead
 from algorithms.rules.mero import mero
 from algorithms.rules.modified_doremi import modified_doremi
@@ -45,6 +46,7 @@ UPDATE_RULES: dict[str, Callable[..., UpdateRule]] = {
     "on_demand": on_demand,
     "validation_feedback": validation_feedback,
     "sheared_llama": sheared_llama,
+    "jtt": jtt,
     "odm": odm,
     "skill_it": skill_it,
     "aioli": aioli,

@@ -82,7 +82,7 @@ class MixtureLoader(DataLoader[Batch]):
         self.manifest: Manifest = load_manifest(shards)
         dataset = MixtureDataset(shards, split, seed, verify, self.manifest)
         self.domains, self.num_samples, self.split = dataset.domains, dataset.num_samples, split
-        self.mixture = resolve_mixture(mixture, self.manifest, dataset.num_samples, split, force)
+        self.mixture = resolve_mixture(mixture, self.manifest, split=split, force=force)
         self.mixer: Mixer = mixer_for(
             dataset,
             weights=self.mixture.weights,
@@ -209,11 +209,18 @@ class _PlanSampler(DistributedSampler):  # type: ignore[type-arg]
 def resolve_mixture(
     mixture: str | os.PathLike[str] | Mapping[str, float] | Mixture,
     manifest: Manifest,
-    num_samples: Mapping[str, int],
-    split: str,
+    *,
+    split: str = "train",
     force: bool = False,
 ) -> Mixture:
-    """Return a checked mixture for these shards from any form that a loader accepts."""
+    """Return a checked mixture for these shards from any form that a loader accepts.
+
+    Raises: InputError: if it does not fit the shards, or gives a weight to a domain without samples in the split.
+    """
+    num_samples = {
+        name: domain.splits[split].num_samples if split in domain.splits else 0
+        for name, domain in manifest.domains.items()
+    }
     sizes = np.array([num_samples[name] for name in manifest.names], np.float64)
     if not sizes.any():
         raise InputError(

@@ -1,0 +1,142 @@
+"""``mixer weigh``: a mixture from sizes alone. ``mixer simulate``: what a mixture will draw, without reading data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["weigh"]
+
+
+@click.command(short_help="Weights from sizes alone: uniform, proportional, temperature, unimax.")
+@click.argument("shards", type=click.Path(path_type=Path))
+@click.option(
+    "--method",
+    required=True,
+    type=click.Choice(["uniform", "proportional", "temperature", "unimax"]),
+    help="How sizes become weights.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Write the mixture to this file.")
+@click.option("--budget", help="Tokens of the run it is for, such as 50M or 1.5T; shows epochs. Needed by unimax.")
+@click.option("--max-epochs", type=float, help="Give no domain more than this many epochs of the budget.")
+@click.option("--tau", type=float, default=2.0, show_default=True, help="Temperature: weight = size^(1/tau).")
+@click.option("--floor", type=float, default=0.0, help="Give every domain at least this share.")
+@click.option("--ceiling", type=float, default=1.0, help="Give no domain more than this share.")
+def weigh(
+    shards: Path,
+    method: str,
+    out: Path | None,
+    budget: str | None,
+    max_epochs: float | None,
+    tau: float,
+    floor: float,
+    ceiling: float,
+) -> None:
+    """Make a mixture for SHARDS from the sizes of their domains, and show how often each would be read.
+
+    \b
+    Examples:
+      mixer weigh shards --method unimax --budget 50M --max-epochs 4 --out unimax.json
+      mixer weigh shards --method temperature --tau 3 --floor 0.01 --out flat.json
+      mixer weigh shards --method proportional --budget 1.5T
+    """
+    import numpy as np
+    from rich.console import Console
+
+    from mixer.budget import plan_budget
+    from mixer.folders import load_manifest
+    from mixer.units import parse_count
+
+    manifest = load_manifest(shards)
+    names = manifest.names
+    tokens = np.array([manifest.split(name, "train").num_tokens for name in names], np.float64)
+    wanted = None if budget is None else parse_count(budget, "a number of tokens")
+    weights, settings = _weights(names, tokens, method, wanted, max_epochs, tau, floor, ceiling)
+    limits = np.full(len(names), np.inf if max_epochs is None else max_epochs)
+    plan = plan_budget(names, weights, tokens, wanted or float(tokens.sum()), limits)
+    console = Console()
+    console.print(_table(plan, tokens, wanted))
+    if out is not None:
+        _mixture(manifest, weights, method, settings).save(out)
+        console.print(f"[green]Wrote[/green] {out}")
+
+
+def _weights(
+    names: tuple[str, ...],
+    tokens: Any,
+    method: str,
+    budget: int | None,
+    max_epochs: float | None,
+    tau: float,
+    floor: float,
+    ceiling: float,
+) -> tuple[Any, dict[str, Any]]:
+    """Return the weights and the settings that went into them."""
+    import numpy as np
+
+    from mixer.errors import InputError
+    from mixer.projection import project
+    from mixer.static_weights import STATIC_WEIGHTS
+
+    if (max_epochs is None) != (budget is None) and (method == "unimax" or max_epochs is not None):
+        raise InputError("epochs follow from a budget: give both --budget (tokens, such as 50M) and --max-epochs.")
+    if method == "unimax" and budget is None:
+        raise InputError("unimax needs --budget (tokens of the run, such as 50M) and --max-epochs.")
+    function, takes = STATIC_WEIGHTS[method]
+    given = {"tau": tau, "budget": budget, "max_epochs": max_epochs}
+    settings = {name: given[name] for name in takes}
+    weights = function(tokens, **settings)
+    ceilings = np.full(len(names), ceiling)
+    if budget is not None and max_epochs is not None:
+        ceilings = np.minimum(ceilings, max_epochs * tokens / budget)
+        settings |= {"budget": budget, "max_epochs": max_epochs}
+    if floor > 0 or (ceilings < 1).any():
+        weights = project(weights, floor, ceilings, names=names)
+    settings |= {
+        key: value for key, value in (("floor", floor), ("ceiling", ceiling)) if value != float(key == "ceiling")
+    }
+    return weights, settings
+
+
+def _mixture(manifest: Any, weights: Any, method: str, settings: dict[str, Any]) -> Any:
+    from mixer import __version__
+    from mixer.mixture import Mixture
+
+    provenance = {
+        "rule": method,
+        "settings": settings,
+        "tokenizer": manifest.tokenizer.fingerprint,
+        "shards": {name: manifest.split(name, "train").fingerprint for name in manifest.names},
+        "made_by": f"domain-mixer {__version__}",
+    }
+    return Mixture(dict(zip(manifest.names, weights.tolist())), provenance)
+
+
+def _table(plan: Any, tokens: Any, budget: int | None) -> Any:
+    from rich.table import Table
+
+    from mixer.units import short
+
+    title = f"{short(tokens.sum())} tokens" + (f", a run of {short(budget)}" if budget else ", one epoch of all")
+    table = Table(title=title, title_justify="left")
+    table.add_column("domain")
+    for column in ("tokens", "share", "weight", "× share", "epochs", "worth"):
+        table.add_column(column, justify="right")
+    for i, name in enumerate(plan.names):
+        share = tokens[i] / tokens.sum()
+        row = (
+            short(tokens[i]),
+            f"{share:.2%}",
+            f"{plan.shares[i]:.4f}",
+            f"{plan.shares[i] / share:.2f}" if share else "–",
+        )
+        mark = "[yellow] max[/yellow]" if plan.capped[i] else ""
+        table.add_row(name, *row, f"{plan.epochs[i]:.2f}{mark}", short(plan.effective[i]))
+    table.caption = (
+        f"worth: unique tokens of the same value, {short(plan.effective.sum())} in all (Muennighoff et al. 2023)."
+        + (f" {plan.note}." if plan.note else "")
+    )
+    table.caption_justify = "left"
+    return table

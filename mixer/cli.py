@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import NoReturn
 
 import click
 
@@ -23,7 +24,12 @@ COMMANDS = {
     "convert": ("converters.cli", "convert", "Corpora -> one set of MDS shards per domain."),
     "inspect": ("converters.cli", "inspect", "Domains, samples, tokens, shares; decoded samples."),
     "weigh": ("mixer.commands", "weigh", "Weights from sizes alone: uniform, proportional, temperature, unimax."),
-    "optimize": ("algorithms.commands.optimize", "optimize", "Find weights with a proxy model (DoReMi, Group DRO, ...)."),
+    "optimize": (
+        "algorithms.commands.optimize",
+        "optimize",
+        "Find weights with a proxy model (DoReMi, Group DRO, ...).",
+    ),
+    "methods": ("algorithms.commands.methods", "methods", "What each method optimises, needs and costs; the paper."),
     "train": ("algorithms.commands.train", "train", "Train a model on a mixture; held-out loss per domain."),
     "report": ("algorithms.commands.report", "report", "One HTML page with tables and plots of finished runs."),
 }
@@ -43,7 +49,9 @@ class _LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             import difflib
 
@@ -79,13 +87,22 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("\nInterrupted. The same command continues where it stopped.", err=True)
-        sys.exit(130)
+        _interrupted()
+    except SystemExit as error:
+        # Composer replaces Ctrl-C by an exit with 130 as soon as it is imported.
+        if error.code != 130:
+            raise
+        _interrupted()
     except Exception as error:
         if debug:
             raise
         click.echo(f"Error: {_one_line(error)}", err=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+def _interrupted() -> NoReturn:
+    click.echo("\nInterrupted. The same command continues where it stopped.", err=True)
+    sys.exit(130)
 
 
 def _one_line(error: Exception) -> str:

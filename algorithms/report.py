@@ -104,7 +104,7 @@ def comparison_table(runs: Sequence[Path]) -> Table:
     """Return a table of main runs: per domain its size and, under each mixture, weight and held-out log-perplexity."""
     results = {_name(run, runs): read_result(run) for run in runs}
     first = next(iter(results.values()))
-    sizes = {name: row["num_samples"] for name, row in first["loader"]["domains"].items()}
+    sizes = first["num_samples"]
     total = sum(sizes.values())
     best = {name: min(result["heldout"][name]["loss"] for result in results.values()) for name in sizes}
     table = Table("domain", title="Held-out log-perplexity (nats per token) under each mixture", title_justify="left")

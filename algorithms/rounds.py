@@ -182,7 +182,7 @@ def train_on(
         **settings.to_dict(),
         **loader_options,
     }
-    if algorithm is not None:
+    if algorithm is not None and algorithm.rule is not None:
         asked |= {"rule": algorithm.rule.name, "rule_settings": dict(algorithm.rule.settings)}
     result = begin_run(folder, asked)
     if result is not None:
@@ -194,10 +194,11 @@ def train_on(
     model = build_model(
         settings.model, vocab_size=manifest.tokenizer.vocab_size, seq_len=manifest.seq_len, seed=settings.seed
     )
-    algorithm = algorithm or DomainReweighting(UPDATE_RULES["erm"]())
+    algorithm = algorithm or DomainReweighting()
     train(model, loader, settings, folder, algorithms=[algorithm], label=label, save_every=save_every, console=console)
     algorithm.save_trajectory(folder / "trajectory.npz")
-    algorithm.mixture().save(folder / "mixture.json")
+    if algorithm.rule is not None:
+        algorithm.mixture().save(folder / "mixture.json")
     heldout = heldout_losses(model, shards, max_samples=heldout_samples)
     model.save_pretrained(folder / "model")
     return finish_run(
@@ -207,6 +208,7 @@ def train_on(
             "average": float(np.mean([value.loss for value in heldout.values()])),
             "worst": float(max(value.loss for value in heldout.values())),
             "weights": dict(mixture.weights),
+            "num_samples": dict(loader.num_samples),
             "loader": loader.stats(),
             "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
             "num_tokens": settings.steps * settings.global_batch_size * manifest.seq_len,

@@ -124,15 +124,19 @@ def train(
 
 
 class _StopAfterStep(Callback):
-    """Let Ctrl-C finish the step; the checkpoint saver sees ``requested`` and saves, then the run ends."""
+    """Let Ctrl-C and SIGTERM (a preempted job) finish the step; the checkpoint saver sees ``requested``; the run ends.
+
+    Made before the Trainer, which sets handlers of its own: those found here are put back at the end.
+    """
 
     def __init__(self) -> None:
         self.requested = False
-        self._previous: Any = None
+        self._is_main = threading.current_thread() is threading.main_thread()
+        self._previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._request)
+        for number in self._previous if self._is_main else ():
+            signal.signal(number, self._request)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
@@ -144,9 +148,8 @@ class _StopAfterStep(Callback):
             raise KeyboardInterrupt
 
     def close(self, state: State, logger: Logger) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        for number, handler in self._previous.items() if self._is_main else ():
+            signal.signal(number, handler)
 
 
 class _ProgressBar(Callback):

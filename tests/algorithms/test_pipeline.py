@@ -1,0 +1,204 @@
+"""From shards to a frozen mixture, a main run and a report: for real, on tiny data and few steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("composer", reason="needs the composer extra")
+
+import torch
+from composer import Algorithm, Event, Logger, State
+from rich.console import Console
+
+from algorithms.evaluation import heldout_losses, heldout_samples
+from algorithms.models import build_model
+from algorithms.report import comparison_table, draw_search, write_report
+from algorithms.rounds import SearchSettings, find_mixture, train_on
+from algorithms.training import TrainSettings
+from mixer.cli import main as cli
+from mixer.errors import DataError, InputError
+from mixer.manifest import Manifest
+from mixer.mixture import Mixture
+from tests.helpers import write_shards
+
+QUIET = Console(quiet=True)
+TINY = TrainSettings(model="nano", steps=6, global_batch_size=6, learning_rate=1e-3)
+
+
+def _row(domain: str, index: int, seq_len: int, dtype: str) -> np.ndarray:
+    """Ids below 64; each domain repeats with another period, so that a model can tell them apart."""
+    return ((np.arange(seq_len) * (len(domain) + 1) + index) % 64).astype(dtype)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    write_shards(
+        folder,
+        {"code": 60, "web": 30, "wiki": 9},
+        validation={"code": 5, "web": 4, "wiki": 3},
+        seq_len=16,
+        vocab_size=64,
+        rows=_row,
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def search(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("search") / "run"
+    find_mixture(shards, SearchSettings(method="doremi", proxy=TINY, rounds=2), out, QUIET)
+    return out
+
+
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+
+
+def test_a_search_freezes_a_mixture_with_its_provenance(shards: Path, search: Path) -> None:
+    manifest, mixture = Manifest.load(shards), Mixture.load(search / "mixture.json")
+    assert tuple(mixture.weights) == manifest.names
+    assert sum(mixture.weights.values()) == pytest.approx(1)
+    assert mixture.provenance["rule"] == "doremi"
+    assert mixture.provenance["tokenizer"] == manifest.tokenizer.fingerprint
+    assert mixture.provenance["shards"] == {name: manifest.split(name, "train").fingerprint for name in manifest.names}
+    assert mixture.provenance["reference"].startswith("xxh3:")
+    assert mixture.check(manifest) is mixture
+
+
+def test_the_second_round_trains_its_reference_on_the_first_mixture(search: Path) -> None:
+    first = Mixture.load(search / "round-1" / "mixture.json")
+    settings = json.loads((search / "round-2" / "reference" / "run.json").read_text())
+    assert settings["mixture"] == dict(first.weights)
+
+
+def test_a_finished_search_is_not_done_twice(shards: Path, search: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in search.rglob("*") if path.is_file()}
+    find_mixture(shards, SearchSettings(method="doremi", proxy=TINY, rounds=2), search, QUIET)
+    assert before == {path: path.stat().st_mtime_ns for path in search.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="rounds: 2 there, 1 asked"):
+        find_mixture(shards, SearchSettings(method="doremi", proxy=TINY, rounds=1), search, QUIET)
+
+
+def test_final_weights_keep_to_the_epoch_cap(shards: Path, tmp_path: Path) -> None:
+    settings = SearchSettings(method="group_dro", proxy=TINY, max_epochs=2, budget_tokens=40 * 16)
+    mixture = find_mixture(shards, settings, tmp_path / "run", QUIET)
+    assert mixture.weights["wiki"] <= 2 * 9 / 40 + 1e-12
+    assert not (tmp_path / "run" / "round-1" / "reference").exists()
+
+
+class InterruptAt(Algorithm):
+    """Ctrl-C in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def match(self, event: Event, state: State) -> bool:
+        return event == Event.AFTER_FORWARD and state.timestamp.batch.value == self.step
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupted_run_continues_to_the_same_model(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import algorithms.rounds
+
+    mixture = Mixture({"code": 0.5, "web": 0.3, "wiki": 0.2})
+    whole = train_on(shards, mixture, TINY, tmp_path / "whole", label="whole", console=QUIET)
+
+    plain, handler = algorithms.rounds.train, signal.getsignal(signal.SIGINT)
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        plain(*arguments, **{**options, "algorithms": [*options["algorithms"], InterruptAt(3)]})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(algorithms.rounds, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_on(shards, mixture, TINY, tmp_path / "cut", label="cut", console=QUIET)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not (tmp_path / "cut" / "result.json").exists()
+    cut = train_on(shards, mixture, TINY, tmp_path / "cut", label="cut", console=QUIET)
+
+    assert {key: cut[key] for key in ("heldout", "average", "worst", "weights")} == {
+        key: whole[key] for key in ("heldout", "average", "worst", "weights")
+    }
+    for name, value in state_of(tmp_path / "whole").items():
+        assert torch.equal(value, state_of(tmp_path / "cut")[name]), name
+    with np.load(tmp_path / "whole" / "trajectory.npz") as a, np.load(tmp_path / "cut" / "trajectory.npz") as b:
+        assert a["steps"].tolist() == b["steps"].tolist() == list(range(6))
+        np.testing.assert_array_equal(a["loss"], b["loss"])
+
+
+def test_a_diverging_run_is_one_clear_error(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli(["train", str(shards), "--steps", "6", "--batch-size", "6", "--lr", "1e30", "--out", str(tmp_path / "run")])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit.value.code == 1
+    assert last.startswith("Error: ") and "training loss of domains" in last and "is nan" in last
+
+
+def test_held_out_loss_of_an_untrained_model_is_near_that_of_guessing(shards: Path) -> None:
+    manifest = Manifest.load(shards)
+    vocabulary = manifest.tokenizer.vocab_size
+    model = build_model("nano", vocab_size=vocabulary, seq_len=16, seed=0)
+    losses = heldout_losses(model, shards)
+    for name in manifest.names:
+        samples = manifest.split(name, "validation").num_samples
+        assert losses[name].num_samples == samples
+        assert losses[name].num_tokens == samples * 15
+        assert losses[name].loss == pytest.approx(np.log(vocabulary), rel=0.05)
+
+
+def test_held_out_samples_are_spread_evenly(shards: Path) -> None:
+    everything = heldout_samples(shards, "code", split="train")
+    some = heldout_samples(shards, "code", split="train", max_samples=4)
+    np.testing.assert_array_equal(some, everything[[0, 15, 30, 45]])
+
+
+def test_the_report_shows_every_run(shards: Path, search: Path, tmp_path: Path) -> None:
+    mains = []
+    for name in ("proportional", "uniform"):
+        weights = {"code": 60, "web": 30, "wiki": 9} if name == "proportional" else {"code": 1, "web": 1, "wiki": 1}
+        train_on(shards, Mixture(weights), TINY, tmp_path / name, label=name, console=QUIET)
+        mains.append(tmp_path / name)
+    assert write_report([search, *mains], tmp_path / "report.html") == mains
+    page = (tmp_path / "report.html").read_text()
+    result = json.loads((mains[0] / "result.json").read_text())
+    assert f"{result['average']:.3f}" in page and f"{result['heldout']['wiki']['loss']:.3f}" in page
+    assert page.count("data:image/png;base64,") == len(draw_search(search)) + 1
+    table = comparison_table(mains)
+    assert [column.header for column in table.columns][2::2] == ["proportional\nweight", "uniform\nweight"]
+    with pytest.raises(InputError, match="no run 'main-x' to compare with; there are proportional, uniform"):
+        write_report(mains, tmp_path / "report.html", baseline="main-x")
+
+
+def test_an_unknown_method_or_setting_is_refused_before_anything_is_written(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no method 'doreme'; there are .*doremi"):
+        find_mixture(shards, SearchSettings(method="doreme"), tmp_path / "run", QUIET)
+    with pytest.raises(InputError, match=r"'group_dro' cannot be made with \{'etta': 1\}"):
+        find_mixture(shards, SearchSettings(method="group_dro", rule={"etta": 1}), tmp_path / "run", QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_nowhere_is_named() -> None:
+    with pytest.raises(InputError, match="no model 'nan0': expected one of nano"):
+        build_model("nan0", vocab_size=10, seq_len=4, seed=0)
+
+
+def test_a_nan_held_out_loss_is_an_error(shards: Path) -> None:
+    model = build_model("nano", vocab_size=Manifest.load(shards).tokenizer.vocab_size, seq_len=16, seed=0)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(DataError, match="held-out loss of domain 'code' is nan"):
+        heldout_losses(model, shards)

@@ -142,13 +142,15 @@ def convert(
     )  # fmt: skip
     if fresh:
         job.clear()
-    if (done := job.finished()) is not None:
-        return done
-    with job.locked():
-        job.begin()
-        job.tokenize()
-        manifest = job.pack()
-        job.clean_up(keep_stage or stage is not None)
+    manifest = job.finished()
+    if manifest is None or job.has_leftovers():
+        with job.locked():
+            manifest = job.finished()  # another process may have finished it just now
+            if manifest is None:
+                job.begin()
+                job.tokenize()
+                manifest = job.pack()
+            job.clean_up(keep_stage or stage is not None)
     return manifest
 
 
@@ -178,14 +180,25 @@ class _Job:
     # --- what is there already ---
 
     def clear(self) -> None:
-        """Remove what an earlier conversion left, and nothing else."""
+        """Remove what an earlier conversion left in ``out`` and in the stage folder, and nothing else."""
         if (self.out / FILE_NAME).exists():
-            folders = {domain_folder(name) for name in Manifest.load(self.out).domains}
+            names = {domain_folder(name) for name in Manifest.load(self.out).domains}
+        elif self.has_leftovers():
+            names = {path.name for path in (self.out / _PACK / "shards").glob("*")}
         else:
-            folders = {path.name for path in (self.out / _PACK / "shards").glob("*")}
-        (self.out / FILE_NAME).unlink(missing_ok=True)
-        for name in (*sorted(folders), _TOKENIZER, _PACK, _STAGE):
-            shutil.rmtree(self.out / name, ignore_errors=True)
+            names = set()
+        staged = (self.stage / "plan.json").exists()
+        if not names and not self.has_leftovers() and not staged:
+            return
+        with self.locked():
+            (self.out / FILE_NAME).unlink(missing_ok=True)
+            for name in (*sorted(names), _TOKENIZER, f"{_PACK}/shards"):
+                shutil.rmtree(self.out / name, ignore_errors=True)
+            if staged:
+                shutil.rmtree(self.stage / "units", ignore_errors=True)
+                (self.stage / "tokenizer.json").unlink(missing_ok=True)
+            for file in (self.stage / "plan.json", self.out / _PACK / "request.json"):
+                file.unlink(missing_ok=True)
 
     def finished(self) -> Manifest | None:
         """Return the manifest if this very conversion is done; refuse a folder that holds another one."""
@@ -217,8 +230,14 @@ class _Job:
                     raise InputError(f"another conversion works in {folder}; wait for it to end.") from error
             yield
 
+    def has_leftovers(self) -> bool:
+        """Return whether a run was killed between the manifest and the cleaning up."""
+        return (self.out / _PACK).exists()
+
     def begin(self) -> None:
-        """Write down what is asked, or compare it with what was asked before."""
+        """Write down what is asked, or compare it with what was asked before; clear what a killed run half wrote."""
+        for partial in (*self.stage.glob("units/*.tmp"), *self.out.glob(".*.tmp"), *self.out.glob("*/*/.*.tmp")):
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         staged = {**self.plan.facts, "inputs": self.plan.inputs}
         self._same_or_new(self.stage / "plan.json", staged, self.stage)
         self._same_or_new(self.out / _PACK / "request.json", self._request(), self.out)

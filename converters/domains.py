@@ -17,8 +17,11 @@ from typing import Any
 
 from converters.readers import Piece
 from mixer.errors import InputError
+from mixer.manifest import domain_folder
 
-__all__ = ["RULES", "domain_rule", "field_value"]
+__all__ = ["RULES", "check_domain_name", "domain_rule", "field_value"]
+
+MAX_DOMAINS = 4096
 
 # A rule returns the domain, or None where the record does not say (a bad record, reason "domain").
 Rule = Callable[[Piece, Mapping[str, Any]], "str | None"]
@@ -82,6 +85,16 @@ def domain_rule(text: str) -> Rule:
         raise InputError(f"no domain rule {text!r}; use 'folder', 'file', 'field:<dotted.path>' or 'path:<regex>'.")
     rule = RULES[kind](argument)
     return lambda piece, fields: piece.root[1:] if piece.root.startswith("=") else rule(piece, fields)
+
+
+def check_domain_name(name: str, known: int) -> None:
+    """Raise InputError for a name that cannot be a folder beside the manifest, or if there are too many domains."""
+    if name.startswith(".") or name == "manifest.json" or len(domain_folder(name)) > 255:
+        raise InputError(f"a domain cannot be called {name[:80]!r}: choose another --domain rule, or rename it.")
+    if known >= MAX_DOMAINS:
+        raise InputError(
+            f"more than {MAX_DOMAINS:,} domains, the last is {name[:80]!r}; is this the right --domain rule?"
+        )
 
 
 def rule_columns(text: str) -> frozenset[str]:

@@ -28,7 +28,9 @@ Result = TypeVar("Result")
 
 def local(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
     """Run tasks in ``workers`` processes of this machine; with one worker, in this process."""
-    if workers == 1:
+    tasks = list(tasks)
+    workers = min(workers, len(tasks))
+    if workers <= 1:
         yield from map(function, tasks)
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)

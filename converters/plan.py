@@ -251,6 +251,8 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     for key in sorted({*old, *new}):
         if key == "inputs":
             lines += _input_difference(old.get(key, []), new.get(key, []))
+        elif isinstance(old.get(key), Mapping) and isinstance(new.get(key), Mapping):
+            lines += [f"{key} {line}" for line in difference(old[key], new[key])]
         elif old.get(key) != new.get(key):
             lines.append(f"{key}: {_short(old.get(key))} -> {_short(new.get(key))}")
     return lines
@@ -270,7 +272,5 @@ def _input_difference(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[st
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, Mapping):
-        value = {key: value[key] for key in sorted(value)}
     text = str(value)
-    return text if len(text) <= 120 else text[:117] + "..."
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -213,10 +213,8 @@ def _checked_pairs(piece: Piece, at: int) -> Iterator[tuple[bytes, int]]:
 
 
 def place(piece: Piece, at: int) -> str:
-    """Return where a record is, for people: ``web.jsonl, line 31``. Counts the lines before the piece."""
-    if FORMATS[piece.format].unit == "file" and piece.format == "text":
-        return piece.path
-    return f"{piece.path}, {FORMATS[piece.format].place} {at + _records_before(piece)}"
+    """Return where a record is, for people: ``line 31``. Counts the lines before the piece."""
+    return f"{FORMATS[piece.format].place} {at + _records_before(piece)}"
 
 
 def _records_before(piece: Piece) -> int:

@@ -22,7 +22,7 @@ import orjson
 import xxhash
 from numpy.typing import NDArray
 
-from converters.domains import domain_rule, field_value, rule_columns
+from converters.domains import check_domain_name, domain_rule, field_value, rule_columns
 from converters.options import StageOptions
 from converters.plan import Unit
 from converters.readers import FORMATS, MAX_RECORD_BYTES, Bad, Piece, Row, oversized, place
@@ -157,6 +157,8 @@ class _UnitWriter:
         elif not document.text:
             self._skipped.setdefault(document.domain, Counter())["empty"] += 1
         else:
+            if document.domain not in self._waiting:
+                check_domain_name(document.domain, known=len(self._domains))
             self._waiting.setdefault(document.domain, []).append(document.text)
             self._characters[document.domain] += len(document.text)
             if self._characters[document.domain] >= _BATCH_CHARACTERS:
@@ -167,12 +169,13 @@ class _UnitWriter:
     def _leave_out(self, piece: Piece, bad: Bad) -> None:
         if self._task.options.on_bad_record == "fail":
             raise DataError(
-                f"{place(piece, bad.at)}: {bad.detail}. Repair the record, or leave such records out with"
-                " --on-bad-record skip."
+                f"{piece.path}, {place(piece, bad.at)}: {bad.detail}. Repair the record, or leave such records out"
+                " with --on-bad-record skip."
             )
         self._skipped.setdefault("", Counter())[bad.reason] += 1
         if len(self._named) < _NAMED_BAD_RECORDS:
-            self._named.append({"reason": bad.reason, "detail": bad.detail, "place": place(piece, bad.at)})
+            where = f"{piece.root.removeprefix('=')}/{piece.name}, {place(piece, bad.at)}"
+            self._named.append({"reason": bad.reason, "detail": bad.detail, "place": where})
 
     def _flush_all(self) -> None:
         for domain in list(self._waiting):
@@ -184,10 +187,9 @@ class _UnitWriter:
         ids = self._encoder.encode(texts)
         documents = np.empty(len(texts), DOCUMENT)
         documents["tokens"] = [len(row) + 1 for row in ids]
-        for number, text in enumerate(texts):
-            raw = text.encode("utf-8")
-            documents[number]["bytes"] = len(raw)
-            documents[number]["hash"] = xxhash.xxh3_64_intdigest(raw)
+        raw = [text.encode("utf-8") for text in texts]
+        documents["bytes"] = [len(text) for text in raw]
+        documents["hash"] = [xxhash.xxh3_64_intdigest(text) for text in raw]
         tokens = self._joined(ids, int(documents["tokens"].sum()))
         self._tokens.write(tokens.data)
         self._documents.write(documents.tobytes())

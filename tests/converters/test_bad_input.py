@@ -1,0 +1,249 @@
+"""Every way in which input can be bad ends in a count or in one sentence that names the place; never in silence."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from converters import convert
+from mixer.errors import DataError, InputError
+from mixer.manifest import Manifest
+from tests.converters.corpora import documents, tree_hash, write_jsonl
+
+LINES = [json.dumps({"text": text}).encode() for text in documents("web", 100)]
+BAD_LINES = {
+    "json": (b'{"text": "no end', r"line 31: not valid JSON"),
+    "utf8": (b'{"text": "caf\xe9"}', r"line 31: not valid UTF-8"),
+    "no_text": (b'{"body": "x"}', r"line 31: no text field 'text'; it has \['body'\]"),
+    "no_text ": (b'{"text": 7}', r"line 31: field 'text' holds int, not text"),
+    "json ": (b'["text"]', r"line 31: a JSON list, not an object"),
+}
+
+
+def corpus_with(tmp_path: Path, line: bytes) -> Path:
+    (tmp_path / "corpus" / "web").mkdir(parents=True)
+    (tmp_path / "corpus" / "web" / "a.jsonl").write_bytes(b"\n".join([*LINES[:30], line, *LINES[30:]]) + b"\n")
+    return tmp_path / "corpus"
+
+
+def shards_of(tmp_path: Path, **options: object) -> Manifest:
+    given: dict = {"tokenizer": "bytes", "seq_len": 64, **options}
+    return convert([tmp_path / "corpus"], tmp_path / "shards", **given)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("reason", BAD_LINES)
+def test_bad_record_stops_the_conversion_and_is_named(tmp_path, reason, workers):
+    line, message = BAD_LINES[reason]
+    corpus_with(tmp_path, line)
+    with pytest.raises(DataError, match="a.jsonl, " + message + ".*--on-bad-record skip"):
+        shards_of(tmp_path, workers=workers, unit_size=4000)
+    assert not list((tmp_path / "shards").rglob("index.json"))
+    assert not (tmp_path / "shards" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("reason", BAD_LINES)
+def test_skipped_record_is_counted_and_named_and_the_rest_converted(tmp_path, reason):
+    corpus_with(tmp_path, BAD_LINES[reason][0])
+    manifest = shards_of(tmp_path, on_bad_record="skip", unit_size=4000)
+    assert manifest.converter["documents_read"] == 101
+    assert manifest.converter["skipped"] == {reason.strip(): 1}
+    (record,) = manifest.converter["bad_records"]
+    assert record["place"] == "corpus/web/a.jsonl, line 31"
+    assert sum(split.num_documents for split in manifest.domains["web"].splits.values()) == 100
+
+
+def test_conversion_that_failed_goes_on_with_skip(tmp_path):
+    corpus_with(tmp_path, b"{")
+    with pytest.raises(DataError):
+        shards_of(tmp_path, unit_size=4000)
+    resumed = shards_of(tmp_path, unit_size=4000, on_bad_record="skip")
+    assert resumed.converter["skipped"] == {"json": 1}
+
+
+def test_more_bad_records_than_allowed_stop_the_conversion(tmp_path):
+    corpus_with(tmp_path, b"\n".join([b"{"] * 3))
+    with pytest.raises(DataError, match=r"3 of 103 records are bad.*share of 0.02.*line 31.*--max-bad"):
+        shards_of(tmp_path, on_bad_record="skip", max_bad=0.02)
+    assert shards_of(tmp_path, on_bad_record="skip", max_bad=0.03).converter["skipped"] == {"json": 3}
+
+
+def test_places_of_skipped_records_do_not_depend_on_units(tmp_path):
+    corpus_with(tmp_path, b"{\n\n{")
+    options: dict = {"tokenizer": "bytes", "seq_len": 64, "on_bad_record": "skip", "max_bad": 1}
+    one = convert([tmp_path / "corpus"], tmp_path / "one", **options)
+    convert([tmp_path / "corpus"], tmp_path / "two", unit_size=500, **options)
+    assert [record["place"].split()[-1] for record in one.converter["bad_records"]] == ["31", "33"]
+    assert tree_hash(tmp_path / "one") == tree_hash(tmp_path / "two")
+
+
+def test_blank_lines_are_no_records_and_empty_texts_are_counted(tmp_path):
+    corpus_with(tmp_path, b'\n  \n{"text": ""}')
+    manifest = shards_of(tmp_path)
+    assert manifest.converter["skipped"] == {"empty": 1}
+    assert manifest.domains["web"].skipped == {"empty": 1}
+    assert manifest.converter["documents_read"] == 101
+
+
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst"])
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_damaged_archive_fails_and_is_named_whatever_the_policy(tmp_path, suffix, damage):
+    import bz2
+    import lzma
+
+    import zstandard
+
+    compress = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.compress}[suffix]
+    data = bytearray(compress(b"\n".join(LINES)))
+    if damage == "flip":
+        data[len(data) // 2] ^= 0x10
+    path = tmp_path / "corpus" / "web" / f"a.jsonl.{suffix}"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(data[: len(data) // 2] if damage == "cut" else data)
+    with pytest.raises(DataError, match=rf"a.jsonl.{suffix}.*(truncated or damaged|not valid)"):
+        shards_of(tmp_path, on_bad_record="fail" if damage == "flip" else "skip")
+    assert not list(tmp_path.rglob("index.json"))
+
+
+@pytest.mark.parametrize("keep", [0, 30, 2000])
+def test_damaged_parquet_fails_and_is_named(tmp_path, keep):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "corpus" / "web" / "a.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"text": documents("web", 300)}), path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataError, match=r"a.parquet is truncated or damaged"):
+        shards_of(tmp_path, on_bad_record="skip")
+
+
+def test_null_and_invalid_text_in_parquet_are_bad_records(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "corpus" / "web" / "a.parquet"
+    path.parent.mkdir(parents=True)
+    texts = pa.array([None, b"caf\xe9", *(text.encode() for text in documents("web", 300))], pa.binary())
+    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), len(texts), texts.buffers())}), path)
+    manifest = shards_of(tmp_path, on_bad_record="skip")
+    assert manifest.converter["skipped"] == {"no_text": 1, "utf8": 1}
+    assert [record["place"] for record in manifest.converter["bad_records"]] == [
+        "corpus/web/a.parquet, row 1",
+        "corpus/web/a.parquet, row 2",
+    ]
+
+
+def test_binary_and_undecodable_files_in_a_source_tree_are_bad_records(tmp_path):
+    tree = tmp_path / "corpus" / "code"
+    tree.mkdir(parents=True)
+    for number in range(60):
+        (tree / f"{number}.py").write_text("print('hello')\n" * 20)
+    (tree / "logo.png").write_bytes(b"\x89PNG\0\0")
+    (tree / "latin.txt").write_bytes(b"caf\xe9" * 9)
+    with pytest.raises(DataError, match=r"(logo.png|latin.txt), line 1: (holds a NUL byte|not valid UTF-8)"):
+        shards_of(tmp_path)
+    manifest = shards_of(tmp_path, on_bad_record="skip", max_bad=0.1)
+    assert manifest.converter["skipped"] == {"binary": 1, "utf8": 1}
+
+
+def test_byte_order_mark_is_not_text(tmp_path):
+    corpus_with(tmp_path, b'{"text": "x"}')
+    path = tmp_path / "corpus" / "web" / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert shards_of(tmp_path).converter["skipped"] == {}
+
+
+def test_record_too_large_for_memory_is_a_bad_record(tmp_path, monkeypatch):
+    monkeypatch.setattr("converters.readers.MAX_RECORD_BYTES", 5000)
+    corpus_with(tmp_path, json.dumps({"text": "x" * 20_000}).encode())
+    manifest = shards_of(tmp_path, on_bad_record="skip")
+    assert manifest.converter["skipped"] == {"oversized": 1}
+    assert sum(split.num_documents for split in manifest.domains["web"].splits.values()) == 100
+
+
+def test_record_without_a_domain_is_a_bad_record(tmp_path):
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", documents("web", 80), meta={"set": "web"})
+    write_jsonl(tmp_path / "corpus" / "b.jsonl", ["lost"])
+    with pytest.raises(DataError, match=r"b.jsonl, line 1: no domain by the rule 'field:meta.set'"):
+        shards_of(tmp_path, domain="field:meta.set")
+
+
+@pytest.mark.parametrize("name", [".pack", "manifest.json", "x" * 300])
+def test_domain_that_cannot_be_a_folder_is_refused(tmp_path, name):
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", documents("web", 80), set=name)
+    with pytest.raises(InputError, match="a domain cannot be called"):
+        shards_of(tmp_path, domain="field:set")
+
+
+def test_missing_input_and_dangling_link_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"no input at .*corpus"):
+        shards_of(tmp_path)
+    corpus_with(tmp_path, LINES[0])
+    (tmp_path / "corpus" / "web" / "gone.jsonl").symlink_to(tmp_path / "nothing")
+    with pytest.raises(InputError, match=r"gone.jsonl: it is a link to nothing"):
+        shards_of(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_unreadable_file_is_named(tmp_path):
+    corpus_with(tmp_path, LINES[0])
+    (tmp_path / "corpus" / "web" / "a.jsonl").chmod(0)
+    with pytest.raises(DataError, match=r"cannot read .*a.jsonl: Permission denied"):
+        shards_of(tmp_path)
+
+
+def test_read_error_in_the_middle_of_a_file_is_named(tmp_path, monkeypatch):
+    import errno
+
+    corpus_with(tmp_path, LINES[0])
+
+    class Failing:
+        def readline(self, limit: int) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+        def __enter__(self) -> Failing:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    monkeypatch.setattr("converters.readers.open_bytes", lambda path: Failing())
+    with pytest.raises(DataError, match=r"cannot read .*a.jsonl: Input/output error"):
+        shards_of(tmp_path)
+
+
+def test_full_disk_is_reported_and_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
+    import errno
+
+    corpus_with(tmp_path, LINES[0])
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("converters.packing.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        shards_of(tmp_path)
+    assert not list(tmp_path.rglob("index.json"))
+    monkeypatch.undo()
+    assert shards_of(tmp_path).names == ("web",)
+
+
+def test_file_changed_during_the_conversion_is_noticed(tmp_path, monkeypatch):
+    corpus_with(tmp_path, LINES[0])
+    path = tmp_path / "corpus" / "web" / "a.jsonl"
+    from converters import stage
+
+    original = stage.domain_rule
+
+    def change_then(rule: str):
+        os.utime(path, ns=(1, 1))
+        return original(rule)
+
+    monkeypatch.setattr("converters.stage.domain_rule", change_then)
+    with pytest.raises(DataError, match=r"a.jsonl was changed while it was being converted"):
+        shards_of(tmp_path)

@@ -1,0 +1,237 @@
+"""Kill it anywhere: nothing looks finished, the same command continues, and the bytes come out the same."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from converters import convert
+from mixer.errors import InputError
+from tests.converters.corpora import tree_hash, write_corpus
+
+OPTIONS = {"tokenizer": None, "train_tokenizer": 300, "seq_len": 32, "unit_size": 1500, "shard_size": 4000}
+
+
+def command(tmp_path: Path, workers: int) -> list[str]:
+    return [
+        *(sys.executable, "-c", "from mixer.cli import main; main()", "convert"),
+        *(str(tmp_path / "corpus"), "--out", str(tmp_path / "shards")),
+        *("--train-tokenizer", "300", "--seq-len", "32", "--unit-size", "1500", "--shard-size", "4000"),
+        *("--workers", str(workers)),
+    ]
+
+
+def start(tmp_path: Path, workers: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(tmp_path, workers), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+
+
+def wait_until(process: subprocess.Popen[str], condition, seconds: float = 60) -> bool:
+    """Return True once the condition holds, False if the process ended before."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        if process.poll() is not None:
+            return False
+        time.sleep(0.002)
+    raise AssertionError("neither the condition nor the end came")
+
+
+def finished_units(shards: Path) -> int:
+    return len(list(shards.glob(".stage/units/*/unit.json")))
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("expected")
+    convert([write_corpus(folder / "corpus")], folder / "shards", **OPTIONS)
+    return tree_hash(folder / "shards")
+
+
+def test_interruptions_at_any_step_resume_to_the_same_bytes(tmp_path, monkeypatch, expected):
+    """Stop in process at every kind of write in turn, each time a little further, without any clean-up."""
+    write_corpus(tmp_path / "corpus")
+    real = os.replace
+    allowed = 0
+    stops = 0
+
+    class Stopped(BaseException):
+        pass
+
+    while True:
+        left = allowed
+
+        def stopping(source, target):
+            nonlocal left
+            if left == 0:
+                raise Stopped
+            left -= 1
+            real(source, target)
+
+        monkeypatch.setattr("os.replace", stopping)
+        try:
+            convert([tmp_path / "corpus"], tmp_path / "shards", **OPTIONS)
+        except Stopped:
+            stops += 1
+            assert not (tmp_path / "shards" / "manifest.json").exists()
+            allowed = 1 + stops % 11  # the commit writes 8 files anew each time
+            continue
+        break
+    assert stops > 15
+    assert tree_hash(tmp_path / "shards") == expected
+
+
+def test_random_kills_of_all_processes_resume_to_the_same_bytes(tmp_path, expected):
+    write_corpus(tmp_path / "corpus")
+    rng = random.Random(5)
+    kills = 0
+    for attempt in range(12):
+        process = start(tmp_path, workers=1 + attempt % 3)
+        target = finished_units(tmp_path / "shards") + rng.randint(1, 12)
+        alive = wait_until(process, lambda target=target: finished_units(tmp_path / "shards") >= target)
+        if alive:
+            time.sleep(rng.random() * 0.01)
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
+        process.communicate()
+        if process.returncode == 0:
+            break
+        assert not list((tmp_path / "shards").rglob("manifest.json"))
+    assert kills >= 3
+    assert subprocess.run(command(tmp_path, 2), capture_output=True).returncode == 0
+    assert tree_hash(tmp_path / "shards") == expected
+
+
+def test_worker_that_is_killed_ends_the_run_with_one_clear_line(tmp_path, expected):
+    write_corpus(tmp_path / "corpus")
+    process = start(tmp_path, workers=2)
+    assert wait_until(process, lambda: finished_units(tmp_path / "shards") >= 2)
+    os.kill(max(children(process.pid)), signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "Error: a worker process died" in errors
+    assert "Traceback" not in errors
+    assert subprocess.run(command(tmp_path, 1), capture_output=True).returncode == 0
+    assert tree_hash(tmp_path / "shards") == expected
+
+
+def test_workers_do_not_outlive_a_killed_parent(tmp_path):
+    write_corpus(tmp_path / "corpus", scale=4)
+    process = start(tmp_path, workers=2)
+    assert wait_until(process, lambda: finished_units(tmp_path / "shards") >= 2)
+    workers = children(process.pid)
+    assert len(workers) >= 2
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 10
+    while any(map(is_running, workers)) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not [pid for pid in workers if is_running(pid)]
+
+
+def test_ctrl_c_exits_with_130_and_the_same_command_continues(tmp_path, expected):
+    write_corpus(tmp_path / "corpus")
+    process = start(tmp_path, workers=2)
+    assert wait_until(process, lambda: finished_units(tmp_path / "shards") >= 2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "continues where it stopped" in errors
+    assert "Traceback" not in errors
+    done = finished_units(tmp_path / "shards")
+    assert done >= 2
+    assert subprocess.run(command(tmp_path, 1), capture_output=True).returncode == 0
+    assert tree_hash(tmp_path / "shards") == expected
+
+
+def test_finished_units_are_not_tokenised_again(tmp_path, monkeypatch, expected):
+    from converters import conversion
+
+    write_corpus(tmp_path / "corpus")
+    seen: list[int] = []
+
+    def stop_after_five(event):
+        seen.append(event.done)
+        if event.phase == "tokenize" and len(seen) == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert([tmp_path / "corpus"], tmp_path / "shards", progress=stop_after_five, **OPTIONS)
+    done = finished_units(tmp_path / "shards")
+    staged: list[int] = []
+    original = conversion.stage_unit
+
+    def counting(task):
+        staged.append(task.unit.number)
+        return original(task)
+
+    monkeypatch.setattr("converters.conversion.stage_unit", counting)
+    convert([tmp_path / "corpus"], tmp_path / "shards", **OPTIONS)
+    assert done >= 5
+    assert min(staged) == done
+    assert tree_hash(tmp_path / "shards") == expected
+
+
+def test_unfinished_conversion_refuses_other_options_and_inputs(tmp_path):
+    write_corpus(tmp_path / "corpus")
+
+    def stop(event):
+        if event.phase == "pack":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert([tmp_path / "corpus"], tmp_path / "shards", progress=stop, **OPTIONS)
+    for change, message in [
+        ({"domain": "file"}, "domain: folder -> file"),
+        ({"unit_size": 1000}, "unit_bytes: 1500 -> 1000"),
+        ({"held_out": 0.5}, "held_out: 0.01 -> 0.5"),
+        ({"seed": 1}, "seed: 0 -> 1"),
+    ]:
+        with pytest.raises(InputError, match=f"{message}.*--fresh"):
+            convert([tmp_path / "corpus"], tmp_path / "shards", **{**OPTIONS, **change})
+    (tmp_path / "corpus" / "web" / "b.jsonl").unlink()
+    with pytest.raises(InputError, match=r"inputs: corpus/web/b.jsonl is gone"):
+        convert([tmp_path / "corpus"], tmp_path / "shards", **OPTIONS)
+
+
+def test_two_conversions_into_one_folder_do_not_mix(tmp_path):
+    write_corpus(tmp_path / "corpus")
+
+    def second(event):
+        convert([tmp_path / "corpus"], tmp_path / "shards", **OPTIONS)
+
+    with pytest.raises(InputError, match="another conversion works in"):
+        convert([tmp_path / "corpus"], tmp_path / "shards", progress=second, **OPTIONS)
+
+
+def test_kill_between_manifest_and_clean_up_is_tidied_by_the_next_call(tmp_path, monkeypatch, expected):
+    write_corpus(tmp_path / "corpus")
+    with monkeypatch.context() as patch:
+        patch.setattr("converters.conversion._Job.clean_up", lambda *_: None)
+        convert([tmp_path / "corpus"], tmp_path / "shards", **OPTIONS)
+    assert (tmp_path / "shards" / ".stage").exists()
+    convert([tmp_path / "corpus"], tmp_path / "shards", **OPTIONS)
+    assert tree_hash(tmp_path / "shards") == expected

@@ -68,7 +68,7 @@ def aioli(
 
     def init(domains: Domains | Sequence[str]) -> AioliState:
         size = len(as_domains(domains).names)
-        if num_sweeps * size >= length or focus <= 1.0 / size:
+        if num_sweeps * size >= length or (size > 1 and focus <= 1.0 / size):
             raise InputError(
                 f"aioli probes {size} domains {num_sweeps} times per round of {length} updates with a focus of "
                 f"{focus:g}: the period must exceed {num_sweeps * size}, and the focus 1/{size}."

@@ -46,7 +46,7 @@ __all__ = ["BestResponseState", "divergence_ball", "dro_lm", "topic_cvar", "wass
 
 class BestResponseState(NamedTuple):
     """(D,) vectors: what the ball is centred on, what is subtracted from losses, their moving average, 1 where ever
-    seen, the weights in force, the mean of w_1..w_t; a (D, D) matrix of distances or (0, 0); and t."""
+    seen, the weights in force, the mean of w_1..w_t; (D, D) distances, 0 where there are none; and t."""
 
     prior: Vector
     baseline: Vector
@@ -204,7 +204,7 @@ def _rule(
         known = as_domains(domains)
         zeros = np.zeros(len(known.names))
         fixed = zeros if isinstance(baseline, str) else by_name(baseline, known, "baseline")
-        matrix = np.zeros((0, 0)) if distances is None else _matrix(distances, known.names)
+        matrix = np.zeros((zeros.size, zeros.size)) if distances is None else _matrix(distances, known.names)
         return BestResponseState(known.prior, fixed, zeros, zeros, known.prior, known.prior, matrix, 0)
 
     def update(state: BestResponseState, signals: Signals) -> tuple[BestResponseState, Vector]:

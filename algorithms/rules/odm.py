@@ -7,7 +7,8 @@
 Albalak, Pan, Raffel, Wang 2023, arXiv:2312.02406, Algorithm 1 (EXP3 with a moving average).
 
 What differs in the official code (``variant="official"``): the class that its README names rewards with exp(loss), does
-not divide by pi, and takes pi proportional to R instead of its softmax.
+not divide by pi, and takes pi proportional to R instead of its softmax. In both a domain that was not drawn yet has a
+reward of 0 and is avoided; here it has the mean reward of the others until it is drawn.
 """
 
 from __future__ import annotations
@@ -19,16 +20,29 @@ import numpy as np
 
 from algorithms.rules.ascent import uniform
 from algorithms.rules.base import Domains, UpdateRule, as_domains
-from algorithms.rules.steps import Vector, choice, field, mean_into, mean_of, means, normalized, number, weights_of
+from algorithms.rules.steps import (
+    Vector,
+    choice,
+    field,
+    filled,
+    mean_into,
+    mean_of,
+    means,
+    normalized,
+    number,
+    weights_of,
+)
 from algorithms.signals import Signals
 
 __all__ = ["ODMState", "odm"]
 
 
 class ODMState(NamedTuple):
-    """(D,) vectors: the rewards R, the weights in force, their mean; the last eps in an array of shape (); and t."""
+    """(D,) vectors: the rewards R, 1 where ever seen, the weights in force, their mean; the last eps in an array of
+    shape (); and t."""
 
     reward: Vector
+    seen: Vector
     weights: Vector
     average: Vector
     exploration: Vector
@@ -60,7 +74,7 @@ def odm(smoothing: float = 0.9, variant: str = "paper") -> UpdateRule:
     def init(domains: Domains | Sequence[str]) -> ODMState:
         size = len(as_domains(domains).names)
         start = uniform(size)
-        return ODMState(np.zeros(size), start, start, np.array(1.0 / size), 0)
+        return ODMState(np.zeros(size), np.zeros(size), start, start, np.array(1.0 / size), 0)
 
     def update(state: ODMState, signals: Signals) -> tuple[ODMState, Vector]:
         size = state.reward.size
@@ -75,10 +89,14 @@ def odm(smoothing: float = 0.9, variant: str = "paper") -> UpdateRule:
             drawn_by = state.weights if signals.behaviour is None else normalized(field(signals, "behaviour", size))
             gain = means(loss, drawn_by)
         reward = np.where(present, smoothing * state.reward + (1 - smoothing) * gain, state.reward)
-        chosen = normalized(reward) if variant == "official" else weights_of(float(state.exploration) * reward)
+        seen = np.where(present, 1.0, state.seen)
+        if variant == "official":
+            chosen = normalized(reward)
+        else:
+            chosen = weights_of(float(state.exploration) * filled(reward, seen))
         weights = normalized((1 - size * exploration) * chosen + exploration)
         average = mean_into(state.average, weights, count)
-        return ODMState(reward, weights, average, np.array(exploration), count), weights
+        return ODMState(reward, seen, weights, average, np.array(exploration), count), weights
 
     return UpdateRule(
         name="odm",

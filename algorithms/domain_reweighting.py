@@ -29,6 +29,7 @@ from composer.utils import dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from algorithms.heldout import HeldOutWindows
 from algorithms.losses import (
     DomainLosses,
     Normalization,
@@ -45,6 +46,7 @@ from algorithms.rules.base import Domains, UpdateRule, as_domains, state_from_di
 from algorithms.signals import Signals
 from algorithms.trajectory import Rows, Trajectory
 from mixer.errors import DataError, InputError
+from mixer.manifest import Manifest
 from mixer.mixture import Mixture
 
 __all__ = ["DomainReweighting"]
@@ -52,6 +54,7 @@ __all__ = ["DomainReweighting"]
 log = logging.getLogger(__name__)
 
 VERSION = 1
+GATHERED = frozenset({"reference", "heldout", "behaviour", "histogram"})
 MAX_LOST_STEPS = 10  # steps in a row without one finite loss, before "skip" gives up
 
 
@@ -74,7 +77,9 @@ class DomainReweighting(Algorithm):
         apply: "loss" multiplies each domain's loss by its weight, and samples are drawn as before; "sampling" hands the
             weights to the loader, and the loss stays the mean over tokens. By default what the rule is made for.
         normalization: how loss weights meet token counts, see ``loss_coefficients``; by default the rule's.
-        every: time between updates, in batches ("20ba"), samples ("5000sp") or tokens ("1000000tok"); sums add up.
+        every: time between updates, in batches ("20ba"), samples ("5000sp") or tokens ("1000000tok"); sums in between
+            add up. By default every batch, and every 20 with a rule that evaluates held-out windows.
+        heldout: windows for rules that need them, or the folder of shards whose validation split to take them from.
         domains: names in the order of ``domain_ids``, or ``Domains``; by default the loader's.
         on_nonfinite: "fail" stops the run at the first NaN or infinite loss and names the domain; "skip" leaves that
             domain out of the update, its tokens out of the loss, and counts it.
@@ -85,7 +90,8 @@ class DomainReweighting(Algorithm):
     Raises: InputError: on a setting that cannot work, here or when training starts.
 
     Logged at Composer's own loss step, for every domain of the batch: ``domain_loss/<name>``, with a reference
-    ``domain_excess/<name>`` (mean of loss − reference loss); at updates ``domain_weight/<name>`` for all.
+    ``domain_excess/<name>`` (mean of loss − reference loss); at updates ``domain_weight/<name>`` and, where it is
+    evaluated, ``domain_heldout_loss/<name>`` for all.
     """
 
     interpolate_loss = True  # tells Composer to warn when a second algorithm replaces the loss
@@ -97,7 +103,8 @@ class DomainReweighting(Algorithm):
         reference: Reference | nn.Module | str | Path | None = None,
         apply: Literal["loss", "sampling"] | None = None,
         normalization: Normalization | None = None,
-        every: str | int = "1ba",
+        every: str | int | None = None,
+        heldout: HeldOutWindows | str | Path | None = None,
         domains: Domains | Sequence[str] | None = None,
         on_nonfinite: OnNonfinite = "fail",
         shift: bool | None = None,
@@ -107,7 +114,9 @@ class DomainReweighting(Algorithm):
         self.reference = None if reference is None else as_reference(reference)
         self.target = apply or (rule.applies if rule else "loss")
         self.normalization: Normalization = normalization or (rule.normalization if rule else "domain")
-        self.every = _interval(every)
+        self.needs = rule.needs if rule else frozenset()
+        self.heldout = HeldOutWindows(heldout) if isinstance(heldout, str | Path) else heldout
+        self.every = _interval(every or ("20ba" if "heldout" in self.needs else "1ba"))
         self.shift = shift
         self.restore_rng = restore_rng
         self._on_nonfinite: OnNonfinite = on_nonfinite
@@ -130,10 +139,15 @@ class DomainReweighting(Algorithm):
                 f"the rule {self.rule.name!r} compares with a reference, and none was given: "
                 f"DomainReweighting({self.rule.name}(), reference=...) takes a model, its path, or cached losses."
             )
-        if self.rule and self.rule.needs - {"reference"}:
+        if self.rule and "heldout" in self.needs and self.heldout is None:
             raise InputError(
-                f"the rule {self.rule.name!r} needs {sorted(self.rule.needs - {'reference'})}, "
-                "which DomainReweighting does not gather. Use it in a loop of your own."
+                f"the rule {self.rule.name!r} reads held-out losses, and there are no windows: "
+                'give heldout="shards", the folder of shards with a validation split.'
+            )
+        if self.rule and self.needs - GATHERED:
+            raise InputError(
+                f"the rule {self.rule.name!r} needs {sorted(self.needs - GATHERED)}, which DomainReweighting does not "
+                "gather. Use it in a loop of your own."
             )
 
     # ------------------------------------------------------------------ what a person reads off
@@ -162,11 +176,15 @@ class DomainReweighting(Algorithm):
     def mixture(self, **provenance: Any) -> Mixture:
         """Return the mixture to train the main model on, with what made it; keywords add to the provenance.
 
-        Raises: InputError: without a rule, or before training has started.
+        Without a rule it is the mixture that the loader draws by. Raises: InputError: before training has started.
         """
         names = self.domains
         if self.rule is None:
-            raise InputError("DomainReweighting without a rule only observes: there is no mixture. Give it a rule.")
+            drawn = _sampling_weights(self._loader)
+            if drawn is None:
+                raise InputError("without a rule, and with a loader that has no weights, there is no mixture.")
+            facts = {"rule": None, **_shards_provenance(self._loader)}
+            return Mixture(dict(zip(names, drawn.tolist())), {**facts, **provenance})
         facts = {
             "rule": self.rule.name,
             "settings": dict(self.rule.settings),
@@ -215,7 +233,10 @@ class DomainReweighting(Algorithm):
         if hasattr(loader, "set_weights"):
             # The loader knows its own position: Composer must not skip batches when fit() continues inside an epoch.
             state.dataset_resumption["train"] = True
-        self._push_weights()
+        if self.rule and self.target == "sampling":
+            self._agree_on_weights()
+        if self.heldout is not None:
+            self._measure_reference(state)
 
     def _begin(self, state: State) -> None:
         domains = _domains(self._given_domains, state.dataloader)
@@ -230,6 +251,7 @@ class DomainReweighting(Algorithm):
             normalization=self.normalization,
             on_nonfinite=self._on_nonfinite,
             shift=shift,
+            histogram="histogram" in self.needs,
         )
         self._trajectory = Trajectory(len(domains.names))
         self._state = self.rule.init(domains) if self.rule else None
@@ -244,6 +266,47 @@ class DomainReweighting(Algorithm):
         if self._saved is not None:
             self._restore(self._saved)
         self.weights = self.rule.weights(self._state) if self.rule else None
+
+    def _agree_on_weights(self) -> None:
+        """Refuse to start where loader and rule each say something else."""
+        drawn = _sampling_weights(self._loader)
+        assert self.rule is not None and self.weights is not None
+        if drawn is not None and not np.allclose(drawn, self.weights, rtol=1e-6, atol=1e-9):
+            raise InputError(
+                f"the loader draws by {_rounded(self.domains, drawn)}, the rule {self.rule.name!r} starts from "
+                f"{_rounded(self.domains, self.weights)}, and one of the two would be ignored. Give the loader the "
+                "rule's as mixture, or by set_weights."
+            )
+
+    def _measure_reference(self, state: State) -> None:
+        """The reference's losses on the held-out windows do not change: one pass serves the whole run."""
+        assert self.heldout is not None
+        self.heldout.check(self.domains)
+        reference = self.reference
+        self._heldout_reference = None
+        if reference is not None and "heldout" in self.needs:
+            with get_precision_context(state.precision, state.precision_config):
+                ranks = dist.get_global_rank(), dist.get_world_size()
+                self._heldout_reference, _ = self.heldout.evaluate(reference.token_losses, *ranks)
+
+    def _heldout_losses(self, state: State, batch: dict[str, Tensor]) -> Tensor:
+        batch = state.device.batch_to_device(batch)
+        inputs = {"input_ids": batch["input_ids"]} if self._is_wrapped else batch
+        with get_precision_context(state.precision, state.precision_config):
+            outputs = state.model(inputs)
+        return token_losses(logits_of(outputs), batch["labels"], shift=self._started().shift)
+
+    def _with_heldout(self, signals: Signals, state: State) -> Signals:
+        if self.heldout is None or "heldout" not in self.needs:
+            return signals
+        training = state.model.training
+        state.model.eval()
+        ranks = dist.get_global_rank(), dist.get_world_size()
+        losses, tokens = self.heldout.evaluate(lambda batch: self._heldout_losses(state, batch), *ranks)
+        state.model.train(training)
+        return signals._replace(
+            heldout_loss=losses, heldout_tokens=tokens, heldout_reference_loss=self._heldout_reference
+        )
 
     def _before_dataloader(self, state: State, logger: Logger) -> None:
         if self._loaded_rng is None:
@@ -268,7 +331,8 @@ class DomainReweighting(Algorithm):
         losses = self._started()
         losses.start(state.batch)
         weights = self.weights if self.target == "loss" else None
-        self._coefficients = losses.coefficients(weights, _sampling_weights(self._loader))
+        self._drawn_by = _sampling_weights(self._loader)
+        self._coefficients = losses.coefficients(weights, self._drawn_by)
 
     def _before_train_batch(self, state: State, logger: Logger) -> None:
         # Also at every retry of a batch that ran out of memory, and at every call of an optimiser's closure.
@@ -348,29 +412,32 @@ class DomainReweighting(Algorithm):
         self._count_lost(signals, step)
         if self.reference is not None:
             self.reference.observe(signals)
+        if "behaviour" in self.needs:
+            signals = signals._replace(behaviour=self._drawn_by)
         self._pending = signals if self._pending is None else self._pending + signals
         metrics = _loss_metrics(losses.domains, signals, losses.num_nonfinite - before)
         if _is_due(self.every, state):
-            metrics |= self._update(step)
+            metrics |= self._update(step, state)
         logger.log_metrics(metrics, step=step)
 
-    def _update(self, step: int) -> dict[str, float]:
+    def _update(self, step: int, state: State) -> dict[str, float]:
         signals, self._pending = self._pending, None
         assert signals is not None
         if self.rule is None:
             shares = signals.num_tokens / max(signals.num_tokens.sum(), 1.0)
             self._trajectory.append(step, shares, signals)
             return {}
+        signals = self._with_heldout(signals, state)
         self._state, self.weights = self.rule.update(self._state, signals)
         self._num_updates += 1
         self._trajectory.append(step, self.weights, signals)
-        self._push_weights()
-        return {f"domain_weight/{name}": float(weight) for name, weight in zip(self.domains, self.weights)}
-
-    def _push_weights(self) -> None:
-        if self.rule and self.target == "sampling":
-            assert self.weights is not None
+        if self.target == "sampling":
             self._loader.set_weights(dict(zip(self.domains, self.weights.tolist())))
+        metrics = {f"domain_weight/{name}": float(weight) for name, weight in zip(self.domains, self.weights)}
+        if signals.heldout_loss is not None and signals.heldout_tokens is not None:
+            means = (signals.heldout_loss / signals.heldout_tokens).tolist()
+            metrics |= {f"domain_heldout_loss/{name}": mean for name, mean in zip(self.domains, means)}
+        return metrics
 
     def _count_lost(self, signals: Signals, step: int) -> None:
         self._lost_steps = 0 if signals.num_tokens.any() else self._lost_steps + 1
@@ -519,8 +586,13 @@ def _domains(given: Domains | Sequence[str] | None, loader: Any) -> Domains:
             "give DomainReweighting(..., domains=[names in the order of domain_ids])."
         )
     manifest, shares = getattr(loader, "manifest", None), _sampling_weights(loader)
-    sizes = None if manifest is None else [manifest.split(name, "train").num_tokens for name in names]
+    sizes = None if manifest is None else [_num_tokens(manifest, name) for name in names]
     return as_domains(names, sizes, None if shares is None else shares.tolist())
+
+
+def _num_tokens(manifest: Manifest, name: str) -> int:
+    split = manifest.domains[name].splits.get("train")
+    return 0 if split is None else split.num_tokens
 
 
 def _sampling_weights(loader: Any) -> NDArray[np.float64] | None:
@@ -544,9 +616,14 @@ def _loss_metrics(domains: Sequence[str], signals: Signals, skipped: NDArray[np.
     return metrics
 
 
+def _rounded(domains: Sequence[str], weights: NDArray[np.float64]) -> dict[str, float]:
+    return {name: round(float(weight), 6) for name, weight in zip(domains, weights)}
+
+
 def _shards_provenance(loader: Any) -> dict[str, Any]:
     manifest = getattr(loader, "manifest", None)
     if manifest is None:
         return {}
-    shards = {name: manifest.split(name, "train").fingerprint for name in manifest.names}
+    splits = {name: manifest.domains[name].splits.get("train") for name in manifest.names}
+    shards = {name: split.fingerprint for name, split in splits.items() if split is not None}
     return {"tokenizer": manifest.tokenizer.fingerprint, "shards": shards}

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from algorithms.signals import Signals
+from algorithms.signals import HISTOGRAM_EDGES, Signals
 from mixer.errors import DataError, InputError
 
 if TYPE_CHECKING:
@@ -113,7 +113,13 @@ def tokens_per_domain(mask: Tensor, domain_ids: Tensor, num_domains: int) -> Ten
 
 
 def domain_sums(
-    token_loss: Tensor, mask: Tensor, domain_ids: Tensor, num_domains: int, reference_loss: Tensor | None = None
+    token_loss: Tensor,
+    mask: Tensor,
+    domain_ids: Tensor,
+    num_domains: int,
+    reference_loss: Tensor | None = None,
+    *,
+    histogram: bool = False,
 ) -> Tensor:
     """Return per-domain sums, float64 (4, D), or (6, D) with a reference; ``to_signals`` names the rows.
 
@@ -122,6 +128,7 @@ def domain_sums(
         mask: shape (B, S), which tokens count.
         domain_ids: shape (B,), or (B, T) where a sample holds tokens of several domains.
         reference_loss: shape (B, S).
+        histogram: append 512 rows, the samples by mean loss (minus the reference's), as in ``loss_histogram``.
     """
     zero = torch.zeros((), device=token_loss.device)
     loss = torch.where(mask, token_loss.detach().float(), zero)
@@ -130,9 +137,22 @@ def domain_sums(
         reference = torch.where(mask, reference_loss.detach().to(loss), zero)
         parts += [reference, (loss - reference).clamp(min=0)]
     tokens, losses, *rest = (_by_sample_and_domain(part, domain_ids, num_domains) for part in parts)
-    mean_loss = losses / tokens.clamp(min=1)
-    rows = [tokens, losses, tokens > 0, mean_loss.square(), *rest]
-    return torch.stack([row.sum(0, dtype=_exact(loss)) for row in rows])
+    rows = [tokens, losses, tokens > 0, (losses / tokens.clamp(min=1)).square(), *rest]
+    sums = torch.stack([row.sum(0, dtype=losses.dtype) for row in rows])
+    if not histogram:
+        return sums
+    excess = losses - rest[0] if rest else losses
+    return torch.cat([sums, _histogram(excess / tokens.clamp(min=1), tokens > 0)])
+
+
+def _histogram(means: Tensor, present: Tensor) -> Tensor:
+    """Return (512, D): how many of the (B, D) means that are present fall into each bin."""
+    num_bins, num_domains = len(HISTOGRAM_EDGES) - 1, means.shape[1]
+    edges = torch.as_tensor(HISTOGRAM_EDGES, device=means.device).to(means.dtype)
+    bins = (torch.searchsorted(edges, means.contiguous(), right=True) - 1).clamp(0, num_bins - 1)
+    flat = torch.zeros(num_bins * num_domains, dtype=means.dtype, device=means.device)
+    columns = torch.arange(num_domains, device=means.device)
+    return flat.index_add_(0, (bins * num_domains + columns)[present], present[present].to(flat)).view(num_bins, -1)
 
 
 def _by_sample_and_domain(values: Tensor, domain_ids: Tensor, num_domains: int) -> Tensor:
@@ -152,9 +172,11 @@ def _exact(tensor: Tensor) -> torch.dtype:
 def to_signals(sums: Tensor) -> Signals:
     """Return the rows of ``domain_sums`` as ``Signals`` (numpy, float64)."""
     rows = sums.detach().to("cpu", torch.float64).numpy()
-    tokens, loss, sequences, squared = rows[:4]
-    reference, clipped = rows[4:] if len(rows) == 6 else (None, None)
-    return Signals(tokens, loss, sequences, squared, reference, clipped)
+    num_bins = len(HISTOGRAM_EDGES) - 1
+    histogram = rows[-num_bins:].T.copy() if len(rows) > num_bins else None
+    tokens, loss, sequences, squared, *rest = rows if histogram is None else rows[:-num_bins]
+    reference, clipped = rest or (None, None)
+    return Signals(tokens, loss, sequences, squared, reference, clipped, histogram=histogram)
 
 
 def loss_coefficients(
@@ -218,6 +240,7 @@ class DomainLosses:
         on_nonfinite: what ``signals`` does with a domain whose loss is NaN or infinite: "fail" raises DataError,
             "skip" reports it as absent and counts it in ``num_nonfinite`` (D,).
         shift: False for encoder-decoder models, see ``token_losses``.
+        histogram: gather ``Signals.histogram`` too.
     """
 
     def __init__(
@@ -228,6 +251,7 @@ class DomainLosses:
         normalization: Normalization = "domain",
         on_nonfinite: OnNonfinite = "fail",
         shift: bool = True,
+        histogram: bool = False,
     ) -> None:
         if on_nonfinite not in ("fail", "skip"):
             raise InputError(f'on_nonfinite must be "fail" or "skip"; got {on_nonfinite!r}.')
@@ -236,6 +260,7 @@ class DomainLosses:
         self.normalization = normalization
         self.on_nonfinite = on_nonfinite
         self.shift = shift
+        self.histogram = histogram
         self.num_nonfinite: NDArray[np.int64] = np.zeros(len(self.domains), dtype=np.int64)
         self.num_tokens: NDArray[np.float64] | None = None  # (D,) over all ranks, while a step runs
         self.num_rows = 0.0  # mean number of samples of a rank in this step
@@ -289,7 +314,8 @@ class DomainLosses:
 
     def add(self, token_loss: Tensor, mask: Tensor, domain_ids: Tensor, reference_loss: Tensor | None = None) -> None:
         """Keep the sums of one micro-batch."""
-        sums = domain_sums(token_loss, mask, domain_ids, len(self.domains), reference_loss)
+        count, histogram = len(self.domains), self.histogram
+        sums = domain_sums(token_loss, mask, domain_ids, count, reference_loss, histogram=histogram)
         self._sums = sums if self._sums is None else self._sums + sums
 
     def usable(self, token_loss: Tensor, mask: Tensor) -> Tensor:
@@ -321,8 +347,7 @@ class DomainLosses:
         return self._finite(signals)
 
     def _finite(self, signals: Signals) -> Signals:
-        rows = np.stack([row for row in signals if row is not None])
-        bad = ~np.isfinite(rows).all(axis=0)
+        bad = ~np.isfinite([row for row in signals if row is not None and row.ndim == 1]).all(axis=0)
         if not bad.any():
             return signals
         if self.on_nonfinite == "fail":
@@ -331,7 +356,8 @@ class DomainLosses:
                 "last samples; on_nonfinite='skip' leaves such a domain out of the update instead."
             )
         self.num_nonfinite = self.num_nonfinite + bad
-        return Signals(*(None if row is None else np.where(bad, 0.0, row) for row in signals))  # type: ignore[arg-type]
+        # Domains are the first axis of every field.
+        return Signals(*(None if row is None else np.where(bad, 0.0, row.T).T for row in signals))  # type: ignore[arg-type]
 
     def _ids(self, batch: Mapping[str, Any]) -> Tensor:
         if "domain_ids" not in batch:

@@ -33,6 +33,7 @@ class Rows(NamedTuple):
         excess: (n, D), mean of loss − reference loss; NaN without a reference.
         clipped_excess: (n, D), mean of max(loss − reference loss, 0); NaN without a reference.
         num_tokens: (n, D).
+        heldout_loss: (n, D), mean held-out loss at the update; NaN where none is evaluated.
     """
 
     steps: NDArray[np.int64]
@@ -41,6 +42,7 @@ class Rows(NamedTuple):
     excess: NDArray[np.float64]
     clipped_excess: NDArray[np.float64]
     num_tokens: NDArray[np.float64]
+    heldout_loss: NDArray[np.float64]
 
 
 class Trajectory:
@@ -51,19 +53,19 @@ class Trajectory:
         self._stride = 1  # updates per row
         self._filled = 0  # updates in the last row
         self._steps: list[int] = []
-        # One row: weights, tokens, loss, reference loss, clipped excess.
+        # One row: weights, tokens, loss, reference loss, clipped excess, held-out tokens, held-out loss.
         self._rows: list[NDArray[np.float64]] = []
-        self._shape = (5, num_domains)
+        self._shape = (7, num_domains)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def append(self, step: int, weights: NDArray[np.float64], signals: Signals) -> None:
         """Add the outcome of the update after ``step``."""
+        optional = (signals.reference_loss, signals.clipped_excess, signals.heldout_tokens, signals.heldout_loss)
         nothing = np.full(self._shape[1], np.nan)
-        reference = nothing if signals.reference_loss is None else signals.reference_loss
-        clipped = nothing if signals.clipped_excess is None else signals.clipped_excess
-        row = np.stack([weights, signals.num_tokens, signals.loss, reference, clipped]).astype(np.float64)
+        given = [nothing if value is None else value for value in optional]
+        row = np.stack([weights, signals.num_tokens, signals.loss, *given]).astype(np.float64)
         if self._rows and self._filled < self._stride:
             self._rows[-1] = _merge(self._rows[-1], row)
             self._steps[-1] = step
@@ -80,12 +82,10 @@ class Trajectory:
     def rows(self) -> Rows:
         """Return the history as arrays."""
         table = np.array(self._rows).reshape(len(self._rows), *self._shape)
-        weights, tokens, loss, reference, clipped = table.transpose(1, 0, 2)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            mean_loss, excess, clipped_excess = (
-                np.where(tokens > 0, total / tokens, np.nan) for total in (loss, loss - reference, clipped)
-            )
-        return Rows(np.array(self._steps, dtype=np.int64), weights, mean_loss, excess, clipped_excess, tokens)
+        weights, tokens, loss, reference, clipped, heldout_tokens, heldout = table.transpose(1, 0, 2)
+        mean_loss, excess, clipped_excess = (_means(total, tokens) for total in (loss, loss - reference, clipped))
+        steps = np.array(self._steps, dtype=np.int64)
+        return Rows(steps, weights, mean_loss, excess, clipped_excess, tokens, _means(heldout, heldout_tokens))
 
     def save(self, path: str | Path, domains: tuple[str, ...]) -> Path:
         """Write the rows and the names of the domains as a compressed ``.npz``, and return its path."""
@@ -117,3 +117,7 @@ def _merge(earlier: NDArray[np.float64], later: NDArray[np.float64]) -> NDArray[
     total = earlier + later
     total[0] = later[0]
     return total
+
+
+def _means(total: NDArray[np.float64], count: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)

@@ -28,8 +28,8 @@ class FrozenModel(Reference):
 
     Args:
         model: a Hugging Face causal or encoder-decoder model, Composer's ``HuggingFaceModel`` around one, or any module
-            with ``forward(input_ids)`` that returns logits (B, T, V); or the path of a Hugging Face folder or a Composer
-            checkpoint.
+            with ``forward(input_ids)`` that returns logits (B, T, V); or the path of a Hugging Face folder or of a
+            Composer checkpoint.
         dtype: convert the weights, for example to ``torch.bfloat16``; losses stay float32.
     """
 

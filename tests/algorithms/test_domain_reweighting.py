@@ -14,12 +14,14 @@ from composer.loggers import Logger
 from composer.models import ComposerModel, HuggingFaceModel
 
 from algorithms import DomainReweighting, doremi, group_dro
-from algorithms.losses import DomainLosses
+from algorithms.heldout import HeldOutWindows
+from algorithms.losses import DomainLosses, token_losses
 from algorithms.references import FrozenModel, as_reference
-from algorithms.rules.base import UpdateRule, as_domains
+from algorithms.rules.base import UpdateRule
+from algorithms.signals import Signals, loss_histogram
 from mixer.errors import DataError, InputError
 from mixer.mixture import Mixture
-from tests.algorithms.tiny import DOMAINS, VOCAB, Loader, batch, gpt2, llama, wrap
+from tests.algorithms.tiny import DOMAINS, SEQ_LEN, VOCAB, Loader, batch, gpt2, llama, t5, wrap
 from tests.algorithms.training_helpers import Gradients, Metrics, fit, flat, make_trainer, parameters
 
 WEIGHTS = np.array([0.1, 0.7, 0.2])
@@ -95,11 +97,18 @@ def test_gradient_does_not_change_when_composer_accumulates_by_tokens() -> None:
 
 def test_token_normalization_gives_the_official_codes_gradient() -> None:
     seen, loader = Gradients(), Loader(padded=True)
-    loader.set_weights(dict.fromkeys(DOMAINS, 1 / 3))
-    part = next(iter(loader))
-    loader.dataset.position = 0
     fit(DomainReweighting(constant(normalization="tokens")), loader=loader, micro=4, steps=1, callbacks=[seen])
-    assert distance(seen.steps[0], written_out(llama(), part, scale="tokens")) < 1e-6
+    assert distance(seen.steps[0], written_out(llama(), batch(padded=True), scale="tokens")) < 1e-6
+
+
+def test_token_normalization_divides_by_the_shares_that_samples_are_drawn_by() -> None:
+    shares = {"books": 0.5, "code": 0.3, "web": 0.2}
+    loader, twin, seen = Loader(), Loader(), Gradients()
+    loader.set_weights(shares)
+    twin.set_weights(shares)
+    fit(DomainReweighting(constant(normalization="tokens")), loader=loader, steps=1, callbacks=[seen])
+    expected = written_out(llama(), next(iter(twin)), WEIGHTS / list(shares.values()), scale="tokens")
+    assert distance(seen.steps[0], expected) < 1e-6
 
 
 @pytest.mark.parametrize("model", [llama, gpt2])
@@ -148,8 +157,7 @@ def test_without_a_rule_training_is_what_composer_would_do() -> None:
     watched, plain = fit(observer, micro=4), fit(loader=Labelled(), micro=4)
     assert distance(parameters(watched), parameters(plain)) < 1e-7
     assert np.nansum(observer.trajectory.num_tokens) == 3 * 12 * 11
-    with pytest.raises(InputError, match="only observes"):
-        observer.mixture()
+    assert list(observer.mixture().weights.values()) == [1 / 3] * 3, "what the loader draws by"
 
 
 def test_logged_total_is_the_weighted_loss_and_series_share_their_steps() -> None:
@@ -235,14 +243,15 @@ def test_sampling_rules_drive_the_loader_and_leave_the_loss() -> None:
     algorithm = DomainReweighting(group_dro(eta=1.0), apply="sampling")
     fit(algorithm, loader=loader, micro=4, steps=2, callbacks=[seen])
     assert list(loader.weights.values()) == pytest.approx(algorithm.weights.tolist())
-    # The rule's first weights were handed to the loader before the first batch.
-    first = Loader()
-    first.set_weights(
-        dict(zip(DOMAINS, group_dro().weights(group_dro().init(as_domains(DOMAINS, prior=[0.5, 0.3, 0.2])))))
-    )
-    part = next(iter(first))
-    counts = np.bincount(part["domain_ids"], minlength=3)
-    assert distance(seen.steps[0], written_out(llama(), part, counts / counts.sum())) < 1e-6
+    counts = np.bincount(batch()["domain_ids"], minlength=3)
+    assert distance(seen.steps[0], written_out(llama(), batch(), counts / counts.sum())) < 1e-6
+
+
+def test_a_loader_that_draws_by_other_weights_than_the_rule_starts_from_is_refused() -> None:
+    loader = Loader()
+    loader.set_weights({"books": 0.5, "code": 0.3, "web": 0.2})
+    with pytest.raises(InputError, match=r"draws by \{'books': 0.5.*'group_dro' starts from \{'books': 0.333333"):
+        fit(DomainReweighting(group_dro(), apply="sampling"), loader=loader)
 
 
 def test_updates_every_few_batches_or_samples_use_all_sums_in_between() -> None:
@@ -397,3 +406,116 @@ def test_sampling_needs_a_loader_that_takes_weights() -> None:
 
     with pytest.raises(InputError, match="needs a loader with set_weights"):
         fit(DomainReweighting(constant(), apply="sampling"), loader=Fixed())
+
+
+def heldout_windows(per_domain: int = 5) -> HeldOutWindows:
+    rng = np.random.default_rng(0)
+    return HeldOutWindows({name: rng.integers(0, VOCAB, (per_domain, SEQ_LEN)) for name in DOMAINS}, batch_size=4)
+
+
+def recorder(needs: str) -> tuple[UpdateRule, list[Signals]]:
+    """A rule that keeps the signals it gets."""
+    seen: list[Signals] = []
+    rule = constant(needs=frozenset({needs}), applies="loss")
+    return rule._replace(update=lambda state, signals: (seen.append(signals), rule.update(state, signals))[1]), seen
+
+
+def test_heldout_windows_are_evaluated_in_place() -> None:
+    windows, log = heldout_windows(), Metrics()
+    rule, seen = recorder("heldout")
+    trainer = make_trainer(
+        DomainReweighting(rule, heldout=windows, every=1, reference=gpt2(dropout=0.5)),
+        model=wrap(gpt2(dropout=0.5)),
+        steps=1,
+        loggers=[log],
+        lr=0.0,
+    )
+    trainer.fit()
+    assert trainer.state.model.training, "evaluation must leave the model in training mode"
+    for index, name in enumerate(DOMAINS):
+        ids = windows.input_ids[windows.domain_ids == index]
+        expected = gpt2().eval()(input_ids=ids, labels=ids).loss.item()
+        assert seen[0].heldout_loss[index] / seen[0].heldout_tokens[index] == pytest.approx(expected, rel=1e-5)
+        assert log.series[f"domain_heldout_loss/{name}"] == [(0, pytest.approx(expected, rel=1e-5))]
+    assert seen[0].heldout_tokens.tolist() == [5 * (SEQ_LEN - 1)] * 3
+    np.testing.assert_allclose(seen[0].heldout_reference_loss, seen[0].heldout_loss, rtol=1e-5)
+
+
+def test_heldout_windows_split_over_ranks_in_equal_numbers_of_batches() -> None:
+    windows = heldout_windows(per_domain=3)
+    parts = [list(windows.batches(rank, 4)) for rank in range(4)]
+    assert len({len(part) for part in parts}) == 1
+    labels = torch.cat([part["labels"] for rank in parts for part in rank])
+    rows = labels[(labels != -100).any(1)]
+    assert sorted(rows.tolist()) == sorted(windows.input_ids.tolist())
+
+
+def test_rules_that_need_windows_or_more_are_told() -> None:
+    rule, _ = recorder("heldout")
+    with pytest.raises(InputError, match="'constant' reads held-out losses, and there are no windows"):
+        DomainReweighting(rule)
+    with pytest.raises(InputError, match=r"needs \['telepathy'\], which DomainReweighting does not gather"):
+        DomainReweighting(constant(needs=frozenset({"telepathy"})))
+    with pytest.raises(InputError, match=r"windows are of \['a', 'b'\], the domains are \['books'"):
+        fit(DomainReweighting(rule, heldout=HeldOutWindows(dict.fromkeys("ab", np.ones((1, 4), dtype=np.int64)))))
+    with pytest.raises(InputError, match=r"without held-out samples: \['b'\]"):
+        HeldOutWindows({"a": np.ones((1, 4), dtype=np.int64), "b": np.ones((0, 4), dtype=np.int64)})
+
+
+def test_rules_that_ask_get_the_weights_samples_were_drawn_by() -> None:
+    rule, seen = recorder("behaviour")
+    fit(DomainReweighting(rule, every=2), steps=2)
+    np.testing.assert_allclose(seen[0].behaviour, [2 / 3] * 3)
+
+
+def test_rules_that_ask_get_a_histogram_of_losses_per_sample() -> None:
+    rule, seen = recorder("histogram")
+    fit(DomainReweighting(rule), steps=1, micro=5)
+    model, part = llama(), batch()
+    losses = token_losses(model(input_ids=part["input_ids"]).logits, part["input_ids"]).mean(1).detach().double()
+    np.testing.assert_array_equal(seen[0].histogram, loss_histogram(losses.numpy(), part["domain_ids"].numpy(), 3))
+
+
+def test_an_encoder_decoder_model_is_reweighted_on_its_labels() -> None:
+    class Pairs(Loader):
+        def __iter__(self) -> Any:
+            return ({**part, "labels": part["input_ids"][:, :7]} for part in super().__iter__())
+
+    seen = Gradients()
+    fit(DomainReweighting(constant()), model=HuggingFaceModel(t5()), loader=Pairs(), micro=4, steps=1, callbacks=[seen])
+    model, part = t5(), batch()
+    labels = part["input_ids"][:, :7].contiguous()
+    losses = F.cross_entropy(
+        model(input_ids=part["input_ids"], labels=labels).logits.transpose(1, 2), labels, reduction="none"
+    )
+    sum(w * losses[part["domain_ids"] == d].mean() for d, w in enumerate(WEIGHTS)).backward()
+    assert distance(seen.steps[0], flat(p.grad for p in model.parameters())) < 1e-6
+    with pytest.raises(InputError, match="an encoder-decoder model needs 'labels'"):
+        fit(DomainReweighting(constant()), model=HuggingFaceModel(t5()))
+
+
+def test_auxiliary_losses_of_the_model_are_kept() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    def moe() -> Any:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        more = {
+            "num_key_value_heads": 2,
+            "num_local_experts": 3,
+            "output_router_logits": True,
+            "router_aux_loss_coef": 0.5,
+        }
+        return MixtralForCausalLM(MixtralConfig(vocab_size=VOCAB, use_cache=False, **sizes, **more))
+
+    seen, log = Gradients(), Metrics()
+    fit(DomainReweighting(constant()), model=wrap(moe()), steps=1, callbacks=[seen], loggers=[log])
+    model, part = moe(), batch()
+    outputs = model(input_ids=part["input_ids"])
+    losses = token_losses(outputs.logits, part["input_ids"])
+    weighted = sum(w * losses[part["domain_ids"] == d].mean() for d, w in enumerate(WEIGHTS))
+    (weighted + 0.5 * outputs.aux_loss).backward()
+    expected = flat(p.grad for p in model.parameters() if p.grad is not None)
+    assert distance(seen.steps[0], expected) < 1e-6
+    assert log.series["loss/train/auxiliary"][0][1] == pytest.approx(0.5 * outputs.aux_loss.item(), rel=1e-5)
+    assert log.series["loss/train/loss"][0][1] == pytest.approx(weighted.item(), rel=1e-5)

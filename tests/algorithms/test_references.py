@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
 
 from algorithms.losses import token_losses
 from algorithms.references import FrozenModel, as_reference
 from algorithms.references.frozen import fingerprint_of
 from mixer.errors import InputError
-from tests.algorithms.tiny import SEQ_LEN, VOCAB, batch, gpt2, llama, wrap
+from tests.algorithms.tiny import SEQ_LEN, batch, gpt2, llama, t5, wrap
 from tests.algorithms.training_helpers import fit
 
 
@@ -72,18 +71,7 @@ def test_a_composer_checkpoint_is_a_reference(tmp_path: Path) -> None:
 
 
 def test_an_encoder_decoder_model_predicts_labels_in_place() -> None:
-    config = T5Config(
-        vocab_size=VOCAB,
-        d_model=16,
-        d_kv=8,
-        d_ff=16,
-        num_layers=1,
-        num_heads=2,
-        decoder_start_token_id=0,
-        dropout_rate=0.0,
-    )
-    torch.manual_seed(0)
-    model = T5ForConditionalGeneration(config).eval()
+    model = t5().eval()
     part = {**batch(), "labels": batch()["input_ids"][:, :7].clone()}
     part["labels"][0, 5:] = -100
     losses = FrozenModel(model).token_losses(part)
@@ -93,7 +81,7 @@ def test_an_encoder_decoder_model_predicts_labels_in_place() -> None:
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no reference model at .*nowhere"):
+    with pytest.raises(InputError, match=r"no reference model at .*nowhere"):
         as_reference(tmp_path / "nowhere")
     (tmp_path / "noise.pt").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"noise.pt is not a Composer checkpoint"):
@@ -109,5 +97,5 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
             return input_ids.float()
 
-    with pytest.raises(InputError, match="has to return logits of shape .* got Tensor"):
+    with pytest.raises(InputError, match=r"has to return logits of shape .* got Tensor"):
         FrozenModel(Hidden(1, 1)).token_losses(batch())

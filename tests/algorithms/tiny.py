@@ -9,7 +9,15 @@ import numpy as np
 import torch
 from composer.models import HuggingFaceModel
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 DOMAINS = ("books", "code", "web")
 VOCAB = 32
@@ -34,6 +42,15 @@ def gpt2(seed: int = 0, dropout: float = 0.0) -> PreTrainedModel:
     return _seeded(GPT2LMHeadModel, config, seed)
 
 
+def t5(seed: int = 0) -> PreTrainedModel:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return _seeded(
+        T5ForConditionalGeneration,
+        T5Config(vocab_size=VOCAB, decoder_start_token_id=0, dropout_rate=0.0, **sizes),
+        seed,
+    )
+
+
 def _seeded(kind: Any, config: Any, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -50,7 +67,7 @@ class Samples(IterableDataset):
     def __init__(self, seed: int, padded: bool, per_token: bool, rank: int, world_size: int, batch_size: int) -> None:
         self.seed, self.padded, self.per_token = seed, padded, per_token
         self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
-        self.weights = np.array([0.5, 0.3, 0.2])
+        self.weights = np.full(3, 1 / 3)
         self.position = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -58,7 +58,7 @@ def project(
 
 
 def _clip_to_one(w: Vector, lo: Vector, hi: Vector, positive: NDArray[np.bool_]) -> Vector:
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         log_w = np.where(positive, np.log(np.where(positive, w, 1.0)), -np.inf)
         enters, leaves = np.log(lo) - log_w, np.log(hi) - log_w  # log s at which an entry meets its floor, its ceiling
     places = np.unique(np.concatenate([enters[positive], leaves[positive]]))

@@ -97,6 +97,8 @@ class DomainShards:
                 f"domain {self.domain!r} has samples 0…{self.num_samples - 1:,}; asked for {rows.min()}…{rows.max()}."
             )
         out = np.empty((len(rows), self.seq_len), self.dtype)
+        if not out.size:
+            return out
         target, width = memoryview(out.data).cast("B"), self.row_bytes
         shards = np.searchsorted(self.firsts, rows, side="right") - 1
         for k, (shard, row) in enumerate(zip(shards.tolist(), (rows - self.firsts[shards]).tolist())):
@@ -114,9 +116,11 @@ class DomainShards:
         if view is not None:
             return view
         pending = self._pending.get(shard)
-        view = pending.result() if pending is not None else self._open(shard)
-        with self._lock:
+        try:
+            view = pending.result() if pending is not None else self._open(shard)
+        finally:  # after an error the next attempt looks again
             self._pending.pop(shard, None)
+        with self._lock:
             return self._views.setdefault(shard, view)
 
     def prepare(self, shards: Iterable[int]) -> None:
@@ -146,21 +150,28 @@ class DomainShards:
     def _open(self, shard: int) -> View:
         if not self.shard_sizes[shard]:
             return View(memoryview(b""), 0, 0, None)
-        path = self._raw_file(shard)
+        try:
+            return self._checked_view(shard, self._raw_file(shard))
+        except DataError:
+            # A raw file beside a compressed one is only a copy: another program may have left it damaged.
+            if self.index.zip_name(shard) is None:
+                raise
+            return self._checked_view(shard, self._raw_file(shard, anew=True))
+
+    def _checked_view(self, shard: int, path: Path) -> View:
         data = self._map(path, int(self.index.raw_bytes[shard]))
         self._check_hash(shard, path, data, self.index.raw_hashes[shard])
         return self._layout(path, data, shard)
 
-    def _raw_file(self, shard: int) -> Path:
-        """Return the path of the raw shard, decompressing it if it is not there in full."""
+    def _raw_file(self, shard: int, *, anew: bool = False) -> Path:
+        """Return the path of the raw shard, decompressing it if it is not there in full or is wanted ``anew``."""
         raw = self.folder / self.index.raw_name(shard)
         zip_name = self.index.zip_name(shard)
-        if zip_name is None or _size(raw) == self.index.raw_bytes[shard]:
-            return raw
         kept = self.cache_folder() / self.index.raw_name(shard)
-        if _size(kept) == self.index.raw_bytes[shard]:
-            return kept
-        zipped = self.folder / zip_name
+        for path in (raw, kept):
+            if zip_name is None or (not anew and _size(path) == self.index.raw_bytes[shard]):
+                return path
+        zipped = self.folder / str(zip_name)
         data = self._map(zipped, int(self.index.zip_bytes[shard]))
         self._check_hash(None, zipped, data, self.index.zip_hashes[shard])
         return self._decompress(zipped, data, raw, kept, int(self.index.raw_bytes[shard]))

@@ -1,0 +1,202 @@
+"""How fast is a conversion, compared with the tokenizer alone on the same documents?
+
+    python -m benchmarks.conversion            # 30 MB of text
+    python -m benchmarks.conversion --full     # 120 MB
+    python -m benchmarks.conversion --size 64MB --tokenizer tokenizer.json --backend hf
+
+The text is what this Python install already has: source files (.py), C and C++ headers (.h), stub files (.pyi) and
+package metadata and documentation (.txt, .md, .rst, METADATA), each kind a domain, written as JSON lines. Without
+``--tokenizer`` a byte-level BPE of 32,768 ids is trained on it first (not measured). CPU seconds are of the whole
+process tree, from start to exit of a fresh interpreter; the tokenizer alone is measured inside its process, without
+imports, one thread. Every run is repeated and the median shown. Results also go to benchmarks/results/conversion.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import RESULTS
+from converters.options import size_in_bytes
+from converters.training import train_bpe
+
+KINDS = {
+    "python": (".py",),
+    "headers": (".h", ".hpp", ".cuh"),
+    "stubs": (".pyi",),
+    "prose": (".txt", ".md", ".rst", "METADATA"),
+}
+
+BARE = """
+import json, os, sys, time
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+from pathlib import Path
+from tokenizers import Tokenizer
+tokenizer = Tokenizer.from_file(sys.argv[1])
+texts = [json.loads(line)["text"] for path in sorted(Path(sys.argv[2]).rglob("*.jsonl")) for line in open(path, "rb")]
+batches, size = [[]], 0
+for text in texts:
+    if size > 1 << 20:
+        batches.append([])
+        size = 0
+    batches[-1].append(text)
+    size += len(text)
+start, wall, tokens = time.process_time(), time.perf_counter(), 0
+for batch in batches:
+    tokens += sum(len(encoding.ids) for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False))
+print(json.dumps({"cpu_s": time.process_time() - start, "wall_s": time.perf_counter() - wall, "tokens": tokens}))
+"""
+
+CONVERT = """
+import json, sys
+from converters import convert
+if __name__ == "__main__":
+    inputs, out, tokenizer, options = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+    manifest = convert([inputs], out, tokenizer=tokenizer, **options)
+    splits = [split for domain in manifest.domains.values() for split in domain.splits.values()]
+    print(json.dumps({"tokens": sum(split.num_tokens for split in splits)}))
+"""
+
+
+@click.command()
+@click.option("--size", default="30MB", show_default=True, help="Text to convert.")
+@click.option("--full", is_flag=True, help="The same with 120 MB.")
+@click.option("--tokenizer", help="A tokenizer.json; default: one trained on the text.")
+@click.option("--repeat", default=1, show_default=True, help="Runs of each, of which the median is shown.")
+def main(size: str, full: bool, tokenizer: str | None, repeat: int) -> None:
+    """Measure conversions of one corpus by several settings."""
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        text_bytes = write_corpus(folder / "corpus", size_in_bytes("120MB" if full else size))
+        tokenizer = tokenizer or train(folder)
+        console.print(f"{text_bytes / 1e6:.1f} MB of text; load average {os.getloadavg()[0]:.2f}")
+        rows = {name: median([run() for _ in range(repeat)]) for name, run in runs(folder, tokenizer).items()}
+    report(console, rows, text_bytes)
+
+
+def runs(folder: Path, tokenizer: str) -> dict[str, Any]:
+    """Return what to measure, by name."""
+    corpus, base = str(folder / "corpus"), {"seq_len": 2048, "on_bad_record": "fail"}
+    count = iter(range(1_000_000))
+
+    def conversion(**options: Any) -> Any:
+        out = str(folder / f"out{next(count)}")
+        return measured(CONVERT, corpus, out, tokenizer, json.dumps({**base, **options}))
+
+    stage = str(folder / "stage")
+    return {
+        "tokenizer alone": lambda: measured(BARE, tokenizer, corpus),
+        "convert, 1 worker": lambda: conversion(stage=stage),
+        "convert, 2 workers": lambda: conversion(workers=2),
+        "pack again, other length": lambda: conversion(stage=stage, seq_len=1024),
+    }
+
+
+def measured(program: str, *arguments: str) -> dict[str, float]:
+    """Run a program in a fresh interpreter; return CPU and wall seconds, peak memory of its largest process, tokens."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "program.py"  # a file, because workers import the main module
+        file.write_text(program)
+        wrapper = Path(folder) / "wrapper.py"
+        wrapper.write_text(WRAPPER)
+        start = time.perf_counter()
+        command = [sys.executable, str(wrapper), str(file), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+        wall = time.perf_counter() - start
+    if done.returncode:
+        raise click.ClickException(done.stderr)
+    usage, result = (json.loads(line) for line in reversed(done.stdout.splitlines()[-2:]))
+    return {**usage, "wall_s": wall, **result}
+
+
+WRAPPER = """
+import json, resource, subprocess, sys
+done = subprocess.run([sys.executable, *sys.argv[1:]])
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps({"cpu_s": used.ru_utime + used.ru_stime, "peak_mb": used.ru_maxrss / 1024}), flush=True)
+sys.exit(done.returncode)
+"""
+
+
+def write_corpus(folder: Path, wanted: int) -> int:
+    """Write JSON lines per kind of installed text, shared evenly as far as there is enough; return bytes of text."""
+    found = {kind: list(installed(suffixes)) for kind, suffixes in KINDS.items()}
+    total = 0
+    for place, kind in enumerate(sorted(found, key=lambda kind: sum(path.stat().st_size for path in found[kind]))):
+        budget = (wanted - total) // (len(found) - place)
+        total += write_kind(folder / kind, found[kind], budget)
+    return total
+
+
+def write_kind(folder: Path, files: list[Path], budget: int) -> int:
+    folder.mkdir(parents=True)
+    written = 0
+    with open(folder / "part.jsonl", "w", encoding="utf-8") as out:
+        for path in files:
+            if written >= budget:
+                break
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (UnicodeDecodeError, OSError):
+                continue
+            out.write(json.dumps({"text": text, "path": path.name}, ensure_ascii=False) + "\n")
+            written += len(text.encode())
+    return written
+
+
+def installed(suffixes: tuple[str, ...]) -> Iterator[Path]:
+    installed_here = (sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"))
+    for root in dict.fromkeys([*installed_here, "/usr/include", "/usr/share/doc"]):
+        for path in sorted(Path(root).rglob("*")):
+            if path.name.endswith(suffixes) and path.is_file() and 0 < path.stat().st_size < 1 << 20:
+                yield path
+
+
+def train(folder: Path) -> str:
+    """Train a tokenizer on every tenth document."""
+    lines = [line for path in sorted(folder.rglob("*.jsonl")) for line in path.read_bytes().splitlines()]
+    file = folder / "tokenizer.json"
+    file.write_text(train_bpe([json.loads(line)["text"] for line in lines[::10]], 32_768), encoding="utf-8")
+    return str(file)
+
+
+def median(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+
+
+def report(console: Console, rows: dict[str, dict[str, float]], text_bytes: int) -> None:
+    """Print the table and write the JSON."""
+    bare = rows["tokenizer alone"]["cpu_s"]
+    table = Table("", "CPU s", "× bare", "wall s", "MB/CPU s", "Mtok/CPU s", "MB/s", "Mtok/s", "peak MB", box=None)
+    for name, row in rows.items():
+        row |= {
+            "cpu_ratio": row["cpu_s"] / bare,
+            "mb_per_cpu_s": text_bytes / 1e6 / row["cpu_s"],
+            "mtok_per_cpu_s": row["tokens"] / 1e6 / row["cpu_s"],
+            "mb_per_s": text_bytes / 1e6 / row["wall_s"],
+            "mtok_per_s": row["tokens"] / 1e6 / row["wall_s"],
+        }
+        keys = ("cpu_s", "cpu_ratio", "wall_s", "mb_per_cpu_s", "mtok_per_cpu_s", "mb_per_s", "mtok_per_s", "peak_mb")
+        table.add_row(name, *(f"{row[key]:.2f}" for key in keys))
+    console.print(table)
+    RESULTS.mkdir(exist_ok=True)
+    facts = {"text_bytes": text_bytes, "cores": os.cpu_count(), "load": os.getloadavg()[0], "runs": rows}
+    (RESULTS / "conversion.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -29,7 +29,8 @@ class Exhausted(NamedTuple):
     Attributes:
         names: of all D domains.
         weights: (D,), those of this batch.
-        used_up: (D,) bool, domains that cannot give what they owe to this batch.
+        used_up: (D,) bool, domains with weight that have nothing left after this batch, or even for it.
+        owed: (D,) bool, those of them from which this batch needs more than is left.
         max_epochs: (D,), the limits.
         step: index of the batch.
     """
@@ -37,6 +38,7 @@ class Exhausted(NamedTuple):
     names: tuple[str, ...]
     weights: Vector
     used_up: NDArray[np.bool_]
+    owed: NDArray[np.bool_]
     max_epochs: Vector
     step: int
 
@@ -50,7 +52,9 @@ class RunEnded(Exception):
 
 
 def repeat(event: Exhausted) -> Vector:
-    """Refuse: more epochs than allowed would be needed."""
+    """Refuse when more epochs than allowed would be needed."""
+    if not event.owed.any():
+        return event.weights
     raise ExhaustedError(
         f"used up before batch {event.step:,}: {event.describe()}. To go on, let it leave the mixture"
         " (on_exhausted='drop'), end the run there (on_exhausted='stop'), or allow more epochs (max_epochs; `mixer"
@@ -67,7 +71,9 @@ def drop(event: Exhausted) -> Vector:
 
 
 def stop(event: Exhausted) -> Vector:
-    """End the run."""
+    """End the run when the batch cannot be filled as the weights ask."""
+    if not event.owed.any():
+        return event.weights
     raise RunEnded(f"used up: {event.describe()}")
 
 

@@ -144,28 +144,30 @@ class Mixer:
         if self._limits is None:
             return self._share_out(weights, self._credit, self.batch_size)
         remaining = self._limits - self._positions
-        used_up = (remaining == 0) & (weights > 0)
-        if not used_up.any():
+        if (remaining > 0).all():
             counts, credit = self._share_out(weights, self._credit, self.batch_size)
             if not (counts > remaining).any():
                 return counts, credit
-        return self._allocate_within(weights, remaining, used_up)
+        return self._allocate_within(weights, remaining)
 
-    def _allocate_within(self, weights: Vector, remaining: Ids, used_up: NDArray[np.bool_]) -> tuple[Ids, Vector]:
-        """Fill the batch when some domains have less left than they owe; the policy says what becomes of their
-        share."""
+    def _allocate_within(self, weights: Vector, remaining: Ids) -> tuple[Ids, Vector]:
+        """Fill the batch when some domains have little left; the policy says what becomes of their share."""
         policy = EXHAUSTION[self.on_exhausted]
         given, credit = np.zeros_like(remaining), self._credit.copy()
         while True:
-            if used_up.any():
-                event = Exhausted(self.names, weights, used_up, self.max_epochs, self.step)
-                weights = _normalised(np.where(used_up, 0.0, policy(event)))
-                credit[used_up] = 0.0
             counts, left = self._share_out(weights, credit, self.batch_size - int(given.sum()))
-            used_up = counts > remaining
+            owed = counts > remaining
+            used_up = owed | ((remaining == 0) & (weights > 0))
             if not used_up.any():
                 return given + counts, left
-            given[used_up] = remaining[used_up]
+            event = Exhausted(self.names, weights, used_up, owed, self.max_epochs, self.step)
+            kept = np.where(owed, 0.0, policy(event))
+            if (kept == weights).all():
+                return given + counts, left
+            given[owed] += remaining[owed]
+            remaining = np.where(owed, 0, remaining)
+            credit[used_up & (kept == 0)] = 0.0
+            weights = _normalised(kept)
 
     def _share_out(self, weights: Vector, credit: Vector, batch_size: int) -> tuple[Ids, Vector]:
         if not self.independent:

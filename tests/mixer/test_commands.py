@@ -1,0 +1,125 @@
+"""``mixer weigh`` from the command line, and the budget arithmetic behind it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from mixer import InputError, Mixture
+from mixer.budget import REPETITION_DECAY, effective_size, plan_budget
+from mixer.commands import weigh
+from mixer.units import parse_bytes, parse_count
+from tests.helpers import write_shards
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("shards"), {"book": 3, "code": 150, "web": 400})  # × 16 tokens
+
+
+def run(*arguments, **options):
+    return CliRunner().invoke(weigh, [str(a) for a in arguments], catch_exceptions=False, **options)
+
+
+def test_unimax_mixture_keeps_within_its_epochs_and_says_how_it_was_made(shards, tmp_path):
+    out = tmp_path / "new" / "unimax.json"
+    result = run(shards, "--method", "unimax", "--budget", "4k", "--max-epochs", "4", "--out", out)
+    assert result.exit_code == 0 and "4.00 max" in result.output
+    mixture = Mixture.load(out)
+    np.testing.assert_allclose(list(mixture.weights.values()), [0.048, 0.476, 0.476])
+    assert mixture.provenance["rule"] == "unimax"
+    assert mixture.provenance["settings"] == {"budget": 4000, "max_epochs": 4.0}
+    assert mixture.provenance["tokenizer"].startswith("sha256:")
+    assert set(mixture.provenance["shards"]) == {"book", "code", "web"}
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        (("--method", "uniform"), [1 / 3] * 3),
+        (("--method", "proportional"), np.array([3, 150, 400]) / 553),
+        (("--method", "temperature", "--tau", "1"), np.array([3, 150, 400]) / 553),
+        (("--method", "uniform", "--ceiling", "0.35", "--floor", "0.3"), [1 / 3] * 3),
+        (("--method", "proportional", "--floor", "0.1"), [0.1, 0.9 * 150 / 550, 0.9 * 400 / 550]),
+        (("--method", "proportional", "--budget", "8848", "--max-epochs", "2"), np.array([3, 150, 400]) / 553),
+    ],
+)
+def test_every_method_writes_its_weights(shards, tmp_path, options, weights):
+    run(shards, *options, "--out", tmp_path / "m.json")
+    np.testing.assert_allclose(list(Mixture.load(tmp_path / "m.json").weights.values()), weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--method", "unimax"), "--budget"),
+        (("--method", "uniform", "--max-epochs", "4"), "--budget"),
+        (("--method", "unimax", "--budget", "fifty", "--max-epochs", "1"), "'fifty' is not a number of tokens"),
+        (("--method", "unimax", "--budget", "1M", "--max-epochs", "1"), "more than the domains hold"),
+        (("--method", "uniform", "--floor", "0.5"), "book 0.5"),
+        (("--method", "temperature", "--tau", "0"), "temperature must be > 0"),
+    ],
+)
+def test_impossible_requests_are_refused(shards, options, text):
+    with pytest.raises(InputError, match=text):
+        run(shards, *options)
+
+
+def test_missing_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no folder of shards"):
+        run(tmp_path / "nowhere", "--method", "uniform")
+
+
+# --- budget --------------------------------------------------------------------------------------------------------
+
+NAMES, SIZES = ("book", "code", "web"), np.array([10.0, 100.0, 1000.0])
+WEIGHTS, FOREVER = np.array([0.2, 0.3, 0.5]), np.full(3, np.inf)
+
+
+def test_plan_without_limits_draws_by_the_weights():
+    plan = plan_budget(NAMES, WEIGHTS, SIZES, 500, FOREVER)
+    assert plan.amounts.tolist() == [100, 150, 250] and plan.epochs.tolist() == [10, 1.5, 0.25]
+    assert not plan.capped.any() and plan.note == "" and plan.budget == 500
+
+
+def test_capped_weight_goes_to_the_others_in_proportion():
+    plan = plan_budget(NAMES, WEIGHTS, SIZES, 500, np.full(3, 2.0))
+    np.testing.assert_allclose(plan.amounts, [20, 480 * 3 / 8, 480 * 5 / 8])
+    assert plan.capped.tolist() == [True, False, False]
+
+
+def test_plan_says_where_a_run_ends_early():
+    plan = plan_budget(NAMES, WEIGHTS, SIZES, 500, np.full(3, 2.0), "stop")
+    assert plan.budget == 100 and "'book' is used up after 100 of 500" in plan.note
+    plan = plan_budget(NAMES, WEIGHTS, SIZES, 5000, np.full(3, 2.0))
+    assert plan.budget == 2220 and "every domain is used up after 2,220" in plan.note
+    np.testing.assert_allclose(plan.epochs, 2)
+
+
+def test_plan_is_what_the_mixer_then_draws():
+    from mixer.mixer import Mixer
+
+    sizes = {"book": 50, "code": 300, "web": 2000}
+    mixer = Mixer(sizes, weights=WEIGHTS, batch_size=10, max_epochs=2, on_exhausted="drop")
+    for _ in range(100):
+        mixer.next_batch()
+    plan = plan_budget(NAMES, WEIGHTS, np.array(list(sizes.values()), float), 1000, np.full(3, 2.0))
+    np.testing.assert_allclose(mixer.drawn, plan.amounts, atol=10)
+
+
+def test_repeated_data_is_worth_what_the_published_curve_says():
+    """Muennighoff et al. 2023, eq. 5: four epochs are worth nearly four, forty level off, the limit is 1 + R*."""
+    unique = np.ones(4)
+    worth = effective_size(unique, np.array([1.0, 4.0, 40.0, 1e9]))
+    expected = [1 + REPETITION_DECAY * (1 - np.exp(-r / REPETITION_DECAY)) for r in (0, 3, 39, np.inf)]
+    np.testing.assert_allclose(worth, expected)
+    assert 3.7 < worth[1] < 3.8 and worth[3] < 16.4
+
+
+@pytest.mark.parametrize("text", ["", "M", "1.2.3M", "-5", "5X", "nan"])
+def test_numbers_that_are_none_are_refused(text):
+    with pytest.raises(InputError, match="is not a count; write for example 50M"):
+        parse_count(text)
+    with pytest.raises(InputError, match="20GB"):
+        parse_bytes(text)

@@ -1,0 +1,124 @@
+"""Composer saves and restores the loader through its own checkpoints, mid-epoch, with weights that move."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from mixer import MixtureLoader
+from tests.helpers import assert_same, write_shards
+
+composer = pytest.importorskip("composer", exc_type=ImportError)
+
+
+class Tiny(composer.ComposerModel):
+    """The least that trains."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = torch.nn.Embedding(60_000, 2)
+
+    def forward(self, batch):
+        return self.embedding(batch["input_ids"])
+
+    def loss(self, outputs, batch):
+        return outputs.square().mean()
+
+
+class Recorder(composer.Callback):
+    """Keep what was delivered, and move the weights at every batch."""
+
+    def __init__(self):
+        self.batches = []
+
+    def after_dataloader(self, state, logger):
+        self.batches.append({name: value.clone() for name, value in state.batch.items()})
+
+    def batch_end(self, state, logger):
+        state.dataloader.set_weights([1, 1, state.timestamp.batch.value])
+
+
+def train(shards, folder, duration, load=None, **options):
+    recorder = Recorder()
+    loader = MixtureLoader(shards, mixture="uniform", global_batch_size=12, seed=3)
+    trainer = composer.Trainer(
+        model=Tiny(),
+        train_dataloader=loader,
+        optimizers=None,
+        max_duration=duration,
+        callbacks=[recorder],
+        device="cpu",
+        progress_bar=False,
+        save_folder=str(folder) if folder else None,
+        save_interval="1ba",
+        save_filename="{batch}.pt",
+        save_overwrite=True,
+        load_path=str(load) if load else None,
+        device_train_microbatch_size=options.pop("microbatch", None),
+        **options,
+    )
+    trainer.fit()
+    return recorder.batches, loader, trainer
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("shards"), {"book": 3, "code": 150, "web": 400})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_checkpoint_of_every_batch_goes_on_to_the_bit(shards, tmp_path):
+    whole, loader, _ = train(shards, tmp_path, "6ba")
+    assert loader.step == 6 and len(whole) == 6
+    for step in (1, 3, 5):
+        rest, other, trainer = train(shards, None, "6ba", load=tmp_path / f"{step}.pt")
+        assert_same(rest, whole[step:])
+        assert other.state_dict() == loader.state_dict()
+        trainer.close()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dataset_state_in_a_checkpoint_loads_with_weights_only(shards, tmp_path):
+    _, loader, _ = train(shards, tmp_path, "2ba")
+    saved = torch.load(tmp_path / "2.pt", weights_only=False)["state"]["dataset_state"]["train"]
+    torch.save(saved, tmp_path / "state.pt")
+    fresh = MixtureLoader(shards, mixture="uniform", global_batch_size=12, seed=3)
+    fresh.dataset.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert fresh.state_dict() == loader.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_microbatches_follow_from_the_loaders_batch_size(shards):
+    batches, _, _ = train(shards, None, "2ba", microbatch=4)
+    assert [len(batch["input_ids"]) for batch in batches] == [12, 12]
+
+
+def rank_main(rank, world, shards, port, folder, load):
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world),
+        NODE_RANK="0",
+    )
+    composer.utils.dist.initialize_dist("cpu")
+    batches, _, _ = train(shards, folder, "4ba", load=load)
+    torch.save(batches, folder / f"rank{rank}.pt")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_ranks_continue_what_one_rank_began(shards, tmp_path):
+    whole, _, _ = train(shards, tmp_path, "4ba")
+    port = 30_000 + os.getpid() % 1000
+    mp.spawn(rank_main, args=(2, shards, port, tmp_path, tmp_path / "2.pt"), nprocs=2)
+    for rank in range(2):
+        parts = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert_same(parts, [{name: value[rank::2] for name, value in batch.items()} for batch in whole[2:]])
+    assert np.all([len(batch["input_ids"]) == 12 for batch in whole])

@@ -29,6 +29,7 @@ from composer.utils import dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from algorithms.domain_gradients import measure_gradients, measured_parameters
 from algorithms.heldout import HeldOutWindows
 from algorithms.losses import (
     DomainLosses,
@@ -54,7 +55,8 @@ __all__ = ["DomainReweighting"]
 log = logging.getLogger(__name__)
 
 VERSION = 1
-GATHERED = frozenset({"reference", "heldout", "behaviour", "histogram"})
+GATHERED = frozenset({"reference", "heldout", "behaviour", "histogram", "gradients", "gradient_variance"})
+COSTLY = frozenset({"heldout", "gradients", "gradient_variance"})  # worth an interval between updates
 MAX_LOST_STEPS = 10  # steps in a row without one finite loss, before "skip" gives up
 
 
@@ -78,8 +80,9 @@ class DomainReweighting(Algorithm):
             weights to the loader, and the loss stays the mean over tokens. By default what the rule is made for.
         normalization: how loss weights meet token counts, see ``loss_coefficients``; by default the rule's.
         every: time between updates, in batches ("20ba"), samples ("5000sp") or tokens ("1000000tok"); sums in between
-            add up. By default every batch, and every 20 with a rule that evaluates held-out windows.
+            add up. By default every batch, and every 20 with a rule that evaluates held-out windows or gradients.
         heldout: windows for rules that need them, or the folder of shards whose validation split to take them from.
+        gradients_of: parameters that rules on gradients measure: "all", or a function of a parameter's name.
         domains: names in the order of ``domain_ids``, or ``Domains``; by default the loader's.
         on_nonfinite: "fail" stops the run at the first NaN or infinite loss and names the domain; "skip" leaves that
             domain out of the update, its tokens out of the loss, and counts it.
@@ -105,6 +108,7 @@ class DomainReweighting(Algorithm):
         normalization: Normalization | None = None,
         every: str | int | None = None,
         heldout: HeldOutWindows | str | Path | None = None,
+        gradients_of: str | Callable[[str], bool] = "all",
         domains: Domains | Sequence[str] | None = None,
         on_nonfinite: OnNonfinite = "fail",
         shift: bool | None = None,
@@ -116,7 +120,8 @@ class DomainReweighting(Algorithm):
         self.normalization: Normalization = normalization or (rule.normalization if rule else "domain")
         self.needs = rule.needs if rule else frozenset()
         self.heldout = HeldOutWindows(heldout) if isinstance(heldout, str | Path) else heldout
-        self.every = _interval(every or ("20ba" if "heldout" in self.needs else "1ba"))
+        self.every = _interval(every or ("20ba" if self.needs & COSTLY else "1ba"))
+        self.gradients_of = gradients_of
         self.shift = shift
         self.restore_rng = restore_rng
         self._on_nonfinite: OnNonfinite = on_nonfinite
@@ -291,9 +296,8 @@ class DomainReweighting(Algorithm):
 
     def _heldout_losses(self, state: State, batch: dict[str, Tensor]) -> Tensor:
         batch = state.device.batch_to_device(batch)
-        inputs = {"input_ids": batch["input_ids"]} if self._is_wrapped else batch
         with get_precision_context(state.precision, state.precision_config):
-            outputs = state.model(inputs)
+            outputs = state.model(self._model_inputs(batch))
         return token_losses(logits_of(outputs), batch["labels"], shift=self._started().shift)
 
     def _with_heldout(self, signals: Signals, state: State) -> Signals:
@@ -307,6 +311,32 @@ class DomainReweighting(Algorithm):
         return signals._replace(
             heldout_loss=losses, heldout_tokens=tokens, heldout_reference_loss=self._heldout_reference
         )
+
+    def _with_gradients(self, signals: Signals, state: State) -> Signals:
+        if not self.needs & {"gradients", "gradient_variance"}:
+            return signals
+        model = unwrapped(state.model)
+        training = model.training
+        model.eval()  # dropout would be noise, and use up random numbers
+        sums = measure_gradients(
+            lambda part: self._losses_with_gradient(state, model, part),
+            self._whole_batch,
+            torch.from_numpy(self._batch_tokens),
+            measured_parameters(model, self.gradients_of),
+            rows_at_once=int(state.device_train_microbatch_size or len(self._whole_batch["labels"])),
+            variance="gradient_variance" in self.needs,
+        )
+        model.train(training)
+        return signals._replace(
+            gradient_products=sums.products, gradient_counts=sums.counts, gradient_variance=sums.variance
+        )
+
+    def _losses_with_gradient(self, state: State, model: nn.Module, part: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        part = state.device.batch_to_device(part)
+        with get_precision_context(state.precision, state.precision_config):
+            outputs = model(self._model_inputs(part))
+        shift = self._started().shift
+        return token_losses(logits_of(outputs), part["labels"], shift=shift), loss_mask(part["labels"], shift=shift)
 
     def _before_dataloader(self, state: State, logger: Logger) -> None:
         if self._loaded_rng is None:
@@ -330,6 +360,8 @@ class DomainReweighting(Algorithm):
         _add_labels(state)
         losses = self._started()
         losses.start(state.batch)
+        assert losses.num_tokens is not None
+        self._whole_batch, self._batch_tokens = state.batch, losses.num_tokens
         weights = self.weights if self.target == "loss" else None
         self._drawn_by = _sampling_weights(self._loader)
         self._coefficients = losses.coefficients(weights, self._drawn_by)
@@ -349,10 +381,17 @@ class DomainReweighting(Algorithm):
         self._micro = _Micro(
             labels, loss_mask(labels, shift=self._started().shift), batch["domain_ids"], reference_loss
         )
-        if self._is_wrapped:
-            state.batch = {name: value for name, value in batch.items() if name != "labels"}
-            if self._is_encoder_decoder and "decoder_input_ids" not in batch:
-                state.batch["decoder_input_ids"] = self._model.prepare_decoder_input_ids_from_labels(labels=labels)
+        state.batch = self._model_inputs(batch)
+
+    def _model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch to call the model with: a Hugging Face model without labels, so that it computes no loss."""
+        if not self._is_wrapped:
+            return batch
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        if self._is_encoder_decoder and "decoder_input_ids" not in batch:
+            labels = batch["labels"].clone()
+            inputs["decoder_input_ids"] = self._model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return inputs
 
     def _after_forward(self, state: State, logger: Logger) -> None:
         if not self._is_wrapped:
@@ -427,7 +466,7 @@ class DomainReweighting(Algorithm):
             shares = signals.num_tokens / max(signals.num_tokens.sum(), 1.0)
             self._trajectory.append(step, shares, signals)
             return {}
-        signals = self._with_heldout(signals, state)
+        signals = self._with_gradients(self._with_heldout(signals, state), state)
         self._state, self.weights = self.rule.update(self._state, signals)
         self._num_updates += 1
         self._trajectory.append(step, self.weights, signals)

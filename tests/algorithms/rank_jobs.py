@@ -10,8 +10,10 @@ from composer.core import State
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 
-from algorithms import DomainReweighting, doremi
+from algorithms import DomainReweighting, doremi, group_dro
+from mixer.dataloader import MixtureLoader
 from tests.algorithms.ranks import job, main
+from tests.algorithms.test_domain_reweighting import heldout_windows, recorder
 from tests.algorithms.tiny import Loader, gpt2, llama, wrap
 from tests.algorithms.training_helpers import Gradients, fit, flat, parameters
 
@@ -84,6 +86,28 @@ def gathered(folder: Path, rank: int, world_size: int) -> list[Any]:
     fit(algorithm, loader=Loader(rank=rank, world_size=world_size), steps=2)
     assert algorithm.weights is not None
     return dist.all_gather_object(algorithm.weights.tolist())
+
+
+@job
+def signals(folder: Path, rank: int, world_size: int) -> list[Any]:
+    """What rules may ask for, gathered over unequal ranks."""
+    found = []
+    for needs in ("gradients", "gradient_variance", "heldout", "histogram", "behaviour"):
+        rule, seen = recorder(needs)
+        algorithm = DomainReweighting(rule, heldout=heldout_windows(), every=1)
+        fit(algorithm, loader=Loader(rank=rank, world_size=world_size), micro=3, steps=2)
+        found.append(seen)
+    return found
+
+
+@job
+def mixture_loader(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """The real loader on several ranks, driven by a sampling rule."""
+    options: dict[str, Any] = {"global_batch_size": 12, "seed": 17, "rank": rank, "world_size": world_size}
+    loader = MixtureLoader(folder / "shards", mixture="uniform", **options)
+    algorithm = DomainReweighting(group_dro(eta=2.0), apply="sampling")
+    trainer = fit(algorithm, loader=loader, micro=3, steps=4)
+    return {"weights": algorithm.trajectory.weights, "parameters": parameters(trainer), "state": loader.state_dict()}
 
 
 if __name__ == "__main__":

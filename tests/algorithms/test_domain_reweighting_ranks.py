@@ -11,12 +11,22 @@ import torch
 
 from tests.algorithms import rank_jobs
 from tests.algorithms.ranks import run_ranks
+from tests.algorithms.test_domain_reweighting_loader import row
+from tests.algorithms.tiny import VOCAB
+from tests.helpers import write_shards
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(folder: Path) -> list[dict[str, Any]]:
     """All jobs in one pair of processes: starting them costs more than training."""
-    return run_ranks(["ddp", "resume", "fsdp2", "gathered"], 2, tmp_path_factory.mktemp("ranks"))
+    return run_ranks(["ddp", "resume", "fsdp2", "gathered", "signals", "mixture_loader"], 2, folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ranks")
+    write_shards(path / "shards", {"books": 7, "code": 50, "web": 200}, seq_len=12, vocab_size=VOCAB, rows=row)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +69,20 @@ def test_fsdp2_finds_the_same_weights_and_resumes(ranks: Any, alone: Any) -> Non
         assert distance(sharded["parameters"], alone["parameters"]) < 1e-6
         np.testing.assert_array_equal(sharded["resumed_weights"], sharded["weights"])
         assert torch.equal(sharded["resumed_parameters"], sharded["parameters"])
+
+
+def test_everything_a_rule_may_ask_for_is_the_same_on_two_ranks(ranks: Any) -> None:
+    for ours, expected in zip(ranks[0]["signals"], rank_jobs.signals(Path(), 0, 1), strict=True):
+        for step, alone_step in zip(ours, expected, strict=True):
+            for name, value in step._asdict().items():
+                if value is not None:
+                    other = getattr(alone_step, name)
+                    np.testing.assert_allclose(value, other, rtol=2e-5, atol=1e-7, err_msg=name)
+
+
+def test_the_real_loader_is_driven_alike_on_two_ranks(ranks: Any, folder: Path) -> None:
+    alone = rank_jobs.mixture_loader(folder, 0, 1)
+    for rank in ranks:
+        np.testing.assert_allclose(rank["mixture_loader"]["weights"], alone["weights"], rtol=1e-6)
+        assert distance(rank["mixture_loader"]["parameters"], alone["parameters"]) < 1e-5
+    assert ranks[0]["mixture_loader"]["state"] == ranks[1]["mixture_loader"]["state"]

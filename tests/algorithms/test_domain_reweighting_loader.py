@@ -1,0 +1,127 @@
+"""DomainReweighting on the real loader, written as the README writes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from composer import Trainer
+
+from algorithms import DomainReweighting, doremi, group_dro
+from algorithms.domain_reweighting import _domains
+from algorithms.rules import UPDATE_RULES
+from mixer import Manifest, Mixture
+from mixer.dataloader import MixtureLoader
+from mixer.errors import InputError
+from tests.algorithms.tiny import VOCAB, gpt2, llama, wrap
+from tests.algorithms.training_helpers import fit, parameters
+from tests.helpers import write_shards
+
+
+def row(domain: str, sample: int, seq_len: int, dtype: str) -> np.ndarray:
+    step = {"books": 1, "code": 3, "web": 5}[domain]
+    return ((np.arange(seq_len) * step + sample) % VOCAB).astype(dtype)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes, held_out = {"books": 7, "code": 50, "web": 200}, {"books": 2, "code": 5, "web": 9}
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    return write_shards(folder, sizes, seq_len=12, vocab_size=VOCAB, validation=held_out, rows=row)
+
+
+def make_loader(shards: Path, mixture: str = "uniform") -> MixtureLoader:
+    return MixtureLoader(shards, mixture=mixture, global_batch_size=12, seed=17)
+
+
+def test_the_readme_example_finds_and_saves_a_mixture(shards: Path, tmp_path: Path) -> None:
+    model, reference, loader = wrap(llama()), llama(seed=1), make_loader(shards)
+    algorithm = DomainReweighting(doremi(), reference=reference)
+    trainer = Trainer(
+        model=model, train_dataloader=loader, algorithms=[algorithm], max_duration="5ba", progress_bar=False
+    )
+    trainer.fit()
+    mixture = Mixture.load(algorithm.mixture().save(tmp_path / "mixture.json"))
+    manifest = Manifest.load(shards)
+    assert mixture.check(manifest).weights.keys() == {"books", "code", "web"}
+    assert mixture.provenance["tokenizer"] == manifest.tokenizer.fingerprint
+    assert mixture.provenance["shards"] == {n: manifest.split(n, "train").fingerprint for n in manifest.names}
+    assert loader.step == 5
+    np.testing.assert_array_equal(algorithm.trajectory.num_tokens, np.full((5, 3), 4 * 11))
+
+
+def sampling() -> DomainReweighting:
+    return DomainReweighting(group_dro(eta=2.0), apply="sampling")
+
+
+@pytest.mark.parametrize("make", [lambda: DomainReweighting(doremi(), reference=llama(seed=1)), sampling])
+def test_loader_rule_and_model_resume_together_to_the_bit(make: Any, shards: Path, tmp_path: Path) -> None:
+    def run(steps: int, **options: Any) -> tuple[MixtureLoader, torch.Tensor, DomainReweighting]:
+        loader, algorithm = make_loader(shards), make()
+        model = wrap(gpt2(dropout=0.2))
+        return (
+            loader,
+            parameters(fit(algorithm, model=model, loader=loader, steps=steps, micro=5, **options)),
+            algorithm,
+        )
+
+    loader, expected, whole = run(7)
+    run(4, save_folder=str(tmp_path), save_interval="1ba")
+    for step in range(1, 5):
+        resumed_loader, resumed, algorithm = run(7, load_path=str(tmp_path / f"ep0-ba{step}-rank0.pt"), seed=3)
+        assert torch.equal(resumed, expected)
+        assert resumed_loader.state_dict() == loader.state_dict()
+        np.testing.assert_array_equal(algorithm.trajectory.weights, whole.trajectory.weights)
+
+
+def test_the_very_next_batch_is_drawn_by_new_weights(shards: Path) -> None:
+    drawn = []
+
+    class Watched(MixtureLoader):
+        def _next(self) -> Any:
+            drawn.append(list(self.weights.values()))
+            return super()._next()
+
+    loader = Watched(shards, mixture="uniform", global_batch_size=12, seed=17)
+    algorithm = sampling()
+    fit(algorithm, loader=loader, steps=4)
+    np.testing.assert_allclose(drawn[1:4], algorithm.trajectory.weights[:3], rtol=1e-12)
+    assert np.ptp(algorithm.trajectory.weights, axis=0).max() > 0.01, "the weights have to have moved"
+
+
+def test_a_mixture_is_not_overruled_by_a_sampling_rule(shards: Path) -> None:
+    with pytest.raises(InputError, match=r"the rule 'erm' starts from .*'web': 0.77821"):
+        fit(DomainReweighting(UPDATE_RULES["erm"]()), loader=make_loader(shards))
+
+
+def test_rules_may_read_heldout_losses_from_the_validation_split(shards: Path) -> None:
+    algorithm = DomainReweighting(UPDATE_RULES["on_demand"](), heldout=shards, every=2)
+    fit(algorithm, loader=make_loader(shards), steps=4)
+    history = algorithm.trajectory
+    assert history.steps.tolist() == [1, 3] and np.isfinite(history.heldout_loss).all()
+
+
+# What rows need beside their defaults.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "unimax": {"budget": 1e4},
+    "given": {"weights": {"books": 0.2, "code": 0.3, "web": 0.5}},
+    "modified_doremi": {"targets": {"web": 2.0}},
+    "sheared_llama": {"targets": {"books": 2.0, "code": 2.0, "web": 2.0}},
+    "wasserstein": {"distances": {"books": {"code": 1.0, "web": 1.0}, "code": {"web": 1.0}}},
+}
+
+
+# "preset" holds tables for other domains.
+@pytest.mark.parametrize("name", sorted(set(UPDATE_RULES) - {"preset"}))
+def test_every_rule_trains(name: str, shards: Path) -> None:
+    rule, loader = UPDATE_RULES[name](**SETTINGS.get(name, {})), make_loader(shards)
+    if rule.applies == "sampling":
+        loader.set_weights(rule.weights(rule.init(_domains(None, loader))))
+    algorithm = DomainReweighting(rule, reference=llama(seed=1), heldout=shards, every=1)
+    fit(algorithm, loader=loader, steps=3, micro=5)
+    assert algorithm.weights is not None and algorithm.weights.sum() == pytest.approx(1)
+    assert len(algorithm.trajectory.steps) == 3
+    assert sum(algorithm.mixture().weights.values()) == pytest.approx(1)

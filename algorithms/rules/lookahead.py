@@ -136,4 +136,6 @@ def look_ahead(losses: Vector, gains: Vector, tau: float, iterations: int = 300)
             log_p, value, q, step = moved, new_value, new_q, 2.0 * step
         else:
             step *= 0.25
+            if step * float(np.ptp(losses - gains @ q)) < 1e-15:
+                break
     return q

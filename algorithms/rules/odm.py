@@ -105,5 +105,6 @@ def odm(smoothing: float = 0.9, variant: str = "paper") -> UpdateRule:
         update=update,
         weights=lambda state: state.weights,
         result=lambda state: normalized(state.average),
+        needs=frozenset({"behaviour"}),
         applies="sampling",
     )

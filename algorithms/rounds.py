@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mixer.projection import project
 from rich.console import Console
 
 from algorithms.domain_reweighting import DomainReweighting
@@ -29,10 +28,11 @@ from algorithms.rules import UPDATE_RULES
 from algorithms.rules.base import UpdateRule, as_domains
 from algorithms.runs import begin_run, finish_run
 from algorithms.training import TrainSettings, train
-from mixer import MixtureLoader
+from mixer.dataloader import MixtureLoader, resolve_mixture
 from mixer.errors import InputError
 from mixer.manifest import Manifest
 from mixer.mixture import Mixture
+from mixer.projection import project
 
 __all__ = ["SearchSettings", "find_mixture", "make_rule", "train_on"]
 
@@ -47,6 +47,9 @@ class SearchSettings:
         proxy, reference_steps: how proxy and reference are trained; the reference takes ``reference_steps`` steps.
         rounds, tolerance: at most so many rounds; stop when no weight moved by ``tolerance``.
         reference: folder of a ready model, instead of training one.
+        reference_mixture: what the first round's reference is trained on: "proportional" (to size; the paper's choice
+            for The Pile), "uniform" (its choice for GLaM), or the path of a mixture file. A reference that hardly saw a
+            domain is no yardstick for it: excess losses there come out low, and the domain is starved.
         max_epochs, budget_tokens: cap each final weight so that a run of ``budget_tokens`` sees no domain more than
             ``max_epochs`` times; no cap where either is None.
         heldout_samples: per domain, for the held-out losses of reference and proxy.
@@ -59,6 +62,7 @@ class SearchSettings:
     rounds: int = 1
     tolerance: float = 1e-3
     reference: str | None = None
+    reference_mixture: str = "proportional"
     max_epochs: float | None = None
     budget_tokens: int | None = None
     heldout_samples: int = 256
@@ -84,7 +88,7 @@ def find_mixture(
     manifest, rule = Manifest.load(shards), make_rule(settings.method, settings.rule)
     if begin_run(out, {"command": "optimize", "shards": _fingerprints(manifest), **asdict(settings)}) is not None:
         return Mixture.load(Path(out) / "mixture.json")
-    weights, changes = _proportional(manifest), []
+    weights, changes = dict(resolve_mixture(settings.reference_mixture, manifest).weights), []
     for number in range(1, settings.rounds + 1):
         folder = Path(out) / f"round-{number}"
         mixture = _one_round(shards, manifest, rule, settings, weights, folder, console)
@@ -214,10 +218,6 @@ def train_on(
             "num_tokens": settings.steps * settings.global_batch_size * manifest.seq_len,
         },
     )
-
-
-def _proportional(manifest: Manifest) -> dict[str, float]:
-    return dict(Mixture({name: manifest.split(name, "train").num_tokens for name in manifest.names}).weights)
 
 
 def _fingerprints(manifest: Manifest) -> dict[str, str]:

@@ -24,6 +24,12 @@ __all__ = ["optimize"]
 @click.option("--reference-steps", type=click.IntRange(1), help="Steps of the reference model.  [default: --steps]")
 @click.option("--reference", type=click.Path(), help="A trained Hugging Face model to use as the reference.")
 @click.option(
+    "--reference-mixture",
+    default="proportional",
+    show_default=True,
+    help="What the reference is trained on: proportional, uniform, or a mixture file.",
+)
+@click.option(
     "--rounds",
     default=1,
     show_default=True,
@@ -52,6 +58,7 @@ def optimize(
     heldout_samples: int,
     reference_steps: int | None,
     reference: str | None,
+    reference_mixture: str,
     rounds: int,
     tolerance: float,
     max_epochs: float | None,
@@ -86,6 +93,7 @@ def optimize(
         rounds=rounds,
         tolerance=tolerance,
         reference=reference,
+        reference_mixture=reference_mixture,
         max_epochs=max_epochs,
         budget_tokens=parse_count(budget) if budget else None,
         heldout_samples=heldout_samples,

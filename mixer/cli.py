@@ -24,6 +24,7 @@ COMMANDS = {
     "convert": ("converters.cli", "convert", "Corpora -> one set of MDS shards per domain."),
     "inspect": ("converters.cli", "inspect", "Domains, samples, tokens, shares; decoded samples."),
     "weigh": ("mixer.commands", "weigh", "Weights from sizes alone: uniform, proportional, temperature, unimax."),
+    "score": ("algorithms.commands.score", "score", "A reference's losses of every sample, computed once."),
     "optimize": (
         "algorithms.commands.optimize",
         "optimize",

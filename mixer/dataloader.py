@@ -49,6 +49,7 @@ class MixtureLoader(DataLoader[Batch]):
             others), "stop" (the run ends); the latter two allow one epoch unless ``max_epochs`` says more.
         remote, cache_limit: where shards come from if not local, and how many bytes of them to keep.
         verify: "hash" checks every shard before its first use, "never" only sizes and offsets.
+        dtype: of ``input_ids``; "stored" saves the conversion from the shards' own.
         force: use a mixture that was made for other shards; what differs is recorded in ``loader.mixture.provenance``.
     Raises: InputError, DataError: one sentence that names what does not fit.
 
@@ -74,13 +75,14 @@ class MixtureLoader(DataLoader[Batch]):
         verify: Literal["hash", "never"] = "hash",
         force: bool = False,
         pin_memory: bool = False,
+        dtype: Literal["int64", "stored"] = "int64",
     ) -> None:
         if remote is not None or cache_limit is not None:
             raise InputError("remote shards are not supported yet: copy them to a local folder and leave out `remote`.")
         self.rank, self.world_size = _rank_and_world(rank, world_size)
         share = _share(global_batch_size, self.world_size)
         self.manifest: Manifest = load_manifest(shards)
-        dataset = MixtureDataset(shards, split, seed, verify, self.manifest)
+        dataset = MixtureDataset(shards, split, seed, verify, self.manifest, dtype)
         self.domains, self.num_samples, self.split = dataset.domains, dataset.num_samples, split
         self.mixture = resolve_mixture(mixture, self.manifest, split=split, force=force)
         self.mixer: Mixer = mixer_for(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from mixer.errors import InputError
 from mixer.folders import load_manifest
 from mixer.manifest import Manifest
 from mixer.mixer import Draws, Mixer
@@ -34,6 +35,7 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
         domains: names, in the order of their ids; those without a sample in this split may be left unread.
         split, seed, verify: as for ``MixtureLoader``.
         manifest: of ``root``.
+        dtype: of ``input_ids``: "int64", or "stored" for that of the shards.
 
     ``dataset[(domain_id, sample_id)]`` is one sample; ``dataset.read(domain_ids, sample_ids)`` many at once.
     """
@@ -45,7 +47,11 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
         seed: int,
         verify: Verify = "hash",
         manifest: Manifest | None = None,
+        dtype: Literal["int64", "stored"] = "int64",
     ) -> None:
+        if dtype not in ("int64", "stored"):
+            raise InputError(f"dtype must be 'int64' or 'stored'; got {dtype!r}.")
+        self._as_int64 = dtype == "int64"
         self.manifest = manifest or load_manifest(root)
         self.domains = self.manifest.names
         self.shards: list[DomainShards | None] = [
@@ -156,7 +162,7 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
         """Return a batch as delivered: ``input_ids`` (n, T), ``domain_ids`` (n,), ``sample_ids`` (n,), int64."""
         rows = self.read(domain_ids, sample_ids)
         return {
-            "input_ids": torch.from_numpy(rows.astype(np.int64)),
+            "input_ids": torch.from_numpy(rows.astype(np.int64) if self._as_int64 else rows),
             "domain_ids": torch.from_numpy(domain_ids),
             "sample_ids": torch.from_numpy(sample_ids),
         }

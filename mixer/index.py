@@ -2,13 +2,16 @@
 
 An index of 1e9 samples lists 60,000 shards in 33 MB; as dictionaries they take 150 MB. It is parsed in blocks instead,
 and
-checked on the way: every entry must name a file inside its folder and have the same columns.
+checked on the way: every entry must name a file inside its folder and have the same columns. The tables of a large
+    index
+are kept in the user's cache folder, so that a restart does not parse it again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -37,6 +40,7 @@ _PREFERRED = (
     "sha512",
 )
 _BLOCK_BYTES = 1 << 20
+_WORTH_KEEPING = 1 << 20  # bytes of an index from which on its tables are kept
 _NEXT_ENTRY = b'}, {"column_encodings": '
 
 
@@ -84,6 +88,10 @@ def read_index(folder: str | os.PathLike[str], domain: str) -> ShardIndex:
     """
     path = Path(folder) / "index.json"
     try:
+        before = path.stat()
+        known = _recall(path, before)
+        if known is not None:
+            return known
         data = path.read_bytes()
     except OSError as error:
         raise InputError(
@@ -91,7 +99,9 @@ def read_index(folder: str | os.PathLike[str], domain: str) -> ShardIndex:
             " domain again."
         ) from error
     try:
-        return _tables(data)
+        tables = _tables(data)
+        _remember(path, before, tables)
+        return tables
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"domain {domain!r}: {path} is not a usable MDS index: {error}. Restore it, or convert the domain again."
@@ -143,6 +153,56 @@ def _tables(data: bytes) -> ShardIndex:
         names=None if regular else names,
         fingerprint="sha256:" + hashlib.sha256(data).hexdigest(),
     )
+
+
+# --- tables of large indexes, kept from one start to the next
+# ----------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Return where this package keeps what it can make again."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "domain-mixer"
+
+
+def _kept(path: Path, stat: os.stat_result) -> Path | None:
+    """Return where the tables of this very file would be kept; None for a small one."""
+    if stat.st_size < _WORTH_KEEPING:
+        return None
+    identity = f"1 {path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
+    return cache_folder() / "index" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
+
+
+def _recall(path: Path, stat: os.stat_result) -> ShardIndex | None:
+    kept = _kept(path, stat)
+    try:
+        if kept is None or not kept.is_file():
+            return None
+        with np.load(kept, allow_pickle=False) as arrays:
+            facts = orjson.loads(arrays["facts"].tobytes())
+            return ShardIndex(**{name: arrays[name] for name in _ARRAYS}, **facts)
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        return None  # it is only a copy
+
+
+def _remember(path: Path, stat: os.stat_result, tables: ShardIndex) -> None:
+    kept = _kept(path, stat)
+    if kept is None:
+        return
+    facts = {name: getattr(tables, name) for name in _FACTS}
+    partial = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            arrays = {name: getattr(tables, name) for name in _ARRAYS}
+            np.savez(file, facts=np.frombuffer(orjson.dumps(facts), np.uint8), **arrays)
+        os.replace(partial, kept)
+    except OSError:
+        partial.unlink(missing_ok=True)  # no room or no right to keep it: the next start parses again
+
+
+_ARRAYS = ("samples", "raw_bytes", "zip_bytes", "raw_hashes", "zip_hashes")
+_FACTS = ("columns", "compression", "algorithm", "names", "fingerprint")
 
 
 def _inside(name: str) -> str:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from mixer import mds
 from mixer.errors import DataError, InputError
 from mixer.folders import load_manifest
-from mixer.index import ShardIndex, read_index
+from mixer.index import ShardIndex, cache_folder, read_index
 from mixer.manifest import Manifest
 
 __all__ = ["DomainShards", "Verify", "View", "decompress", "open_domain"]
@@ -196,8 +196,7 @@ class DomainShards:
 
     def cache_folder(self) -> Path:
         """Return where raw shards go when their own folder cannot be written."""
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        return Path(base) / "domain-mixer" / self.fingerprint.rpartition(":")[2][:32]
+        return cache_folder() / self.fingerprint.rpartition(":")[2][:32]
 
     def _map(self, path: Path, size_bytes: int) -> memoryview:
         try:

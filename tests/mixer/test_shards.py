@@ -276,6 +276,25 @@ def test_large_index_is_parsed_in_blocks_to_the_same_tables(tmp_path, monkeypatc
     assert whole.algorithm == "xxh64" and whole.zip_name(2) == "shard.00002.mds.zstd"
 
 
+def test_tables_of_a_large_index_are_kept_for_the_next_start_and_only_for_that_very_file(tmp_path, monkeypatch):
+    import mixer.index
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(mixer.index, "_WORTH_KEEPING", 10)
+    mds_folder(tmp_path / "web", ROWS, compression="zstd")
+    parsed = mixer.index.read_index(tmp_path / "web", "web")
+    (kept,) = (tmp_path / "cache" / "domain-mixer" / "index").iterdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(mixer.index, "_tables", None)
+        recalled = mixer.index.read_index(tmp_path / "web", "web")
+    for name, value in vars(parsed).items():
+        np.testing.assert_array_equal(getattr(recalled, name), value)
+    kept.write_bytes(b"damaged")
+    assert mixer.index.read_index(tmp_path / "web", "web").fingerprint == parsed.fingerprint
+    edit_index(tmp_path / "web", lambda index: index["shards"].pop())
+    assert len(mixer.index.read_index(tmp_path / "web", "web").samples) == 2
+
+
 @pytest.mark.parametrize(
     "columns", [{"text": "str"}, {"tokens": "pkl"}, {"a": "ndarray:int32:4", "b": "ndarray:int32:4"}]
 )

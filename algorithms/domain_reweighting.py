@@ -75,7 +75,8 @@ class DomainReweighting(Algorithm):
 
     Args:
         rule: for example ``doremi()``. None gathers and logs the losses per domain and changes nothing.
-        reference: a model, the path of one, or a ``Reference``; for rules that need one.
+        reference: for rules that need one: a model; the path of a model, or of what ``mixer score`` wrote; target
+            losses by domain; or a ``Reference``.
         apply: "loss" multiplies each domain's loss by its weight, and samples are drawn as before; "sampling" hands the
             weights to the loader, and the loss stays the mean over tokens. By default what the rule is made for.
         normalization: how loss weights meet token counts, see ``loss_coefficients``; by default the rule's.
@@ -103,7 +104,7 @@ class DomainReweighting(Algorithm):
         self,
         rule: UpdateRule | None = None,
         *,
-        reference: Reference | nn.Module | str | Path | None = None,
+        reference: Reference | nn.Module | Mapping[str, float] | str | Path | None = None,
         apply: Literal["loss", "sampling"] | None = None,
         normalization: Normalization | None = None,
         every: str | int | None = None,
@@ -143,6 +144,12 @@ class DomainReweighting(Algorithm):
             raise InputError(
                 f"the rule {self.rule.name!r} compares with a reference, and none was given: "
                 f"DomainReweighting({self.rule.name}(), reference=...) takes a model, its path, or cached losses."
+            )
+        clips = self.rule is not None and self.rule.settings.get("clip") == "token"
+        if self.rule and clips and self.reference is not None and not self.reference.per_token:
+            raise InputError(
+                f"{self.rule.name}(clip='token') clips the excess of single tokens; this reference knows only sums. "
+                "Use clip='domain' or clip='none', or a reference with a loss per token."
             )
         if self.rule and "heldout" in self.needs and self.heldout is None:
             raise InputError(
@@ -361,6 +368,8 @@ class DomainReweighting(Algorithm):
         losses = self._started()
         losses.start(state.batch)
         assert losses.num_tokens is not None
+        if self.reference is not None:
+            state.batch = {**state.batch, **self.reference.columns(state.batch)}
         self._whole_batch, self._batch_tokens = state.batch, losses.num_tokens
         weights = self.weights if self.target == "loss" else None
         self._drawn_by = _sampling_weights(self._loader)

@@ -119,6 +119,7 @@ def domain_sums(
     num_domains: int,
     reference_loss: Tensor | None = None,
     *,
+    clip: bool = True,
     histogram: bool = False,
 ) -> Tensor:
     """Return per-domain sums, float64 (4, D), or (6, D) with a reference; ``to_signals`` names the rows.
@@ -128,6 +129,7 @@ def domain_sums(
         mask: shape (B, S), which tokens count.
         domain_ids: shape (B,), or (B, T) where a sample holds tokens of several domains.
         reference_loss: shape (B, S).
+        clip: False leaves out the clipped excess, for references whose losses of single tokens mean nothing.
         histogram: append 512 rows, the samples by mean loss (minus the reference's), as in ``loss_histogram``.
     """
     zero = torch.zeros((), device=token_loss.device)
@@ -135,7 +137,7 @@ def domain_sums(
     parts = [mask, loss]
     if reference_loss is not None:
         reference = torch.where(mask, reference_loss.detach().to(loss), zero)
-        parts += [reference, (loss - reference).clamp(min=0)]
+        parts += [reference, (loss - reference).clamp(min=0)] if clip else [reference]
     tokens, losses, *rest = (_by_sample_and_domain(part, domain_ids, num_domains) for part in parts)
     rows = [tokens, losses, tokens > 0, (losses / tokens.clamp(min=1)).square(), *rest]
     sums = torch.stack([row.sum(0, dtype=losses.dtype) for row in rows])
@@ -175,7 +177,7 @@ def to_signals(sums: Tensor) -> Signals:
     num_bins = len(HISTOGRAM_EDGES) - 1
     histogram = rows[-num_bins:].T.copy() if len(rows) > num_bins else None
     tokens, loss, sequences, squared, *rest = rows if histogram is None else rows[:-num_bins]
-    reference, clipped = rest or (None, None)
+    reference, clipped = (*rest, None, None)[:2]
     return Signals(tokens, loss, sequences, squared, reference, clipped, histogram=histogram)
 
 
@@ -257,6 +259,8 @@ class DomainLosses:
             raise InputError(f'on_nonfinite must be "fail" or "skip"; got {on_nonfinite!r}.')
         self.domains = tuple(domains)
         self.reference = reference
+        if reference is not None:
+            reference.shift = shift
         self.normalization = normalization
         self.on_nonfinite = on_nonfinite
         self.shift = shift
@@ -314,8 +318,9 @@ class DomainLosses:
 
     def add(self, token_loss: Tensor, mask: Tensor, domain_ids: Tensor, reference_loss: Tensor | None = None) -> None:
         """Keep the sums of one micro-batch."""
-        count, histogram = len(self.domains), self.histogram
-        sums = domain_sums(token_loss, mask, domain_ids, count, reference_loss, histogram=histogram)
+        clip = self.reference is None or self.reference.per_token
+        options = {"clip": clip, "histogram": self.histogram}
+        sums = domain_sums(token_loss, mask, domain_ids, len(self.domains), reference_loss, **options)
         self._sums = sums if self._sums is None else self._sums + sums
 
     def usable(self, token_loss: Tensor, mask: Tensor) -> Tensor:

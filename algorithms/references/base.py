@@ -15,7 +15,14 @@ __all__ = ["Reference"]
 
 
 class Reference(ABC):
-    """Gives a loss for every predicted token of a batch. A missing value is an error, never zero."""
+    """Gives a loss for every predicted token of a batch. A missing value is an error, never zero.
+
+    ``per_token`` is False where only the sums over a sample or a domain mean something: rules that clip the excess of
+    single tokens cannot use those.
+    """
+
+    per_token: bool = True
+    shift: bool = True  # set by the training loop: False for encoder-decoder models
 
     @abstractmethod
     def token_losses(self, batch: Mapping[str, Any]) -> Tensor:
@@ -39,6 +46,10 @@ class Reference(ABC):
 
         Raises: InputError: where it does not.
         """
+
+    def columns(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return columns to add to a whole batch on the CPU, for ``token_losses`` to read; most need none."""
+        return {}
 
     def observe(self, signals: Signals) -> None:  # noqa: B027 (optional)
         """Learn from the sums of one step, the same on every rank; most references do not."""

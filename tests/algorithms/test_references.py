@@ -90,7 +90,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     llama().config.save_pretrained(tmp_path / "half")
     with pytest.raises(InputError, match="cannot load the reference model in"):
         as_reference(tmp_path / "half")
-    with pytest.raises(InputError, match="a reference is a model, the path of a saved model, or a Reference; got int"):
+    with pytest.raises(InputError, match="a reference is a model, a path, losses by domain, or a Reference; got int"):
         as_reference(3)
 
     class Hidden(torch.nn.Linear):

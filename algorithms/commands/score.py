@@ -1,0 +1,67 @@
+"""``mixer score``: a reference's losses, computed once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+__all__ = ["score"]
+
+
+@click.command(short_help="A reference's losses of every sample, computed once.")
+@click.argument("shards", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder; the same command continues it.")
+@click.option("--model", type=click.Path(), help="A Hugging Face model folder, or a Composer checkpoint.")
+@click.option("--bigram", is_flag=True, help="Count bigram tables by domain instead of running a model.")
+@click.option(
+    "--per",
+    type=click.Choice(["token", "sample"]),
+    default="token",
+    show_default=True,
+    help="Keep the loss of every token (2 bytes each), or one sum per sample (4 bytes), for rules that do not clip.",
+)
+@click.option("--split", default="train", show_default=True)
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Samples per forward pass.")
+@click.option("--half", is_flag=True, help="Run the model in bfloat16.")
+def score(
+    shards: Path, out: Path, model: str | None, bigram: bool, per: str, split: str, batch_size: int, half: bool
+) -> None:
+    """Write the reference's losses of every sample to OUT, so that training needs no second model.
+
+    Give OUT as --reference to `mixer optimize`. The losses are bound to these shards, their tokenizer and the model;
+    elsewhere they are refused. Ctrl-C keeps what is done; the same command continues.
+
+    \b
+    Examples:
+      mixer score shards --model run/round-1/reference/model --out scores
+      mixer score shards --model reference --per sample --out scores
+      mixer score shards --bigram --out bigrams
+    """
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from algorithms.references import FrozenModel, count_bigrams
+    from algorithms.references import score as score_shards
+    from mixer.errors import InputError
+    from mixer.folders import load_manifest
+
+    if (model is None) != bigram:
+        raise InputError("give either --model PATH or --bigram.")
+    manifest = load_manifest(shards)
+    total = sum(manifest.split(name, split).num_samples for name in manifest.names)
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("counting" if bigram else "scoring", total=total)
+
+        def advance(domain: str, num_samples: int) -> None:
+            progress.update(task, advance=num_samples)
+
+        if model is None:
+            count_bigrams(shards, out, split=split, on_domain=advance)
+        else:
+            reference = FrozenModel(model, dtype=torch.bfloat16 if half else None)
+            reference.to("cuda" if torch.cuda.is_available() else "cpu")
+            per_what = "sample" if per == "sample" else "token"
+            score_shards(shards, reference, out, split=split, per=per_what, batch_size=batch_size, on_shard=advance)
+    click.echo(f"{out}: {total:,} samples of {len(manifest.names)} domains. Use it as the reference: {out}")

@@ -1,0 +1,241 @@
+"""Losses computed once and read back beside the shards: no second model in memory, no second forward pass.
+
+    mixer score shards --model reference --out scores            # writes, and continues after an interruption
+    DomainReweighting(doremi(), reference="scores")
+
+    scores/run.json             what was scored with what: fingerprints of model, tokenizer and shards
+    scores/<domain>/00000.npy   one file per shard: float16 (samples, T - 1), or float32 (samples,) sums
+    scores/result.json          digests; written last, so that a folder without it is unfinished
+
+float16 moves a loss by at most 1 part in 2048, without bias. One sum per sample takes 1/500 of the space and does for
+every rule that does not clip the excess of single tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from algorithms.losses import labels_of, loss_mask
+from algorithms.references.base import Reference
+from algorithms.references.frozen import FrozenModel
+from algorithms.runs import begin_run, finish_run, read_result, read_settings
+from mixer.errors import DataError, InputError
+from mixer.folders import load_manifest
+from mixer.manifest import Manifest, domain_folder
+from mixer.shards import DomainShards, open_domain
+
+__all__ = ["COLUMN", "CachedLosses", "LossesInBatch", "check_shards", "score", "shards_facts"]
+
+COLUMN = "reference_loss"  # batch key: (B, S) per token, or (B,) sums
+Per = Literal["token", "sample"]
+
+
+def score(
+    shards: str | os.PathLike[str],
+    reference: FrozenModel,
+    out: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    per: Per = "token",
+    batch_size: int = 32,
+    on_shard: Callable[[str, int], None] = lambda domain, num_samples: None,
+) -> Path:
+    """Write the reference's losses of every sample of ``shards`` to ``out``, and return it.
+
+    Args:
+        per: "token" keeps every loss, "sample" one sum per sample.
+        batch_size: samples per forward pass.
+        on_shard: called after each shard with its domain and number of samples, also for those found finished.
+
+    Raises:
+        InputError: ``out`` holds something else, or the shards have no such split.
+        DataError: a loss is not finite; the sample is named.
+    """
+    if per not in ("token", "sample"):
+        raise InputError(f'losses are kept per "token" or per "sample"; got {per!r}.')
+    manifest, folder = load_manifest(shards), Path(out)
+    model = {"reference": reference.fingerprint, "dtype": str(next(reference.model.parameters()).dtype)}
+    settings = {"command": "score", "kind": per, **model, **shards_facts(manifest, split)}
+    if begin_run(folder, settings) is not None:
+        return folder
+    files: dict[str, list[list[Any]]] = {}
+    for name in manifest.names:
+        domain = open_domain(shards, name, split, manifest=manifest)
+        files[name] = []
+        for number, size in enumerate(domain.shard_sizes.tolist()):
+            path = folder / domain_folder(name) / f"{number:05}.npy"
+            if not path.exists():
+                _save(path, _shard_losses(domain, number, reference, per, batch_size))
+            files[name].append([path.name, size, _digest(path)])
+            on_shard(name, size)
+    finish_run(folder, {"files": files})
+    return folder
+
+
+def shards_facts(manifest: Manifest, split: str) -> dict[str, Any]:
+    """Return what losses of these shards depend on beside the model."""
+    return {
+        "split": split,
+        "seq_len": manifest.seq_len,
+        "tokenizer": manifest.tokenizer.fingerprint,
+        "shards": {name: manifest.split(name, split).fingerprint for name in manifest.names},
+    }
+
+
+def check_shards(where: Path, settings: Mapping[str, Any], domains: Sequence[str], loader: Any) -> None:
+    """Raise InputError unless ``settings`` were written for the shards that ``loader`` reads, naming both sides."""
+    manifest = getattr(loader, "manifest", None)
+    if manifest is None:
+        raise InputError(
+            f"{where} belongs to certain shards, and {type(loader).__name__} does not say which it reads: "
+            "use MixtureLoader, or put the losses into the batch as 'reference_loss'."
+        )
+    facts = shards_facts(manifest, settings["split"])
+    for key in ("tokenizer", "seq_len", "shards"):
+        if settings[key] != facts[key]:
+            raise InputError(
+                f"{where} was computed for {key} {settings[key]}, the loader reads {facts[key]}. "
+                "Run `mixer score` for these shards."
+            )
+    if getattr(loader, "split", settings["split"]) != settings["split"]:
+        raise InputError(f"{where} holds losses of split {settings['split']!r}, the loader reads {loader.split!r}.")
+    if tuple(domains) != tuple(manifest.names):
+        raise InputError(f"{where} is of the domains {list(manifest.names)}, the run's are {list(domains)}.")
+
+
+class CachedLosses(Reference):
+    """Losses that ``score`` wrote, looked up by ``domain_ids`` and ``sample_ids``.
+
+    Args:
+        folder: what ``mixer score`` wrote.
+
+    Raises: InputError: if it is unfinished or holds something else.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self._files: dict[str, list[list[Any]]] = read_result(self.folder)["files"]
+        self.settings = read_settings(self.folder)
+        self.per_token = self.settings["kind"] == "token"
+        self.domains = tuple(sorted(self._files))
+        self._firsts = {name: np.cumsum([0, *(size for _, size, _ in rows)]) for name, rows in self._files.items()}
+        self._tables: dict[tuple[str, int], NDArray[Any]] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        return self.settings["reference"]
+
+    def bind(self, domains: Sequence[str], loader: Any = None) -> None:
+        check_shards(self.folder, self.settings, domains, loader)
+
+    def columns(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        missing = [name for name in ("domain_ids", "sample_ids") if name not in batch]
+        if missing:
+            raise InputError(f"cached losses are looked up by domain_ids and sample_ids; the batch lacks {missing}.")
+        domain_ids, sample_ids = (batch[name].cpu().numpy() for name in ("domain_ids", "sample_ids"))
+        width = (self.settings["seq_len"] - 1,) if self.per_token else ()
+        out = np.empty((len(sample_ids), *width), np.float16 if self.per_token else np.float32)
+        for domain in np.unique(domain_ids).tolist():
+            rows = np.flatnonzero(domain_ids == domain)
+            self._read(self.domains[domain], sample_ids[rows], rows, out)
+        return {COLUMN: torch.from_numpy(out)}
+
+    def _read(self, name: str, samples: NDArray[np.int64], rows: NDArray[np.int64], out: NDArray[Any]) -> None:
+        firsts = self._firsts[name]
+        if samples.max() >= firsts[-1]:
+            raise DataError(f"{self.folder} has {firsts[-1]} samples of {name!r}; asked for number {samples.max()}.")
+        shards = np.searchsorted(firsts, samples, side="right") - 1
+        for shard in np.unique(shards).tolist():
+            here = shards == shard
+            out[rows[here]] = self._table(name, shard)[samples[here] - firsts[shard]]
+
+    def _table(self, name: str, shard: int) -> NDArray[Any]:
+        key = (name, shard)
+        if key not in self._tables:
+            file, _, digest = self._files[name][shard]
+            path = self.folder / domain_folder(name) / file
+            if not path.exists() or _digest(path) != digest:
+                raise DataError(
+                    f"{path} is missing or damaged. Remove it and {self.folder / 'result.json'}, and run the same "
+                    "`mixer score` again: it computes what is missing."
+                )
+            self._tables[key] = np.load(path, mmap_mode="r")
+        return self._tables[key]
+
+    def token_losses(self, batch: Mapping[str, Any]) -> Tensor:
+        return losses_in(batch if COLUMN in batch else {**batch, **self.columns(batch)})
+
+
+class LossesInBatch(Reference):
+    """Losses that the loader itself puts into every batch as ``reference_loss``: (B, S) per token, or (B,) sums."""
+
+    def __init__(self, fingerprint: str = "in the batch", per_token: bool = True) -> None:
+        self._fingerprint, self.per_token = fingerprint, per_token
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def token_losses(self, batch: Mapping[str, Any]) -> Tensor:
+        if COLUMN not in batch:
+            raise InputError(
+                f"the batch has no {COLUMN!r} column; it has {sorted(batch)}. A missing reference is not 0."
+            )
+        return losses_in(batch, self.shift)
+
+
+def losses_in(batch: Mapping[str, Any], shift: bool = True) -> Tensor:
+    """Return the batch's reference losses as float32 (B, S); a sum is spread evenly over the sample's tokens."""
+    labels = labels_of(batch)
+    mask = loss_mask(labels, shift=shift)
+    losses = batch[COLUMN].to(labels.device, torch.float32)
+    if losses.ndim == 1:
+        return losses[:, None] / mask.sum(1, keepdim=True).clamp(min=1) * mask
+    if losses.shape != mask.shape:
+        raise InputError(
+            f"the column {COLUMN!r} has shape {tuple(losses.shape)}, the batch's losses {tuple(mask.shape)}."
+        )
+    return losses
+
+
+def _shard_losses(
+    domain: DomainShards, shard: int, reference: FrozenModel, per: Per, batch_size: int
+) -> NDArray[np.float16] | NDArray[np.float32]:
+    first, last = domain.firsts[shard], domain.firsts[shard + 1]
+    parts = []
+    for start in range(first, last, batch_size):
+        samples = np.arange(start, min(start + batch_size, last))
+        losses = reference.token_losses({"input_ids": torch.from_numpy(domain.read(samples).astype(np.int64))})
+        bad = torch.nonzero(~losses.isfinite().all(1)).flatten().tolist()
+        if bad:
+            raise DataError(
+                f"the reference's loss of sample {samples[bad[0]]} of domain {domain.domain!r} is not finite. "
+                "Use float32, or another reference."
+            )
+        kept = losses.half() if per == "token" else losses.double().sum(1).float()
+        parts.append(kept.cpu().numpy())
+    return np.concatenate(parts)
+
+
+def _save(path: Path, table: NDArray[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npy")
+    np.save(partial, table)
+    os.replace(partial, path)
+
+
+def _digest(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return f"xxh3:{digest.hexdigest()}"

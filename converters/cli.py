@@ -34,15 +34,19 @@ def _default_workers() -> int:
     "--domain", default="folder", show_default=True, metavar="RULE",
     help="folder, file, field:<dotted.path> or path:<regex>.",
 )  # fmt: skip
-@click.option("--text-field", default="text", show_default=True, help="Dotted path of a record's text.")
-@click.option("--format", default="auto", show_default=True, help="jsonl, parquet, text (file = document), or auto.")
+@click.option("--domain-map", metavar="JSON", help='File like {"old": "new", "unwanted": null}; "*" is all others.')
+@click.option("--text-field", default="text", show_default=True, help="A field; 'title,body'; or '{title}: {body}'.")
+@click.option(
+    "--format", default="auto", show_default=True,
+    help="auto (by name), jsonl, parquet, arrow, csv, tsv, warc, mds, text (one per file), text-lines, text-blocks.",
+)  # fmt: skip
 @click.option("--include", multiple=True, metavar="GLOB", help="Only files whose path or name matches (repeatable).")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Not these; default: hidden files and __pycache__.")
 @click.option("--held-out", default=0.01, show_default=True, help="Share of each domain for validation; 0 for none.")
 @click.option("--min-held-out", default=8, show_default=True, help="Documents a validation split should have at least.")
 @click.option("--allow-empty", is_flag=True, help="Accept domains without a training or validation sample.")
-@click.option("--on-bad-record", type=click.Choice(["fail", "skip"]), default="fail", show_default=True)
-@click.option("--max-bad", default=0.01, show_default=True, help="Share of records that may be skipped as bad.")
+@click.option("--on-bad-record", type=click.Choice(["fail", "skip", "quarantine"]), default="fail", show_default=True)
+@click.option("--max-bad", default=0.01, show_default=True, help="Share of records that may be bad.")
 @click.option("--workers", type=int, help="Processes; default: one per core.")
 @click.option("--compression", default="zstd:3", show_default=True, help="zstd:LEVEL, or none.")
 @click.option("--hashes", default="xxh64", show_default=True, help="Hashes in the index, comma-separated.")
@@ -55,9 +59,10 @@ def _default_workers() -> int:
 def convert(inputs: tuple[str, ...], workers: int | None, **options: Any) -> None:
     """Convert text corpora to one set of MDS shards per domain.
 
-    INPUTS are files and folders: JSON lines and Parquet by their names (also .gz, .zst, .bz2, .xz), any other file as
-    one document. NAME=PATH gives everything in a path to one domain. An interrupted conversion is continued by the
-    same command; the bytes written do not depend on --workers.
+    INPUTS are files, folders, globs and URLs (fsspec): JSON lines, Parquet, Arrow, CSV, TSV, WET and MDS by their
+    names (also .gz, .zst, .bz2, .xz), any other file as one document. NAME=PATH gives everything in a path to one
+    domain; @FILE reads inputs from a list. An interrupted conversion is continued by the same command; the bytes
+    written do not depend on --workers.
 
     \b
     Examples:

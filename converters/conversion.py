@@ -17,13 +17,15 @@ import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
 
 import mixer
+from converters.domains import load_mapping
 from converters.engines import run_tasks
 from converters.options import DEFAULT_EXCLUDE, PackOptions, StageOptions, size_in_bytes
 from converters.packing import (
@@ -37,7 +39,7 @@ from converters.packing import (
     shard_path,
 )
 from converters.plan import Plan, difference, inputs_fingerprint, make_plan
-from converters.stage import StageTask, read_unit, stage_unit, summed, unit_folder
+from converters.stage import INTENDED, StageTask, read_unit, stage_unit, unit_folder
 from converters.tokenizers import describe, id_dtype
 from mixer.errors import DataError, InputError
 from mixer.manifest import FILE_NAME, Domain, Manifest, Split, TokenizerInfo, domain_folder
@@ -45,7 +47,7 @@ from mixer.mds import write_index
 
 __all__ = ["Progress", "convert"]
 
-_STAGE, _PACK, _TOKENIZER = ".stage", ".pack", "tokenizer"
+_STAGE, _PACK, _TOKENIZER, _QUARANTINE = ".stage", ".pack", "tokenizer", "quarantine.jsonl"
 
 
 class Progress(NamedTuple):
@@ -68,6 +70,7 @@ def convert(
     seq_len: int,
     eos: str | None = None,
     domain: str = "folder",
+    domain_map: str | os.PathLike[str] | Mapping[str, str | None] | None = None,
     text_field: str = "text",
     format: str = "auto",
     include: Sequence[str] = (),
@@ -95,21 +98,24 @@ def convert(
     ``unit_size``, or how often the conversion was interrupted. A finished conversion is returned as it is.
 
     Args:
-        inputs: files and folders; ``name=path`` gives all documents of a path to one domain.
+        inputs: files, folders, globs, URLs for fsspec; ``name=path`` gives all documents of a path to one domain;
+            ``@list.txt`` stands for the inputs listed in that file.
         out: folder for the shards; new, empty, or an unfinished conversion by the same options.
         tokenizer: a ``tokenizer.json``, a folder that holds one, or ``"bytes"``. Either this or ``train_tokenizer``.
         train_tokenizer: vocabulary size of a byte-level BPE trained on a sample of the corpus.
         seq_len: tokens per sample.
         eos: the end-of-text token, where the tokenizer's own is not found.
         domain: ``folder``, ``file``, ``field:<dotted.path>`` or ``path:<regex>``; see ``converters.domains``.
-        text_field: dotted path of a record's text.
+        domain_map: a mapping or JSON file that renames, merges and (null) drops domains; ``"*"`` is all others.
+        text_field: dotted path of a record's text; several joined (``title,body``); or ``{title}: {body}``.
         format: one of ``converters.readers.FORMATS``, or ``auto``: by file name.
         include, exclude: globs on the path below the input and on the file name.
         held_out: share of each domain for the validation split; 0 for none.
         min_held_out: documents that a validation split should have at least, see ``packing.choose_held_out``.
         allow_empty: accept domains without a training or validation sample; recorded in the manifest.
-        on_bad_record: ``fail`` or ``skip`` (counted by reason, places named in the manifest).
-        max_bad: with ``skip``, the share of records that may be bad.
+        on_bad_record: ``fail``, ``skip`` (counted by reason, places named in the manifest) or ``quarantine`` (also
+            kept, with place, reason and raw bytes, in ``quarantine.jsonl``).
+        max_bad: unless ``fail``, the share of records that may be bad.
         workers: processes.
         compression: ``zstd:LEVEL`` or None.
         hashes: names of the hashes in the index, sorted.
@@ -128,6 +134,7 @@ def convert(
     stage_options = StageOptions(
         format=format, include=tuple(include), exclude=tuple(exclude), domain=domain, text_field=text_field,
         on_bad_record=on_bad_record, max_bad=max_bad, seed=seed, train_tokenizer=train_tokenizer,
+        domain_map={} if domain_map is None else load_mapping(domain_map),
         unit_bytes=None if unit_size is None else size_in_bytes(unit_size, "unit_size"),
     )  # fmt: skip
     pack_options = PackOptions(
@@ -173,7 +180,7 @@ class _Job:
         self.out, self.stage, self.plan = out, stage, plan
         self.options, self.pack_options, self.tokenizer = stage_options, pack_options, tokenizer
         self.run, self.progress = run, progress
-        self.skipped: dict[str, dict[str, int]] = {}
+        self.skipped: dict[str, Counter[str]] = {}
         self.bad_records: list[dict[str, Any]] = []
         self.documents_read = 0
 
@@ -191,7 +198,8 @@ class _Job:
         if not names and not self.has_leftovers() and not staged:
             return
         with self.locked():
-            (self.out / FILE_NAME).unlink(missing_ok=True)
+            for name in (FILE_NAME, _QUARANTINE):
+                (self.out / name).unlink(missing_ok=True)
             for name in (*sorted(names), _TOKENIZER, f"{_PACK}/shards"):
                 shutil.rmtree(self.out / name, ignore_errors=True)
             if staged:
@@ -302,16 +310,19 @@ class _Job:
             summary = read_unit(unit_folder(self.stage, unit.number)) or {}
             self.documents_read += summary["read"]
             for name, reasons in summary["skipped"].items():
-                self.skipped[name] = summed({"": self.skipped.get(name, {}), "more": reasons})
+                self.skipped.setdefault(name, Counter()).update(reasons)
             self.bad_records += summary["bad_records"]
-        bad = sum(count for reason, count in summed(self.skipped).items() if reason != "empty")
-        allowed = self.options.max_bad if self.options.on_bad_record == "skip" else 0
+        bad = sum(count for reason, count in self._left_out().items() if reason not in INTENDED)
+        allowed = 0 if self.options.on_bad_record == "fail" else self.options.max_bad
         if bad > allowed * self.documents_read:
             first = self.bad_records[0]
             raise DataError(
                 f"{bad:,} of {self.documents_read:,} records are bad, more than the allowed share of {allowed:g}; the"
                 f" first is {first['place']}: {first['detail']}. Repair them, or raise --max-bad."
             )
+
+    def _left_out(self) -> dict[str, int]:
+        return dict(sorted(sum(self.skipped.values(), Counter()).items()))
 
     # --- pack and commit ---
 
@@ -322,6 +333,9 @@ class _Job:
         plans = plan_splits(str(self.stage), [unit.number for unit in self.plan.units], self.pack_options)
         if not plans:
             raise InputError(f"no text in {self.documents_read:,} records of {len(self.plan.inputs):,} files.")
+        kept = sum(plan.documents for plan in plans)
+        if self.documents_read != kept + sum(self._left_out().values()):
+            raise DataError(f"{self.documents_read:,} records read, but {kept:,} kept and {self._left_out()} left out.")
         warnings = require_samples(plans, self.pack_options)
         splits = [split for plan in plans for split in plan.splits if split.num_samples]
         if not splits:
@@ -374,7 +388,8 @@ class _Job:
             "version": mixer.__version__,
             "request": self._request(),
             "documents_read": self.documents_read,
-            "skipped": summed(self.skipped),
+            "skipped": self._left_out(),
+            **self._publish_quarantine(),
             "bad_records": self.bad_records[:100],
             "warnings": warnings,
         }
@@ -382,13 +397,24 @@ class _Job:
         manifest.save(self.out)
         return manifest
 
+    def _publish_quarantine(self) -> dict[str, Any]:
+        """Gather the quarantined records of all units, in input order, into one file; say where."""
+        if self.options.on_bad_record != "quarantine" or not self.bad_records:
+            return {}
+        partial = self.out / f".{_QUARANTINE}.{os.getpid()}.tmp"
+        with open(partial, "wb") as file:
+            for unit in self.plan.units:
+                file.write((unit_folder(self.stage, unit.number) / _QUARANTINE).read_bytes())
+        os.replace(partial, self.out / _QUARANTINE)
+        return {"quarantine": _QUARANTINE}
+
     def _domain(self, plan: DomainPlan, written: dict[tuple[str, str], Split]) -> Domain:
         held_out = {} if plan.held_out.by == "nothing" else {"by": plan.held_out.by, "share": plan.held_out.share}
         return Domain(
             splits={split.split: written[plan.domain, split.split] for split in plan.splits if split.num_samples},
             text_bytes=plan.text_bytes,
             held_out=held_out,
-            skipped=self.skipped.get(plan.domain, {}),
+            skipped=dict(sorted(self.skipped.get(plan.domain, {}).items())),
             dropped_tokens={split.split: split.dropped_tokens for split in plan.splits},
         )
 

@@ -5,14 +5,19 @@
     field:meta.set   a field of the record, by dotted path
     path:REGEX       the group ``domain`` (or the first) of a pattern searched in the path below the input
 
+A mapping of domains, given beside the rule, renames and merges them (``{"Pile-CC": "web", "C4": "web"}``) and drops
+those that map to null; ``"*"`` stands for all that it does not name.
+
 An input written ``name=path`` gives all its documents to the domain ``name``, whatever the rule.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Callable, Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from converters.readers import Piece
@@ -85,6 +90,29 @@ def domain_rule(text: str) -> Rule:
         raise InputError(f"no domain rule {text!r}; use 'folder', 'file', 'field:<dotted.path>' or 'path:<regex>'.")
     rule = RULES[kind](argument)
     return lambda piece, fields: piece.root[1:] if piece.root.startswith("=") else rule(piece, fields)
+
+
+def mapped(name: str, mapping: Mapping[str, str | None]) -> str | None:
+    """Return a domain's name after a mapping, None if it is dropped.
+
+    >>> [mapped(name, {"a": "x", "b": None}) for name in "abc"], mapped("c", {"a": "x", "*": None})
+    (['x', None, 'c'], None)
+    """
+    return mapping.get(name, mapping.get("*", name))
+
+
+def load_mapping(source: str | os.PathLike[str] | Mapping[str, str | None]) -> dict[str, str | None]:
+    """Return a mapping of domains from a JSON file, checked."""
+    mapping: Any = source
+    if not isinstance(source, Mapping):
+        try:
+            mapping = json.loads(Path(source).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read the domain mapping {source}: {error}.") from error
+    good = isinstance(mapping, Mapping) and all(isinstance(to, str | None) and to != "" for to in mapping.values())
+    if not good:
+        raise InputError(f'a domain mapping is a JSON object like {{"old": "new", "unwanted": null}}; {source} is not.')
+    return dict(mapping)
 
 
 def check_domain_name(name: str, known: int) -> None:

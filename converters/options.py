@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from converters.domains import domain_rule
 from converters.readers import FORMATS
+from converters.texts import text_rule
 from mixer.errors import InputError
 
 __all__ = ["DEFAULT_EXCLUDE", "ON_BAD_RECORD", "PackOptions", "StageOptions", "size_in_bytes"]
 
 DEFAULT_EXCLUDE = (".*", "__pycache__")
-ON_BAD_RECORD = ("fail", "skip")
+ON_BAD_RECORD = ("fail", "skip", "quarantine")
 _UNITS = {"": 1, "b": 1, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -51,6 +52,7 @@ class StageOptions:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
     domain: str = "folder"
+    domain_map: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     text_field: str = "text"
     on_bad_record: str = "fail"
     max_bad: float = 0.01
@@ -60,6 +62,7 @@ class StageOptions:
 
     def __post_init__(self) -> None:
         domain_rule(self.domain)
+        text_rule(self.text_field)
         _one_of("format", self.format, ("auto", *FORMATS))
         _one_of("on_bad_record", self.on_bad_record, ON_BAD_RECORD)
         if not 0 <= self.max_bad <= 1:

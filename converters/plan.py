@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import orjson
 import xxhash
 
+from converters.files import Status, compression_suffix, find, is_url, open_bytes, open_raw, status
 from converters.options import StageOptions
-from converters.readers import FORMATS, Piece, compression_suffix, open_bytes
+from converters.readers import FORMATS, Piece
+from converters.texts import text_columns
 from mixer.errors import DataError, InputError
 
 __all__ = ["Plan", "Unit", "difference", "make_plan"]
@@ -84,53 +86,65 @@ def _default_unit(total_bytes: int) -> int:
 
 
 def _files(inputs: Sequence[str | os.PathLike[str]], options: StageOptions) -> Iterator[Piece]:
-    if isinstance(inputs, str | os.PathLike):
-        inputs = [inputs]
     seen: dict[str, str] = {}
-    for item in inputs:
-        root, path = _named_input(os.fspath(item))
-        for file, name in _walk(path, options):
+    for item in _listed(inputs):
+        root, path = _named_input(item)
+        for file, name in _wanted_files(path, options):
             if file in seen:
-                raise InputError(f"{file} comes in twice, by {seen[file]!r} and {os.fspath(item)!r}; give it once.")
-            seen[file] = os.fspath(item)
-            status = _status(file)
-            yield Piece(file, name, root, _format(file, options), status.st_size, status.st_mtime_ns)
+                raise InputError(f"{file} comes in twice, by {seen[file]!r} and {item!r}; give it once.")
+            seen[file] = item
+            size, version = _status(file)
+            yield Piece(file, name, root, _format(file, options), size, version)
 
 
-def _named_input(item: str) -> tuple[str, Path]:
+def _listed(inputs: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
+    """Yield the inputs; ``@list.txt`` stands for one per line of that file."""
+    for item in [inputs] if isinstance(inputs, str | os.PathLike) else inputs:
+        text = os.fspath(item)
+        if not text.startswith("@"):
+            yield text
+            continue
+        try:
+            lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the list of inputs {text[1:]}: {error}.") from error
+        yield from (line.strip() for line in lines if line.strip() and not line.startswith("#"))
+
+
+def _named_input(item: str) -> tuple[str, str]:
     """Split ``name=path``; the root of a plain path is its own name. A path that exists as written goes first."""
     name, equals, rest = item.partition("=")
-    if equals and name and not Path(item).exists():
-        if not Path(rest).exists():
-            raise InputError(f"no input at {rest} (for domain {name!r}).")
-        return f"={name}", Path(rest)
-    path = Path(item)
-    if not path.exists():
-        raise InputError(f"no input at {item}.")
-    absolute = path.absolute()
-    return (absolute.name if path.is_dir() else absolute.parent.name), path
+    if equals and name and not is_url(name) and not os.path.exists(item):
+        return f"={name}", rest
+    if is_url(item):
+        return item.rstrip("/").rpartition("/")[2], item
+    absolute = Path(item).absolute()
+    return (absolute.name if absolute.is_dir() else absolute.parent.name), item
 
 
-def _walk(path: Path, options: StageOptions) -> Iterator[tuple[str, str]]:
+def _wanted_files(path: str, options: StageOptions) -> Iterator[tuple[str, str]]:
     """Yield (path, name below the input), sorted by the bytes of the name."""
-    if path.is_file():
-        yield str(path), path.name
-        return
-    found = []
-    for folder, subfolders, names in os.walk(path, onerror=_raise_unreadable, followlinks=True):
-        below = os.path.relpath(folder, path)
-        prefix = "" if below == "." else below.replace(os.sep, "/") + "/"
-        subfolders[:] = [name for name in subfolders if not _matches(prefix + name, options.exclude)]
-        found += [(os.path.join(folder, name), prefix + name) for name in names if _wanted(prefix + name, options)]
+    found = list(find(path, lambda name: not _matches(name, options.exclude)))
+    names = {name for _, name in found}
+    alone = len(found) == 1 and not os.path.isdir(path)  # named by the user: no glob hides it
     for file, name in sorted(found, key=lambda pair: os.fsencode(pair[1])):
-        if not os.path.exists(file):
+        if not alone and (_is_side_file(name, names) or not _wanted(name, options)):
+            continue
+        if not is_url(file) and not os.path.exists(file):
             raise InputError(f"cannot read {file}: it is a link to nothing. Repair it, or leave it out with --exclude.")
-        if os.path.isfile(file):
+        if is_url(file) or os.path.isfile(file):
             yield file, name
 
 
-def _raise_unreadable(error: OSError) -> None:
-    raise InputError(f"cannot read the folder {error.filename}: {error.strerror}.") from error
+def _is_side_file(name: str, names: set[str]) -> bool:
+    """Return whether a file only describes others: the JSON beside a saved Hugging Face dataset or MDS shards."""
+    folder, _, last = name.rpartition("/")
+    prefix = f"{folder}/" if folder else ""
+    if last in ("state.json", "dataset_info.json"):
+        return {f"{prefix}state.json", f"{prefix}dataset_info.json"} <= names
+    if last == "dataset_dict.json":
+        return any(other.startswith(prefix) and other.endswith("/state.json") for other in names)
+    return last == "index.json" and any(other.startswith(f"{prefix}shard.") and ".mds" in other for other in names)
 
 
 def _wanted(name: str, options: StageOptions) -> bool:
@@ -142,11 +156,11 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(last, pattern) for pattern in patterns)
 
 
-def _status(file: str) -> os.stat_result:
+def _status(file: str) -> Status:
     try:
-        return os.stat(file)
+        return status(file)
     except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}.") from error
+        raise InputError(f"cannot read {file}: {error.strerror or error}.") from error
 
 
 def _format(file: str, options: StageOptions) -> str:
@@ -155,7 +169,7 @@ def _format(file: str, options: StageOptions) -> str:
     name = file.lower()
     name = name.removesuffix(compression_suffix(name))
     for kind, row in FORMATS.items():
-        if name.endswith(row.extensions):
+        if row.extensions and name.endswith(row.extensions):
             return kind
     return "jsonl" if name.endswith(".json") and _looks_like_jsonl(file, options.text_field) else "text"
 
@@ -167,25 +181,24 @@ def _looks_like_jsonl(file: str, text_field: str) -> bool:
             first = orjson.loads(opened.readline(1 << 24))
     except (OSError, EOFError, ValueError):
         return False
-    return isinstance(first, dict) and text_field.split(".")[0] in first
+    return isinstance(first, dict) and bool(text_columns(text_field) & first.keys())
 
 
 def _fingerprint(piece: Piece) -> dict[str, Any]:
-    """Return name, size, modification time and a hash of the first and last MiB."""
+    """Return name, size, version and a hash of the first and last MiB."""
+    digest = xxhash.xxh3_128()
     try:
-        status = os.stat(piece.path)
-        digest = xxhash.xxh3_128()
-        with open(piece.path, "rb") as file:
+        with open_raw(piece.path) as file:
             digest.update(file.read(_HEAD_BYTES))
-            if status.st_size > 2 * _HEAD_BYTES:
-                file.seek(-_HEAD_BYTES, os.SEEK_END)
+            if piece.size_bytes > 2 * _HEAD_BYTES:
+                file.seek(piece.size_bytes - _HEAD_BYTES)
             digest.update(file.read(_HEAD_BYTES))
     except OSError as error:
         raise DataError(
-            f"cannot read {piece.path}: {error.strerror}. Make it readable, or leave it out with --exclude."
+            f"cannot read {piece.path}: {error.strerror or error}. Make it readable, or leave it out with --exclude."
         ) from error
     name = f"{piece.root}/{piece.name}".lstrip("=")
-    return {"name": name, "bytes": status.st_size, "modified_ns": status.st_mtime_ns, "hash": digest.hexdigest()}
+    return {"name": name, "bytes": piece.size_bytes, "version": piece.version, "hash": digest.hexdigest()}
 
 
 def inputs_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -212,13 +225,8 @@ def _cut(piece: Piece, unit_bytes: int) -> Iterator[Piece]:
 
 
 def _cut_groups(piece: Piece, unit_bytes: int) -> Iterator[Piece]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        count = pyarrow.parquet.ParquetFile(piece.path).num_row_groups
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{piece.path} is truncated or damaged ({error}). Fetch it again, or leave it out.") from error
+    count_groups = FORMATS[piece.format].count_groups
+    count = count_groups(piece.path) if count_groups else 1
     step = max(1, count * unit_bytes // max(piece.size_bytes, 1))
     for start in range(0, count, step):
         stop = min(start + step, count)

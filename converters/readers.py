@@ -11,21 +11,19 @@ tests.
 
 from __future__ import annotations
 
-import bz2
 import contextlib
-import gzip
+import csv
 import io
-import lzma
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
-from mixer.errors import DataError
+from converters.files import damaged, naming, open_bytes, open_raw
+from mixer.errors import InputError
 
-__all__ = ["Bad", "FORMATS", "Format", "Piece", "Row", "open_bytes", "place"]
+__all__ = ["Bad", "FORMATS", "Format", "Piece", "Row", "place"]
 
 MAX_RECORD_BYTES = 64 << 20
 
@@ -41,7 +39,7 @@ class Piece(NamedTuple):
     root: str
     format: str
     size_bytes: int
-    modified_ns: int = 0
+    version: str = ""
     start: int = 0
     stop: int | None = None
 
@@ -74,142 +72,24 @@ class Format:
 
     Args:
         read: the reader.
-        extensions: of file names, without a compression suffix.
+        extensions: of file names, without a compression suffix; none for formats that must be named.
         unit: what ``start`` and ``stop`` count: ``bytes``, ``groups`` (of rows) or ``file`` (cannot be split).
         place: what ``at`` counts, for messages.
+        is_text: rows hold the one field ``text``.
+        count_groups: the number of row groups in a file, where ``unit`` is ``groups``.
     """
 
     read: Reader
-    extensions: tuple[str, ...]
+    extensions: tuple[str, ...] = ()
     unit: str = "file"
     place: str = "line"
+    is_text: bool = False
+    count_groups: Callable[[str], int] | None = None
 
 
 def oversized(at: int, offset: int, raw: bytes) -> Bad:
     """Return the verdict on a record that would not fit in a worker's memory; keeps the first bytes only."""
     return Bad("oversized", f"longer than {MAX_RECORD_BYTES >> 20} MiB", at, offset, raw[:4096])
-
-
-# --- bytes ---------------------------------------------------------------------------------------------------------
-
-
-class _ZstdFile(io.RawIOBase):
-    """Decompress zstd frames; unlike ``zstandard``'s own reader, an input that ends inside a frame is an error."""
-
-    def __init__(self, path: str) -> None:
-        self._file = open(path, "rb")  # noqa: SIM115 (closed by close)
-        self._frame: Any = None
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            if self._frame is None or self._frame.eof:
-                data = (self._frame.unused_data if self._frame else b"") or self._file.read(1 << 18)
-                if not data:
-                    return 0
-                self._frame = zstandard().ZstdDecompressor().decompressobj()
-            elif not (data := self._file.read(1 << 18)):
-                raise EOFError("the file ends inside a zstd frame")
-            self._ready = memoryview(self._frame.decompress(data))
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def zstandard() -> Any:
-    """Import zstandard when it is needed."""
-    import zstandard
-
-    return zstandard
-
-
-COMPRESSIONS: dict[str, Callable[[str], Any]] = {
-    ".gz": lambda path: gzip.open(path, "rb"),  # noqa: SIM115
-    ".zst": lambda path: io.BufferedReader(_ZstdFile(path), 1 << 18),
-    ".bz2": lambda path: bz2.open(path, "rb"),  # noqa: SIM115
-    ".xz": lambda path: lzma.open(path, "rb"),  # noqa: SIM115
-}
-
-
-def compression_suffix(name: str) -> str:
-    """Return ``.gz``, ``.zst``, ``.bz2``, ``.xz`` or nothing.
-
-    >>> compression_suffix("web.jsonl.zst"), compression_suffix("web.jsonl")
-    ('.zst', '')
-    """
-    return next((suffix for suffix in COMPRESSIONS if name.lower().endswith(suffix)), "")
-
-
-def open_bytes(path: str) -> IO[bytes]:
-    """Open a file for reading, decompressing by its suffix."""
-    suffix = compression_suffix(path)
-    return COMPRESSIONS[suffix](path) if suffix else open(path, "rb")
-
-
-@contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Turn the many ways in which reading a damaged archive fails into one error that names it."""
-    try:
-        yield
-    except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise _damaged(path, error) from error
-    except OSError as error:
-        if error.errno is None:  # bz2 and gzip report bad data as OSError without a number
-            raise _damaged(path, error) from error
-        raise DataError(
-            f"cannot read {path}: {error.strerror}. Finished work is kept; make it readable and run the same command"
-            " again, or leave it out with --exclude."
-        ) from error
-    except Exception as error:
-        if type(error).__name__ == "ZstdError":  # without importing zstandard for every format
-            raise _damaged(path, error) from error
-        raise
-
-
-def _damaged(path: str, error: Exception) -> DataError:
-    return DataError(f"{path} is truncated or damaged ({error}). Fetch it again, or leave it out with --exclude.")
-
-
-def _read_all(path: str) -> bytes:
-    """Return the file's bytes, decompressed; at most one more than ``MAX_RECORD_BYTES``."""
-    with _naming(path), open_bytes(path) as file:
-        return file.read(MAX_RECORD_BYTES + 1)
-
-
-def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
-    """Yield (offset, line) for every line that starts in the piece; offsets count decompressed bytes.
-
-    A line belongs to the piece in which it starts. A line longer than ``MAX_RECORD_BYTES`` comes back cut to one byte
-    more than that, so that no file can fill the memory.
-    """
-    at = max(piece.start - 1, 0)
-    for line, length in _checked_pairs(piece, at):
-        if piece.stop is not None and at >= piece.stop:
-            return
-        if at >= piece.start:
-            yield at, line
-        at += length
-
-
-def _checked_pairs(piece: Piece, at: int) -> Iterator[tuple[bytes, int]]:
-    with _naming(piece.path), open_bytes(piece.path) as file:
-        if at:
-            file.seek(at)
-        while line := file.readline(MAX_RECORD_BYTES + 1):
-            length = len(line)
-            while length > MAX_RECORD_BYTES and not line.endswith(b"\n") and (rest := file.readline(1 << 20)):
-                length += len(rest)
-                if rest.endswith(b"\n"):
-                    break
-            yield line, length
 
 
 def place(piece: Piece, at: int) -> str:
@@ -220,17 +100,44 @@ def place(piece: Piece, at: int) -> str:
 def _records_before(piece: Piece) -> int:
     if FORMATS[piece.format].unit != "bytes" or not piece.start:
         return 0
-    number, left = 0, piece.start
+    number, left, last = 0, piece.start, b""
     with open_bytes(piece.path) as file:
         while left > 0 and (chunk := file.read(min(left, 1 << 20))):
             number += chunk.count(b"\n")
             left -= len(chunk)
-    with open_bytes(piece.path) as file:  # a line cut by the start belongs to the piece before
-        file.seek(piece.start - 1)
-        return number + (file.read(1) != b"\n")
+            last = chunk[-1:]
+    return number + (last != b"\n")  # a line cut by the start belongs to the piece before
 
 
-# --- formats -------------------------------------------------------------------------------------------------------
+# --- lines ---------------------------------------------------------------------------------------------------------
+
+
+def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset, line) for every line that starts in the piece; offsets count decompressed bytes.
+
+    A line belongs to the piece in which it starts. A line longer than ``MAX_RECORD_BYTES`` comes back cut to one byte
+    more than that, so that no file can fill the memory.
+    """
+    at = max(piece.start - 1, 0)
+    for line, length in _cut_lines(piece, at):
+        if piece.stop is not None and at >= piece.stop:
+            return
+        if at >= piece.start:
+            yield at, line
+        at += length
+
+
+def _cut_lines(piece: Piece, at: int) -> Iterator[tuple[bytes, int]]:
+    with naming(piece.path), open_bytes(piece.path) as file:
+        if at:
+            file.seek(at)
+        while line := file.readline(MAX_RECORD_BYTES + 1):
+            length = len(line)
+            while length > MAX_RECORD_BYTES and not line.endswith(b"\n") and (rest := file.readline(1 << 20)):
+                length += len(rest)
+                if rest.endswith(b"\n"):
+                    break
+            yield line, length
 
 
 def read_jsonl(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
@@ -262,55 +169,281 @@ def _json_verdict(line: bytes, at: int, offset: int, error: Exception) -> Bad:
     return Bad("json", f"not valid JSON: {error}", at, offset, line)
 
 
+def _decoded(raw: bytes, at: int, offset: int) -> Row | Bad:
+    if len(raw) > MAX_RECORD_BYTES:
+        return oversized(at, offset, raw)
+    if b"\0" in raw:
+        return Bad("binary", "holds a NUL byte, so it is not text", at, offset, raw)
+    try:
+        return Row({"text": raw.decode("utf-8-sig" if offset == 0 else "utf-8")}, at, offset, raw)
+    except UnicodeDecodeError as error:
+        return Bad("utf8", f"not valid UTF-8: {error.reason} at byte {error.start}", at, offset, raw)
+
+
 def read_text(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
     """The whole file is one document: plain text, source code."""
-    raw = _read_all(piece.path)
-    if len(raw) > MAX_RECORD_BYTES:
-        yield oversized(1, 0, raw)
-    elif b"\0" in raw:
-        yield Bad("binary", "holds a NUL byte, so it is not text", 1, 0, raw)
-    else:
-        try:
-            yield Row({"text": raw.decode("utf-8-sig")}, 1, 0, raw)
-        except UnicodeDecodeError as error:
-            yield Bad("utf8", f"not valid UTF-8: {error.reason} at byte {error.start}", 1, 0, raw)
+    with naming(piece.path), open_bytes(piece.path) as file:
+        raw = file.read(MAX_RECORD_BYTES + 1)
+    yield _decoded(raw, 1, 0)
+
+
+def read_text_lines(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
+    """Every line that is not blank is one document."""
+    for at, (offset, line) in enumerate(_lines(piece), start=1):
+        if line.strip():
+            yield _decoded(line.rstrip(b"\r\n"), at, offset)
+
+
+def read_text_blocks(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
+    """Lines up to the next blank line are one document."""
+    block: list[bytes] = []
+    size = start = first = 0
+    for at, (offset, line) in enumerate(_lines(piece), start=1):
+        if line.strip():
+            if not block:
+                start, first = offset, at
+            if size <= MAX_RECORD_BYTES:  # one line too many is enough to see that it is oversized
+                block.append(line)
+                size += len(line)
+        elif block:
+            yield _decoded(b"".join(block).rstrip(b"\r\n"), first, start)
+            block, size = [], 0
+    if block:
+        yield _decoded(b"".join(block).rstrip(b"\r\n"), first, start)
+
+
+def read_csv(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
+    """Comma-separated values with a header line; quoted fields may hold line breaks."""
+    return _read_separated(piece, ",")
+
+
+def read_tsv(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
+    """Tab-separated values with a header line."""
+    return _read_separated(piece, "\t")
+
+
+def _read_separated(piece: Piece, delimiter: str) -> Iterator[Row | Bad]:
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    # Surrogates stand for bytes that are not UTF-8, so that one bad record does not end the file.
+    with naming(piece.path), open_bytes(piece.path) as file:
+        text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+        rows = csv.reader(text, delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        while True:
+            at = rows.line_num + 1
+            try:
+                values = next(rows, None)
+            except csv.Error as error:
+                yield Bad("csv", f"not a valid row: {error}", at)
+                continue
+            if values is None:
+                return
+            if header is None:
+                header = values
+            elif values:
+                yield _separated_row(header, values, at)
+
+
+def _separated_row(header: list[str], values: list[str], at: int) -> Row | Bad:
+    raw = repr(values).encode("utf-8", "surrogateescape")
+    if len(values) != len(header):
+        return Bad("csv", f"{len(values)} fields, the header has {len(header)}", at, 0, raw)
+    if any("\udc80" <= character <= "\udcff" for value in values for character in value):
+        return Bad("utf8", "not valid UTF-8", at, 0, raw)
+    return Row(dict(zip(header, values)), at, 0, raw)
+
+
+# --- Arrow ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _arrow_errors(path: str) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        with naming(path):
+            yield
+    except pyarrow.ArrowException as error:
+        raise damaged(path, error) from error
+
+
+def count_row_groups(path: str) -> int:
+    """Return the row groups of a Parquet file."""
+    import pyarrow.parquet
+
+    with _arrow_errors(path), open_raw(path) as file:
+        return pyarrow.parquet.ParquetFile(file).num_row_groups
 
 
 def read_parquet(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
     """Row groups ``start`` to ``stop``; only the columns that text and domain need are read."""
-    import pyarrow
     import pyarrow.parquet
 
-    try:
-        with pyarrow.parquet.ParquetFile(piece.path) as file:
-            groups = range(piece.start, file.num_row_groups if piece.stop is None else piece.stop)
-            wanted = [name for name in file.schema_arrow.names if name in columns]
-            at = 1 + sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
-            for group in groups:
-                for batch in file.iter_batches(1024, row_groups=[group], columns=wanted):
-                    yield from _arrow_rows(batch, at)
-                    at += batch.num_rows
-    except (pyarrow.ArrowException, OSError) as error:
-        raise _damaged(piece.path, error) from error
+    with _arrow_errors(piece.path), open_raw(piece.path) as raw:
+        file = pyarrow.parquet.ParquetFile(raw)
+        groups = range(piece.start, file.num_row_groups if piece.stop is None else piece.stop)
+        wanted = [name for name in file.schema_arrow.names if name in columns]
+        at = 1 + sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
+        for group in groups:
+            for batch in file.iter_batches(1024, row_groups=[group], columns=wanted):
+                yield from _arrow_rows(batch, at)
+                at += batch.num_rows
+
+
+def _record_batches(file: Any) -> Iterator[Any]:
+    """Yield the batches of an Arrow IPC file or stream (Hugging Face datasets save streams)."""
+    import pyarrow
+
+    if file.read(6) == b"ARROW1":
+        reader = pyarrow.ipc.open_file(file)
+        yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+    else:
+        file.seek(0)
+        yield from pyarrow.ipc.open_stream(file)
+
+
+def count_batches(path: str) -> int:
+    """Return the record batches of an Arrow file."""
+    with _arrow_errors(path), open_bytes(path) as file:
+        return sum(1 for _ in _record_batches(file))
+
+
+def read_arrow(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
+    """Record batches ``start`` to ``stop`` of Arrow IPC, file or stream; what ``Dataset.save_to_disk`` writes."""
+    at = 1
+    with _arrow_errors(piece.path), open_bytes(piece.path) as file:
+        for number, batch in enumerate(_record_batches(file)):
+            if piece.stop is not None and number >= piece.stop:
+                return
+            if number >= piece.start:
+                yield from _arrow_rows(batch.select([name for name in batch.schema.names if name in columns]), at)
+            at += batch.num_rows
 
 
 def _arrow_rows(batch: Any, at: int) -> Iterator[Row | Bad]:
     try:
-        for row in batch.to_pylist():
-            yield Row(row, at)
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:  # somewhere in the batch: find it row by row
+        for number in range(batch.num_rows):
+            try:
+                yield Row(batch.slice(number, 1).to_pylist()[0], at + number)
+            except UnicodeDecodeError as error:
+                yield Bad("utf8", f"not valid UTF-8: {error.reason}", at + number, 0, bytes(error.object))
+    else:
+        for number, row in enumerate(rows):
+            yield Row(row, at + number)
+
+
+# --- web archives --------------------------------------------------------------------------------------------------
+
+_NOT_DOCUMENTS = ("warcinfo", "request", "metadata", "revisit", "continuation")
+
+
+def read_warc(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
+    """Extracted text of a crawl (WET): ``conversion`` and ``resource`` records of plain text, with their headers.
+
+    Raw responses hold HTML, whose text is not extracted here; each is a bad record.
+    """
+    at = offset = 0
+    with naming(piece.path), open_bytes(piece.path) as file:
+        while first := file.readline(1 << 16):
+            offset += len(first)
+            if not first.strip():
+                continue
             at += 1
-        return
-    except UnicodeDecodeError:  # somewhere in the batch; find it row by row
-        pass
-    for number in range(batch.num_rows):
+            headers, size = _warc_headers(piece.path, first, file)
+            offset += size
+            length = headers["content-length"]
+            body = file.read(min(length, MAX_RECORD_BYTES + 1))
+            size = len(body)
+            while size < length and (rest := file.read(min(length - size, 1 << 20))):
+                size += len(rest)
+            if size < length:
+                raise EOFError(f"record {at} has {size} of {length} bytes")
+            if headers.get("warc-type") not in _NOT_DOCUMENTS:
+                yield _warc_row(headers, body, at, offset)
+            offset += length
+
+
+def _warc_headers(path: str, first: bytes, file: Any) -> tuple[dict[str, Any], int]:
+    if not first.startswith(b"WARC/"):
+        raise damaged(path, f"expected 'WARC/1.0', found {first[:40]!r}")
+    headers: dict[str, Any] = {}
+    size = 0
+    while (line := file.readline(1 << 16)).strip():
+        size += len(line)
+        name, _, value = line.decode("utf-8", "replace").partition(":")
+        headers[name.strip().lower()] = value.strip()
+    try:
+        headers["content-length"] = int(headers["content-length"])
+    except (KeyError, ValueError):
+        raise damaged(path, f"a record without a valid Content-Length: {headers}") from None
+    return headers, size + len(line)
+
+
+def _warc_row(headers: dict[str, Any], body: bytes, at: int, offset: int) -> Row | Bad:
+    if headers.get("warc-type") == "response" or not headers.get("content-type", "").startswith("text/plain"):
+        what = f"{headers.get('warc-type')} of {headers.get('content-type')}"
+        return Bad("not_text", f"a {what}, not plain text; extract the text first (WET)", at, offset, body)
+    row = _decoded(body.rstrip(b"\r\n"), at, offset)
+    return row if isinstance(row, Bad) else row._replace(fields={**headers, **row.fields})
+
+
+# --- MDS -----------------------------------------------------------------------------------------------------------
+
+_MDS_VALUES: dict[str, Callable[[bytes], Any]] = {
+    "str": lambda raw: raw.decode("utf-8"),
+    "bytes": lambda raw: raw.decode("utf-8"),
+    "json": orjson.loads,
+    "int": lambda raw: int.from_bytes(raw, "little", signed=True),
+}
+
+
+def read_mds(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
+    """Samples of an MDS shard that hold text (``str``, ``bytes`` or ``json`` columns), to tokenise again."""
+    from mixer.mds import encoded_size, parse_header
+
+    with naming(piece.path), open_bytes(piece.path) as file:
+        shard = file.read()
+    header = parse_header(shard, piece.path)
+    try:
+        names, encodings = header.config["column_names"], header.config["column_encodings"]
+        sizes = [encoded_size(encoding) for encoding in encodings]
+    except (KeyError, TypeError, AttributeError, InputError) as error:
+        raise damaged(piece.path, f"its header does not describe its columns: {error!r}") from error
+    for at, (start, stop) in enumerate(zip(header.offsets[:-1].tolist(), header.offsets[1:].tolist()), start=1):
+        raw = shard[start:stop]
         try:
-            yield Row(batch.slice(number, 1).to_pylist()[0], at + number)
+            values = dict(_mds_values(raw, names, encodings, sizes, columns))
         except UnicodeDecodeError as error:
-            yield Bad("utf8", f"not valid UTF-8: {error.reason}", at + number, 0, bytes(error.object))
+            yield Bad("utf8", f"not valid UTF-8: {error.reason} at byte {error.start}", at, start, raw)
+        except orjson.JSONDecodeError as error:
+            yield Bad("json", f"not valid JSON: {error}", at, start, raw)
+        else:
+            yield Row(values, at, start, raw)
+
+
+def _mds_values(
+    raw: bytes, names: list[str], encodings: list[str], sizes: list[int | None], columns: frozenset[str]
+) -> Iterator[tuple[str, Any]]:
+    at = 4 * sizes.count(None)
+    lengths = iter(int.from_bytes(raw[n : n + 4], "little") for n in range(0, at, 4))
+    for name, encoding, size in zip(names, encodings, sizes):
+        length = next(lengths) if size is None else size
+        if name in columns and encoding in _MDS_VALUES:
+            yield name, _MDS_VALUES[encoding](raw[at : at + length])
+        at += length
 
 
 FORMATS: dict[str, Format] = {
-    "jsonl": Format(read_jsonl, (".jsonl", ".ndjson"), unit="bytes", place="line"),
-    "parquet": Format(read_parquet, (".parquet",), unit="groups", place="row"),
-    "text": Format(read_text, ()),
+    "jsonl": Format(read_jsonl, (".jsonl", ".ndjson"), unit="bytes"),
+    "parquet": Format(read_parquet, (".parquet",), unit="groups", place="row", count_groups=count_row_groups),
+    "arrow": Format(read_arrow, (".arrow", ".feather"), unit="groups", place="row", count_groups=count_batches),
+    "csv": Format(read_csv, (".csv",)),
+    "tsv": Format(read_tsv, (".tsv",)),
+    "warc": Format(read_warc, (".warc", ".wet"), place="record"),
+    "mds": Format(read_mds, (".mds",), place="sample"),
+    "text": Format(read_text, is_text=True),
+    "text-lines": Format(read_text_lines, unit="bytes", is_text=True),
+    "text-blocks": Format(read_text_blocks, is_text=True),
 }

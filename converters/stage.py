@@ -2,6 +2,7 @@
 
     units/00012/tokens.bin      ids of all documents, each with its end-of-text id, in blocks of one domain
     units/00012/documents.bin   per document: tokens, bytes of text, hash of the text
+    units/00012/quarantine.jsonl  records that were left out, with place, reason and raw bytes
     units/00012/unit.json       the blocks, and what was read, kept and left out
 
 A unit's folder appears by one rename, so it is there whole or not at all. Nothing in it depends on the sequence
@@ -10,10 +11,11 @@ length: another packing reads the same stage.
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,20 +24,23 @@ import orjson
 import xxhash
 from numpy.typing import NDArray
 
-from converters.domains import check_domain_name, domain_rule, field_value, rule_columns
+from converters.domains import check_domain_name, domain_rule, mapped, rule_columns
+from converters.files import status
 from converters.options import StageOptions
 from converters.plan import Unit
 from converters.readers import FORMATS, MAX_RECORD_BYTES, Bad, Piece, Row, oversized, place
+from converters.texts import text_columns, text_rule
 from converters.tokenizers import id_dtype, load_encoder
 from mixer.errors import DataError
 from mixer.manifest import TokenizerInfo
 
-__all__ = ["DOCUMENT", "Document", "StageTask", "documents_of", "read_unit", "stage_unit", "unit_folder"]
+__all__ = ["DOCUMENT", "INTENDED", "Document", "StageTask", "documents_of", "read_unit", "stage_unit", "unit_folder"]
 
 DOCUMENT = np.dtype([("tokens", "<u4"), ("bytes", "<u4"), ("hash", "<u8")])
 _BATCH_CHARACTERS = 1 << 20
 _BUFFER_CHARACTERS = 8 << 20
 _NAMED_BAD_RECORDS = 20
+INTENDED = ("dropped", "empty")  # left out by rule: counted, never a failure
 
 
 class Document(NamedTuple):
@@ -73,35 +78,40 @@ def read_unit(folder: Path) -> dict[str, Any] | None:
 
 def documents_of(piece: Piece, options: StageOptions) -> Iterator[Document | Bad]:
     """Read one piece: a document or a verdict for every record in it."""
-    rule = domain_rule(options.domain)
-    text_field = "text" if piece.format == "text" else options.text_field
-    columns = frozenset([text_field, text_field.split(".")[0]]) | rule_columns(options.domain)
-    for row in FORMATS[piece.format].read(piece, columns):
+    row_format = FORMATS[piece.format]
+    text_field = "text" if row_format.is_text else options.text_field
+    text_of, domain_of = text_rule(text_field), domain_rule(options.domain)
+    columns = text_columns(text_field) | rule_columns(options.domain)
+    for row in row_format.read(piece, columns):
         if isinstance(row, Bad):
             yield row
             continue
-        text, domain = field_value(row.fields, text_field), rule(piece, row.fields)
-        if not isinstance(text, str):
-            yield _no_text(row, text_field, text)
-        elif domain is None:
+        text, domain = text_of(row.fields), domain_of(piece, row.fields)
+        if domain is None:
             yield Bad("domain", f"no domain by the rule {options.domain!r}", row.at, row.offset, row.raw)
+        elif (name := mapped(domain, options.domain_map)) is None:
+            yield Bad("dropped", f"domain {domain!r} is dropped", row.at)
+        elif not isinstance(text, str):
+            yield _no_text(row, *text)
         elif len(text) > MAX_RECORD_BYTES:
             yield oversized(row.at, row.offset, row.raw)
+        elif not text:
+            yield Bad("empty", "empty text", row.at)
         else:
-            yield Document(text, domain)
+            yield Document(text, name)
     _check_unchanged(piece)
 
 
 def _no_text(row: Row, text_field: str, value: Any) -> Bad:
     if value is None:
-        what = f"no text field {text_field!r}; it has {sorted(row.fields)[:12]}"
+        what = f"no text field {text_field!r}; it has {sorted(row.fields)[:12]}: name it with --text-field"
     else:
         what = f"field {text_field!r} holds {type(value).__name__}, not text"
-    return Bad("no_text", what, row.at, row.offset, row.raw)
+    return Bad("no_text", what, row.at, row.offset, row.raw or repr(dict(row.fields)).encode())
 
 
 def _check_unchanged(piece: Piece) -> None:
-    if os.stat(piece.path).st_mtime_ns != piece.modified_ns:
+    if status(piece.path).version != piece.version:
         raise DataError(f"{piece.path} was changed while it was being converted. Run again with --fresh.")
 
 
@@ -138,10 +148,12 @@ class _UnitWriter:
         self._blocks: list[tuple[str, int, int]] = []
         self._domains: dict[str, dict[str, int]] = {}
         self._skipped: dict[str, Counter[str]] = {}
+        self._domain_of = domain_rule(task.options.domain)
         self._named: list[dict[str, Any]] = []
         self._read = 0
         self._tokens = open(folder / "tokens.bin", "wb")  # noqa: SIM115 (closed by __exit__)
         self._documents = open(folder / "documents.bin", "wb")  # noqa: SIM115
+        self._quarantine = open(folder / "quarantine.jsonl", "wb")  # noqa: SIM115
 
     def __enter__(self) -> _UnitWriter:
         return self
@@ -149,13 +161,12 @@ class _UnitWriter:
     def __exit__(self, *error: object) -> None:
         self._tokens.close()
         self._documents.close()
+        self._quarantine.close()
 
     def add(self, piece: Piece, document: Document | Bad) -> None:
         self._read += 1
         if isinstance(document, Bad):
             self._leave_out(piece, document)
-        elif not document.text:
-            self._skipped.setdefault(document.domain, Counter())["empty"] += 1
         else:
             if document.domain not in self._waiting:
                 check_domain_name(document.domain, known=len(self._domains))
@@ -167,15 +178,22 @@ class _UnitWriter:
                 self._flush_all()
 
     def _leave_out(self, piece: Piece, bad: Bad) -> None:
+        # The record's own fields may be unreadable, so only rules that go by the path can tell its domain.
+        name = self._domain_of(piece, {}) or ""
+        self._skipped.setdefault(mapped(name, self._task.options.domain_map) or "", Counter())[bad.reason] += 1
+        if bad.reason in INTENDED:
+            return
         if self._task.options.on_bad_record == "fail":
             raise DataError(
                 f"{piece.path}, {place(piece, bad.at)}: {bad.detail}. Repair the record, or leave such records out"
                 " with --on-bad-record skip."
             )
-        self._skipped.setdefault("", Counter())[bad.reason] += 1
+        where = f"{piece.root.removeprefix('=')}/{piece.name}, {place(piece, bad.at)}"
+        record = {"place": where, "offset": bad.offset, "reason": bad.reason, "detail": bad.detail}
         if len(self._named) < _NAMED_BAD_RECORDS:
-            where = f"{piece.root.removeprefix('=')}/{piece.name}, {place(piece, bad.at)}"
-            self._named.append({"reason": bad.reason, "detail": bad.detail, "place": where})
+            self._named.append(record)
+        raw = base64.b64encode(bad.raw).decode()
+        self._quarantine.write(orjson.dumps({**record, "raw_base64": raw}, option=orjson.OPT_APPEND_NEWLINE))
 
     def _flush_all(self) -> None:
         for domain in list(self._waiting):
@@ -211,7 +229,7 @@ class _UnitWriter:
     def finish(self) -> dict[str, Any]:
         """Write what is waiting and return the unit's summary."""
         self._flush_all()
-        for file in (self._tokens, self._documents):
+        for file in (self._tokens, self._documents, self._quarantine):
             file.flush()
             os.fsync(file.fileno())
         kept = sum(sums["documents"] for sums in self._domains.values())
@@ -222,7 +240,7 @@ class _UnitWriter:
             "blocks": self._blocks,
             "domains": self._domains,
             "read": self._read,
-            "skipped": {domain: dict(sorted(counts.items())) for domain, counts in sorted(self._skipped.items())},
+            "skipped": {name: dict(counts) for name, counts in self._skipped.items()},
             "bad_records": self._named,
             "size_bytes": self._task.unit.size_bytes,
         }
@@ -255,11 +273,3 @@ def load_table(folder: Path) -> UnitTable:
     if len(documents) != len(domains):
         raise DataError(f"{folder} holds {len(documents)} documents, expected {len(domains)}. Run with --fresh.")
     return UnitTable(names, documents, domains, starts)
-
-
-def summed(counts: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
-    """Return counts by reason over all domains."""
-    total: Counter[str] = Counter()
-    for reasons in counts.values():
-        total.update(reasons)
-    return dict(sorted(total.items()))

@@ -247,3 +247,23 @@ def test_file_changed_during_the_conversion_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr("converters.stage.domain_rule", change_then)
     with pytest.raises(DataError, match=r"a.jsonl was changed while it was being converted"):
         shards_of(tmp_path)
+
+
+def test_quarantined_records_keep_place_reason_and_raw_bytes(tmp_path):
+    import base64
+
+    corpus_with(tmp_path, b'{"text": "caf\xe9"}\n{')
+    options: dict = {"tokenizer": "bytes", "seq_len": 64, "on_bad_record": "quarantine", "max_bad": 1}
+    manifest = convert([tmp_path / "corpus"], tmp_path / "one", **options)
+    convert([tmp_path / "corpus"], tmp_path / "two", unit_size=500, workers=2, **options)
+    assert tree_hash(tmp_path / "one") == tree_hash(tmp_path / "two")
+    assert manifest.converter["quarantine"] == "quarantine.jsonl"
+    rows = [json.loads(line) for line in (tmp_path / "one" / "quarantine.jsonl").read_bytes().splitlines()]
+    assert [(row["reason"], row["place"]) for row in rows] == [
+        ("utf8", "corpus/web/a.jsonl, line 31"),
+        ("json", "corpus/web/a.jsonl, line 32"),
+    ]
+    assert [base64.b64decode(row["raw_base64"]) for row in rows] == [b'{"text": "caf\xe9"}\n', b"{\n"]
+    lines = (tmp_path / "corpus" / "web" / "a.jsonl").read_bytes()
+    assert lines[rows[1]["offset"] :].startswith(b"{\n")
+    assert manifest.domains["web"].skipped == {"json": 1, "utf8": 1}

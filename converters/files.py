@@ -1,0 +1,230 @@
+"""Files on disk or behind a URL: find them, open them, tell when they change.
+
+A path with ``://`` (``s3://bucket/corpus``, ``https://host/a.jsonl.zst``, ``memory://a``) goes through fsspec; its
+protocol's package must be installed. Everything else is a local path. Compression goes by the last suffix.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import glob
+import gzip
+import io
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from mixer.errors import DataError, InputError
+
+__all__ = ["Status", "compression_suffix", "find", "is_url", "naming", "open_bytes", "open_raw", "status"]
+
+
+class Status(NamedTuple):
+    """Size, and something that changes when the content does: the modification time, or a server's ETag."""
+
+    size_bytes: int
+    version: str
+
+
+def is_url(path: str) -> bool:
+    """Return whether a path goes through fsspec.
+
+    >>> is_url("s3://bucket/a.jsonl"), is_url("corpus/a.jsonl")
+    (True, False)
+    """
+    return "://" in path
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """Return fsspec's file system for a URL and the path in it."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"cannot read {url}: {error}. Install the package for this protocol.") from error
+
+
+def open_raw(path: str) -> IO[bytes]:
+    """Open a file for reading, as it is."""
+    if is_url(path):
+        system, name = file_system(path)
+        return io.BufferedReader(system.open(name, "rb"), 1 << 20)
+    return open(path, "rb")
+
+
+def status(path: str) -> Status:
+    """Return a file's size and version; OSError if it is not there."""
+    if not is_url(path):
+        found = os.stat(path)
+        return Status(found.st_size, str(found.st_mtime_ns))
+    system, name = file_system(path)
+    facts = system.info(name)
+    keys = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "created")
+    version = next((str(facts[key]) for key in keys if facts.get(key)), "")
+    return Status(int(facts.get("size") or 0), version)
+
+
+def find(path: str, is_wanted_folder: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
+    """Yield (path, name below ``path``) of a file, of all files in a folder, or of all that match a glob.
+
+    Raises: InputError: if there is nothing.
+    """
+    if is_url(path):
+        yield from _find_url(path)
+    elif os.path.isdir(path):
+        yield from _find_folder(path, is_wanted_folder)
+    elif os.path.exists(path):
+        yield path, Path(path).name
+    else:
+        yield from _find_glob(path, is_wanted_folder)
+
+
+def _find_folder(path: str, is_wanted_folder: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
+    for folder, subfolders, names in os.walk(path, onerror=_raise_unreadable, followlinks=True):
+        below = os.path.relpath(folder, path)
+        prefix = "" if below == "." else below.replace(os.sep, "/") + "/"
+        subfolders[:] = [name for name in subfolders if is_wanted_folder(prefix + name)]
+        for name in names:
+            yield os.path.join(folder, name), prefix + name
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise InputError(f"cannot read the folder {error.filename}: {error.strerror}.") from error
+
+
+def _find_glob(pattern: str, is_wanted_folder: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
+    matches = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else []
+    if not matches:
+        raise InputError(f"no input at {pattern}.")
+    base = _before_magic(pattern).rpartition(os.sep)[0]
+    for match in matches:
+        if not os.path.isdir(match):
+            yield match, os.path.relpath(match, base or ".").replace(os.sep, "/")
+        elif not pattern.endswith("**"):
+            for file, _ in _find_folder(match, is_wanted_folder):
+                yield file, os.path.relpath(file, base or ".").replace(os.sep, "/")
+
+
+def _before_magic(pattern: str) -> str:
+    return re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+
+
+def _find_url(url: str) -> Iterator[tuple[str, str]]:
+    system, name = file_system(url)
+    if glob.has_magic(name) and not url.startswith("http"):
+        found, base = system.glob(name), _before_magic(name).rpartition("/")[0]
+    elif system.isfile(name):
+        yield url, name.rpartition("/")[2]
+        return
+    else:
+        found, base = system.find(name), name
+    if not found:
+        raise InputError(f"no input at {url}.")
+    for file in found:
+        yield system.unstrip_protocol(file), file.removeprefix(base).lstrip("/")
+
+
+# --- compression ---------------------------------------------------------------------------------------------------
+
+
+class _ZstdFile(io.RawIOBase):
+    """Decompress zstd frames; unlike ``zstandard``'s own reader, an input that ends inside a frame is an error."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        import zstandard
+
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._file = file
+        self._frame: Any = None
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            if self._frame is None or self._frame.eof:
+                data = (self._frame.unused_data if self._frame else b"") or self._file.read(1 << 18)
+                if not data:
+                    return 0
+                self._frame = self._new_frame()
+            elif not (data := self._file.read(1 << 18)):
+                raise EOFError("the file ends inside a zstd frame")
+            self._ready = memoryview(self._frame.decompress(data))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _Closing(io.BufferedReader):
+    """A decompressor that closes the file below it, too."""
+
+    def __init__(self, raw: Any, below: IO[bytes]) -> None:
+        super().__init__(raw, 1 << 18)
+        self._below = below
+
+    def close(self) -> None:
+        super().close()
+        self._below.close()
+
+
+COMPRESSIONS: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".zst": _ZstdFile,
+    ".zstd": _ZstdFile,
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+}
+
+
+def compression_suffix(name: str) -> str:
+    """Return ``.gz``, ``.zst``, ``.zstd``, ``.bz2``, ``.xz`` or nothing.
+
+    >>> compression_suffix("web.jsonl.zst"), compression_suffix("web.jsonl")
+    ('.zst', '')
+    """
+    suffix = "." + name.rpartition(".")[2].lower()
+    return suffix if suffix in COMPRESSIONS else ""
+
+
+def open_bytes(path: str) -> IO[bytes]:
+    """Open a file for reading, decompressing by its suffix."""
+    suffix = compression_suffix(path)
+    file = open_raw(path)
+    return _Closing(COMPRESSIONS[suffix](file), file) if suffix else file
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Turn the many ways in which reading a damaged archive fails into one error that names it."""
+    try:
+        yield
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise damaged(path, error) from error
+    except OSError as error:
+        if error.errno is None:  # bz2 and gzip report bad data as OSError without a number
+            raise damaged(path, error) from error
+        raise DataError(
+            f"cannot read {path}: {error.strerror}. Finished work is kept; make it readable and run the same command"
+            " again, or leave it out with --exclude."
+        ) from error
+    except Exception as error:
+        if type(error).__name__ == "ZstdError":  # without importing zstandard for every format
+            raise damaged(path, error) from error
+        raise
+
+
+def damaged(path: str, error: object) -> DataError:
+    """Return the error for a container that cannot be read to its end."""
+    return DataError(f"{path} is truncated or damaged ({error}). Fetch it again, or leave it out with --exclude.")

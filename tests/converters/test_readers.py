@@ -1,0 +1,223 @@
+"""Every format gives back the documents that were written, and says so when it cannot."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from converters import convert
+from converters.options import StageOptions
+from converters.plan import make_plan
+from converters.readers import FORMATS, Bad
+from converters.stage import Document, documents_of
+from mixer.errors import DataError, InputError
+from tests.converters.corpora import documents, write_jsonl
+from tests.converters.formats import MUST_BE_NAMED, WRITERS, arrow_stream
+
+
+def one_line(texts: list[str]) -> list[str]:
+    return [" ".join(text.split()) for text in texts]
+
+
+def read(inputs, **options) -> list[Document | Bad]:
+    plan = make_plan([inputs] if isinstance(inputs, str | os.PathLike) else inputs, StageOptions(**options), {})
+    return [row for unit in plan.units for piece in unit.pieces for row in documents_of(piece, StageOptions(**options))]
+
+
+def texts_of(rows: list[Document | Bad]) -> list[str]:
+    assert not [row for row in rows if isinstance(row, Bad)]
+    return [row.text for row in rows if isinstance(row, Document)]
+
+
+def written(tmp_path: Path, kind: str, texts: list[str]) -> tuple[Path, dict]:
+    name, write = WRITERS[kind]
+    path = tmp_path / "in" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, texts)
+    return path, {"format": kind} if kind in MUST_BE_NAMED else {}
+
+
+def test_every_format_has_a_writer_here():
+    assert {*WRITERS, "text"} == set(FORMATS)
+
+
+@pytest.mark.parametrize("unit_bytes", [None, 300])
+@pytest.mark.parametrize("kind", WRITERS)
+def test_documents_come_back_as_written(tmp_path, kind, unit_bytes):
+    texts = one_line(documents("web", 50))
+    path, options = written(tmp_path, kind, texts)
+    assert texts_of(read(path, unit_bytes=unit_bytes, **options)) == texts
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "warc", "text-lines", "text-blocks", "mds", "arrow"])
+def test_documents_come_back_from_gzip(tmp_path, kind):
+    texts = one_line(documents("web", 20))
+    path, options = written(tmp_path, kind, texts)
+    packed = path.with_name(path.name + ".gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    assert texts_of(read(packed.parent, **options)) == texts
+
+
+def test_line_breaks_and_quotes_survive_csv(tmp_path):
+    texts = ['say "hello",\nthen go', "tab\there", "  spaces  "]
+    path, _ = written(tmp_path, "csv", texts)
+    assert texts_of(read(path)) == texts
+
+
+def test_bad_rows_of_csv_are_named_and_the_rest_read(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'id,text\n1,good\n2,too,many\n3,caf\xe9\n4,"never closed\n')
+    rows = read(path)
+    assert [row.text for row in rows if isinstance(row, Document)] == ["good"]
+    assert [(row.reason, row.at) for row in rows if isinstance(row, Bad)] == [("csv", 3), ("utf8", 4), ("csv", 5)]
+
+
+def test_saved_hugging_face_dataset_is_read_without_its_side_files(tmp_path):
+    texts = documents("web", 30)
+    folder = tmp_path / "set" / "train"
+    folder.mkdir(parents=True)
+    arrow_stream(folder / "data-00000-of-00001.arrow", texts)
+    for name in ("state.json", "dataset_info.json"):
+        (folder / name).write_text("{}")
+    (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    assert texts_of(read(tmp_path / "set")) == texts
+
+
+def test_dataset_saved_by_the_datasets_library_is_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    texts = documents("web", 30)
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": texts})}).save_to_disk(str(tmp_path / "set"))
+    assert texts_of(read(tmp_path / "set")) == texts
+
+
+def test_text_written_by_mdswriter_is_read_again(tmp_path):
+    streaming = pytest.importorskip("streaming")
+    texts = documents("web", 60)
+    columns = {"text": "str", "meta": "json"}
+    with streaming.MDSWriter(out=str(tmp_path / "mds"), columns=columns, compression="zstd", size_limit=4000) as writer:
+        for text in texts:
+            writer.write({"text": text, "meta": {"set": "news"}})
+    rows = read(tmp_path / "mds", domain="field:meta.set")
+    assert texts_of(rows) == texts
+    assert {row.domain for row in rows} == {"news"}
+
+
+def test_raw_web_responses_are_bad_records_not_silence(tmp_path):
+    path = tmp_path / "a.warc"
+    path.write_bytes(
+        b"WARC/1.0\r\nWARC-Type: response\r\nContent-Type: application/http\r\nContent-Length: 6\r\n\r\n<html>\r\n\r\n"
+    )
+    (row,) = read(path)
+    assert isinstance(row, Bad)
+    assert (row.reason, row.detail.startswith("a response of application/http")) == ("not_text", True)
+
+
+def test_json_files_with_one_object_per_line_are_lines_and_others_text(tmp_path):
+    write_jsonl(tmp_path / "in" / "c4.00000.json", ["one", "two"])
+    (tmp_path / "in" / "package.json").write_text('{\n  "name": "x"\n}')
+    assert texts_of(read(tmp_path / "in")) == ["one", "two", '{\n  "name": "x"\n}']
+
+
+def test_text_is_joined_from_fields_or_made_by_a_template(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"title": "T", "body": "B", "meta": {"year": 1999}}) + "\n" + '{"title": "T"}\n')
+    rows = read(path, text_field="title,body")
+    assert isinstance(rows[0], Document)
+    assert rows[0].text == "T\n\nB"
+    assert isinstance(rows[1], Bad)
+    assert rows[1].detail.startswith("no text field 'body'")
+    assert read(path, text_field="# {title} ({meta.year})\n{body}")[0] == ("# T (1999)\nB", rows[0].domain)
+
+
+@pytest.mark.parametrize("spec", ["", "a,,b", "{", "{}", "no field {{}}", "{a!r}"])
+def test_wrong_text_rule_is_refused(spec):
+    with pytest.raises(InputError, match=r"text (field|template)"):
+        StageOptions(text_field=spec)
+
+
+def test_mapping_renames_merges_and_drops_domains(tmp_path):
+    for name in ("cc", "c4", "spam", "wiki"):
+        write_jsonl(tmp_path / "in" / name / "a.jsonl", documents(name, 40))
+    (tmp_path / "map.json").write_text('{"cc": "web", "c4": "web", "spam": null}')
+    manifest = convert(
+        [tmp_path / "in"], tmp_path / "out", tokenizer="bytes", seq_len=32, domain_map=tmp_path / "map.json"
+    )
+    assert manifest.names == ("web", "wiki")
+    assert manifest.converter["skipped"] == {"dropped": 40}
+    assert sum(split.num_documents for split in manifest.domains["web"].splits.values()) == 80
+    (tmp_path / "map.json").write_text('["web"]')
+    with pytest.raises(InputError, match="a domain mapping is a JSON object"):
+        convert([tmp_path / "in"], tmp_path / "x", tokenizer="bytes", seq_len=32, domain_map=tmp_path / "map.json")
+
+
+def test_globs_lists_and_named_inputs_are_found(tmp_path, monkeypatch):
+    for name in ("a/x.jsonl", "a/y.txt", "b/z.jsonl"):
+        write_jsonl(tmp_path / name, [name])
+    monkeypatch.chdir(tmp_path)
+    assert texts_of(read("*/*.jsonl")) == ["a/x.jsonl", "b/z.jsonl"]
+    assert [row.domain for row in read("*/*.jsonl")] == ["a", "b"]
+    (tmp_path / "list.txt").write_text("# corpora\nnews=b/z.jsonl\n\na/x.jsonl\n")
+    assert [row.domain for row in read("@list.txt")] == ["news", "a"]
+    with pytest.raises(InputError, match=r"no input at c/\*"):
+        read("c/*")
+    with pytest.raises(InputError, match="comes in twice"):
+        read(["a", "a/x.jsonl"])
+
+
+def test_inputs_behind_a_url_give_the_same_documents(tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    texts = documents("web", 50)
+    write_jsonl(tmp_path / "in" / "web" / "a.jsonl", texts)
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/corpus/web/a.jsonl", (tmp_path / "in" / "web" / "a.jsonl").read_bytes())
+    memory.pipe("/corpus/web/b.jsonl.gz", gzip.compress(b'{"text": "last"}\n'))
+    rows = read("memory://corpus", unit_bytes=500)
+    assert texts_of(rows) == [*texts, "last"]
+    assert {row.domain for row in rows} == {"web"}
+    assert texts_of(read("memory://corpus/web/*.gz")) == ["last"]
+    with pytest.raises(InputError, match="no input at memory://nothing"):
+        read("memory://nothing")
+
+
+def test_inputs_behind_http_are_read(tmp_path):
+    pytest.importorskip("aiohttp")
+    import functools
+    import http.server
+    import threading
+
+    write_jsonl(tmp_path / "a.jsonl", documents("web", 20))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"web=http://127.0.0.1:{server.server_port}/a.jsonl"
+        assert texts_of(read(url)) == documents("web", 20)
+        server.shutdown()
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_bytes_give_verdicts_or_one_named_error_but_never_another_crash(tmp_path_factory, data):
+    kind = data.draw(st.sampled_from(sorted(WRITERS)))
+    tmp_path = tmp_path_factory.mktemp("fuzz")
+    path, _ = written(tmp_path, kind, one_line(documents("web", 12)))
+    if zipped := data.draw(st.booleans()) and kind not in ("parquet",):
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+        path = path.with_name(path.name + ".gz")
+    raw = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.one_of(st.none(), st.integers(0, len(raw) - 1)))
+    path.write_bytes(raw[:cut])
+    try:
+        rows = read(path, format=kind)
+    except (DataError, InputError) as error:
+        assert path.name in str(error), (kind, zipped)
+    else:
+        assert all(isinstance(row, Document | Bad) for row in rows)

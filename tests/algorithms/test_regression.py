@@ -1,0 +1,161 @@
+"""Mixture regression: exact on laws it can represent, good on 1,088 real runs, optimal within bounds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from algorithms.mixture_regression import (
+    LogLinearLaw,
+    Runs,
+    descend,
+    fit_kernel,
+    fit_log_linear,
+    read_runs,
+    search,
+    spearman,
+)
+from mixer.errors import InputError
+from mixer.projection import project
+from tests.helpers import data_folder
+
+
+def random_law(seed, num_domains=6, num_losses=4):
+    rng = np.random.default_rng(seed)
+    return LogLinearLaw(np.log(rng.uniform(1, 3, num_losses)), rng.normal(0, 1, (num_domains, num_losses)))
+
+
+def runs_of(size, split="test") -> Runs:
+    folder = data_folder("regmix-pile")
+    return read_runs(folder / f"{split}_mixture_{size}.csv", folder / f"{split}_pile_loss_{size}.csv")
+
+
+def mean_rank_correlation(law, runs):
+    predicted = law(runs.mixtures)
+    return np.mean([spearman(predicted[:, m], runs.losses[:, m]) for m in range(len(runs.metrics))])
+
+
+def excess(law, weights):
+    """Mean and worst loss above the least that any single domain reaches (the least of the simplex: it is convex)."""
+    least = law(np.eye(len(weights))).min(axis=0)
+    over = law(weights[None])[0] - least
+    return over.mean(), over.max()
+
+
+# ---------------------------------------------------------------- real runs
+
+
+def test_the_log_linear_law_ranks_held_out_runs_of_three_sizes():
+    train = runs_of("1m", "train")
+    assert train.mixtures.shape == (512, 17) and train.losses.shape == (512, 13)
+    law = fit_log_linear(train.mixtures, train.losses)
+    assert mean_rank_correlation(law, runs_of("1m")) >= 0.97
+    assert mean_rank_correlation(law, runs_of("60m")) >= 0.96
+    assert mean_rank_correlation(law, runs_of("1B")) >= 0.93
+
+
+def test_the_kernel_law_ranks_held_out_runs_nearly_as_well():
+    train = runs_of("1m", "train")
+    law = fit_kernel(train.mixtures, train.losses)
+    assert mean_rank_correlation(law, runs_of("1m")) >= 0.96
+    assert mean_rank_correlation(law, runs_of("60m")) >= 0.96
+    assert mean_rank_correlation(law, runs_of("1B")) >= 0.92
+
+
+def test_every_proposal_from_real_runs_beats_uniform_on_average_and_at_worst():
+    train = runs_of("1m", "train")
+    law = fit_log_linear(train.mixtures, train.losses)
+    uniform = np.full(17, 1 / 17)
+    average, worst = excess(law, uniform)
+    proposals = {
+        "average": descend(law),
+        "worst": descend(law, "worst"),
+        "bounded": descend(law, "worst", lower=0.002, upper=0.25),
+        "pulled": descend(law, pull=0.1),
+        "searched": search(law, uniform, np.random.default_rng(0), num_samples=20_000),
+    }
+    for weights in proposals.values():
+        assert excess(law, weights)[0] < average and excess(law, weights)[1] < worst
+    assert excess(law, proposals["worst"])[1] < 0.5 * worst
+    assert min(proposals, key=lambda name: excess(law, proposals[name])[0]) == "average"
+
+
+# ---------------------------------------------------------------- known answers
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_log_linear_law_is_recovered_from_its_values(seed):
+    truth, rng = random_law(seed), np.random.default_rng(seed)
+    mixtures, others = rng.dirichlet(np.ones(6), 80), rng.dirichlet(np.ones(6), 50)
+    law = fit_log_linear(mixtures, truth(mixtures))
+    np.testing.assert_allclose(law(others), truth(others), rtol=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["average", "worst"])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_mixture_within_the_bounds_is_better(seed, objective):
+    law, rng = random_law(seed), np.random.default_rng(seed)
+    lower, upper = 0.02, rng.uniform(0.3, 0.6, 6)
+    best = descend(law, objective, lower=lower, upper=upper, tolerance=1e-10)
+    assert np.all(best >= lower - 1e-12) and np.all(best <= upper + 1e-12) and best.sum() == pytest.approx(1)
+    others = np.array([project(row, lower, upper) for row in rng.dirichlet(np.full(6, 0.7), 3000)])
+    near = np.array([project(best * np.exp(rng.normal(0, 0.05, 6)), lower, upper) for _ in range(500)])
+    candidates = np.concatenate([others, near])
+    if objective == "average":
+        assert law(best[None]).mean() <= law(candidates).mean(axis=1).min() + 1e-7
+    else:
+        alone = [descend(law, importance=row, lower=lower, upper=upper, tolerance=1e-12) for row in np.eye(4)]
+        least = np.array([law(weights[None])[0, metric] for metric, weights in enumerate(alone)])
+        smoothing = 0.002 * np.log(4)
+        assert (law(best[None])[0] - least).max() <= (law(candidates) - least).max(axis=1).min() + smoothing
+
+
+def test_a_strong_pull_gives_the_prior_and_importance_chooses_the_loss():
+    law = LogLinearLaw(np.log([1.0, 1.0]), np.array([[-2.0, 0.0], [0.0, -2.0], [0.0, 0.0]]))
+    prior = np.array([0.2, 0.3, 0.5])
+    np.testing.assert_allclose(descend(law, prior=prior, pull=1e4), prior, atol=1e-3)
+    assert descend(law, importance=[1.0, 0.0])[0] > 0.999
+    np.testing.assert_allclose(descend(law, importance=[0.0, 1.0], upper=[1.0, 0.4, 1.0])[1], 0.4)
+
+
+def test_search_is_reproducible_stays_within_bounds_and_finds_the_corner():
+    law = LogLinearLaw(np.log([1.0]), np.array([[-1.0], [0.0], [1.0]]))
+    prior = np.full(3, 1 / 3)
+    first = search(law, prior, np.random.default_rng(5), num_samples=5000)
+    assert np.array_equal(first, search(law, prior, np.random.default_rng(5), num_samples=5000))
+    assert first[0] > 0.9
+    bounded = search(law, prior, np.random.default_rng(5), num_samples=500, num_best=16, lower=0.1, upper=0.6)
+    assert np.all(bounded >= 0.1 - 1e-12) and np.all(bounded <= 0.6 + 1e-12) and bounded[0] > 0.55
+
+
+def test_spearman_shares_ranks_of_equal_values():
+    assert spearman([1, 2, 2, 3], [1, 2, 2, 3]) == pytest.approx(1.0)
+    assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_too_few_runs_and_unnormalised_mixtures_are_refused():
+    with pytest.raises(InputError, match="needs 4 runs or more; got 3"):
+        fit_log_linear(np.eye(3), np.ones(3))
+    with pytest.raises(InputError, match="sum to 1"):
+        fit_log_linear(2 * np.eye(3), np.ones(3))
+    with pytest.raises(InputError, match="positive losses"):
+        fit_log_linear(np.random.default_rng(0).dirichlet(np.ones(2), 9), -np.ones(9))
+
+
+def test_tables_of_different_runs_are_refused_and_printed_weights_normalised(tmp_path):
+    (tmp_path / "w.csv").write_text("index,code,web\n1,0.2,0.6\n2,0.5,0.5\n")
+    (tmp_path / "l.csv").write_text("index,loss\n1,3.0\n2,2.5\n")
+    (tmp_path / "other.csv").write_text("index,loss\n1,3.0\n3,2.5\n")
+    (tmp_path / "broken.csv").write_text("index,loss\n1,much\n2,2.5\n")
+    runs = read_runs(tmp_path / "w.csv", tmp_path / "l.csv")
+    assert runs.domains == ("code", "web") and runs.metrics == ("loss",)
+    np.testing.assert_allclose(runs.mixtures, [[0.25, 0.75], [0.5, 0.5]])
+    with pytest.raises(InputError, match="they must agree"):
+        read_runs(tmp_path / "w.csv", tmp_path / "other.csv")
+    with pytest.raises(InputError, match="not a table of runs"):
+        read_runs(tmp_path / "w.csv", tmp_path / "broken.csv")
+    with pytest.raises(InputError, match="cannot read the runs"):
+        read_runs(tmp_path / "absent.csv", tmp_path / "l.csv")

@@ -1,4 +1,4 @@
-"""The commands ``mixer convert`` and ``mixer inspect``.
+"""The commands ``mixer convert``, ``inspect``, ``verify``, ``stats`` and ``train-tokenizer``.
 
 Heavy imports are inside the functions, so that ``--help`` answers at once.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from converters.conversion import Progress
     from mixer.manifest import Manifest
 
-__all__ = ["convert", "inspect"]
+__all__ = ["convert", "inspect", "stats", "train_tokenizer", "verify"]
 
 
 def _default_workers() -> int:
@@ -113,6 +113,108 @@ def inspect(shards: str, sample: int, split: str, only: tuple[str, ...], as_json
     _print_bad_records(manifest)
     if sample:
         _print_samples(shards, manifest, only or manifest.names, split, sample)
+
+
+@click.command()
+@click.argument("shards")
+@click.option("--deep", is_flag=True, help="Read every shard: hashes, headers, token ids.")
+@click.option("--workers", type=int, help="Processes; default: one per core.")
+def verify(shards: str, deep: bool, workers: int | None) -> int:
+    """Check shards against their manifest; every finding names the file and the repair. Exit code 1 if there are any.
+
+    \b
+    Examples:
+      mixer verify shards             # digests of indexes, sizes of shards, accounting: seconds
+      mixer verify shards --deep      # every byte
+    """
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    from converters.verifying import verify as run
+
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("verify")
+        findings = run(
+            shards, deep=deep, workers=workers or _default_workers(),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
+    for finding in findings:
+        click.echo(f"{finding.path}: {finding.what}. To repair: {finding.repair}.")
+    depth = "every byte was read" if deep else "structure and sizes; --deep reads every byte"
+    click.echo(f"{len(findings)} findings ({depth})." if findings else f"No findings ({depth}).")
+    return 1 if findings else 0
+
+
+@click.command()
+@click.argument("shards")
+@click.option("--split", default="train", show_default=True)
+@click.option("--max-tokens", default="20M", show_default=True, help="Of each domain, from its first shards.")
+@click.option("--plot", metavar="PNG", help="Also draw lengths and entropies.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
+def stats(shards: str, split: str, max_tokens: str, plot: str | None, as_json: bool) -> None:
+    """Show what the text of each domain is like: document lengths, bytes per token, duplicates, entropies.
+
+    H1 is the entropy of single tokens, H2 of a token given the one before, in bits per token.
+
+    \b
+    Examples:
+      mixer stats shards
+      mixer stats shards --split validation --plot stats.png
+      mixer stats shards --json | jq '.[] | {domain, h2}'
+    """
+    import json
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from converters.options import size_in_bytes
+    from converters.statistics import domain_statistics, plot_statistics
+
+    rows = domain_statistics(shards, split=split, max_tokens=size_in_bytes(max_tokens, "max_tokens"))
+    if plot:
+        plot_statistics(rows, plot)
+    if as_json:
+        facts = [{key: value for key, value in row._asdict().items() if key != "lengths"} for row in rows]
+        click.echo(json.dumps(facts, indent=2))
+        return
+    table = Table(title=f"{split} split", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("domain", overflow="fold", min_width=12)
+    for name in ("tokens", "docs", "p10", "p50", "p90", "B/token", "copies", "H1", "H2"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.domain, _count(row.tokens), f"{row.documents:,}", *(_count(length) for length in row.quantiles),
+            f"{row.bytes_per_token:.2f}", f"{row.duplicates:.1%}", f"{row.h1:.2f}", f"{row.h2:.2f}",
+        )  # fmt: skip
+    Console().print(table)
+
+
+@click.command("train-tokenizer")
+@click.argument("inputs", nargs=-1, required=True)
+@click.option("--vocab-size", type=int, required=True, help="Ids, the end of text included.")
+@click.option("--out", required=True, help="File to write, tokenizer.json.")
+@click.option("--sample-size", default="64MiB", show_default=True, help="Text to train on, spread over the domains.")
+@click.option("--domain", default="folder", show_default=True, metavar="RULE", help="As for convert.")
+@click.option("--text-field", default="text", show_default=True, help="As for convert.")
+@click.option("--format", default="auto", show_default=True, help="As for convert.")
+@click.option("--include", multiple=True, metavar="GLOB", help="Only files whose path or name matches (repeatable).")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="Not these; default: hidden files and __pycache__.")
+@click.option("--seed", default=0, show_default=True, help="Of the sample.")
+def train_tokenizer(inputs: tuple[str, ...], out: str, vocab_size: int, sample_size: str, **options: Any) -> None:
+    """Train a byte-level BPE on a seeded sample of the corpus; the same file in every run.
+
+    \b
+    Examples:
+      mixer train-tokenizer corpus/ --vocab-size 32768 --out tokenizer.json
+      mixer train-tokenizer pile/*.jsonl.zst --vocab-size 50000 --domain field:meta.pile_set_name --out tokenizer.json
+    """
+    from converters.training import train_tokenizer as run
+
+    if not options["exclude"]:
+        del options["exclude"]
+    path = run(inputs, out, vocab_size=vocab_size, sample_size=sample_size, **options)
+    click.echo(f"Wrote {path}.")
 
 
 # --- printing ------------------------------------------------------------------------------------------------------

@@ -416,6 +416,7 @@ class _Job:
             held_out=held_out,
             skipped=dict(sorted(self.skipped.get(plan.domain, {}).items())),
             dropped_tokens={split.split: split.dropped_tokens for split in plan.splits},
+            tokens_in={split.split: split.tokens_in for split in plan.splits},
         )
 
     def _copy_tokenizer(self) -> TokenizerInfo:

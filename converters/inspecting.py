@@ -15,7 +15,7 @@ from mixer.errors import DataError
 from mixer.manifest import Manifest, Split
 from mixer.mds import parse_header
 
-__all__ = ["DomainRow", "decoded_samples", "domain_rows", "read_samples"]
+__all__ = ["DomainRow", "decoded_samples", "domain_rows", "read_index", "read_samples"]
 
 
 class DomainRow(NamedTuple):
@@ -71,32 +71,43 @@ def _held_out(facts: Any) -> str:
     return f"{facts['share']:.1%} {_SHORT[facts['by']]}" if facts else "none"
 
 
+def read_index(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the shard entries of one MDS directory.
+
+    Raises: DataError: if its index is missing or damaged.
+    """
+    try:
+        return list(json.loads((Path(folder) / "index.json").read_text(encoding="utf-8"))["shards"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"cannot read {folder}/index.json ({error!r}). Restore it, or convert again.") from error
+
+
 def read_samples(folder: str | os.PathLike[str], column: str, count: int) -> list[NDArray[Any]]:
     """Return the first ``count`` token rows of one MDS directory.
 
     Raises: DataError: naming the shard, if it is missing or damaged.
     """
-    try:
-        entries = json.loads((Path(folder) / "index.json").read_text(encoding="utf-8"))["shards"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"cannot read {folder}/index.json ({error}). Convert again.") from error
     rows: list[NDArray[Any]] = []
-    for entry in entries:
-        if len(rows) >= count:
-            break
-        raw = _raw_shard(Path(folder), entry)
-        header = parse_header(raw, f"{folder}/{entry['raw_data']['basename']}")
-        where = header.config["column_names"].index(column)
-        dtype = np.dtype(header.config["column_encodings"][where].split(":")[1])
-        if len(header.config["column_names"]) > 1:
-            raise DataError(f"{folder} has columns {header.config['column_names']}; only one can be shown.")
-        for start, stop in zip(header.offsets[:-1], header.offsets[1:]):
-            if len(rows) < count:
-                rows.append(np.frombuffer(raw, dtype, (stop - start) // dtype.itemsize, start))
+    for entry in read_index(folder):
+        if len(rows) < count:
+            rows += shard_rows(Path(folder), entry, column)[: count - len(rows)]
     return rows
 
 
-def _raw_shard(folder: Path, entry: dict[str, Any]) -> bytes:
+def shard_rows(folder: Path, entry: dict[str, Any], column: str) -> list[NDArray[Any]]:
+    """Return all token rows of one shard."""
+    raw = raw_shard(folder, entry)
+    header = parse_header(raw, f"{folder}/{entry['raw_data']['basename']}")
+    names, encodings = header.config["column_names"], header.config["column_encodings"]
+    if names != [column]:
+        raise DataError(f"{folder} has columns {names}; only shards of the one column {column!r} can be shown.")
+    dtype = np.dtype(encodings[0].split(":")[1])
+    edges = zip(header.offsets[:-1].tolist(), header.offsets[1:].tolist())
+    return [np.frombuffer(raw, dtype, (stop - start) // dtype.itemsize, start) for start, stop in edges]
+
+
+def raw_shard(folder: Path, entry: dict[str, Any]) -> bytes:
+    """Return a shard's bytes, decompressed."""
     path = folder / (entry["zip_data"] or entry["raw_data"])["basename"]
     try:
         data = path.read_bytes()

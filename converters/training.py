@@ -10,16 +10,17 @@ import heapq
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
-from converters.options import StageOptions
-from converters.plan import Unit
+from converters.options import StageOptions, size_in_bytes
+from converters.plan import Unit, make_plan
 from converters.readers import Bad
 from converters.stage import documents_of
 from mixer.errors import InputError
 
-__all__ = ["END_OF_TEXT", "sample_documents", "trained_tokenizer"]
+__all__ = ["END_OF_TEXT", "sample_documents", "train_tokenizer", "trained_tokenizer"]
 
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE_BYTES = 64 << 20
@@ -37,6 +38,33 @@ def trained_tokenizer(units: Sequence[Unit], options: StageOptions, folder: Path
         partial.write_text(train_bpe(texts, options.train_tokenizer), encoding="utf-8")
         os.replace(partial, file)
     return file
+
+
+def train_tokenizer(
+    inputs: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    vocab_size: int,
+    sample_size: str | int = SAMPLE_BYTES,
+    **options: Any,
+) -> Path:
+    """Train a byte-level BPE on a sample of the inputs and write its ``tokenizer.json`` to ``out``.
+
+    Args:
+        vocab_size: ids, the end of text included.
+        sample_size: bytes of text to train on, spread evenly over the domains.
+        options: ``domain``, ``text_field``, ``format``, ``include``, ``exclude``, ``seed``… as for ``convert``.
+    """
+    checked = StageOptions(**options, train_tokenizer=vocab_size)
+    texts = sample_documents(make_plan(inputs, checked, {}).units, checked, size_in_bytes(sample_size, "sample_size"))
+    if not texts:
+        raise InputError("no text to train a tokenizer on.")
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial.write_text(train_bpe(texts, vocab_size), encoding="utf-8")
+    os.replace(partial, path)
+    return path
 
 
 def sample_documents(units: Sequence[Unit], options: StageOptions, sample_bytes: int) -> list[str]:

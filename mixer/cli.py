@@ -23,6 +23,9 @@ COMMANDS = {
     "demo": ("algorithms.commands.demo", "demo", "The whole job on text that every install already has."),
     "convert": ("converters.cli", "convert", "Corpora -> one set of MDS shards per domain."),
     "inspect": ("converters.cli", "inspect", "Domains, samples, tokens, shares; decoded samples."),
+    "verify": ("converters.cli", "verify", "Check shards by structure, or every byte; says how to repair."),
+    "stats": ("converters.cli", "stats", "Document lengths, bytes per token, duplicates, entropies; plot."),
+    "train-tokenizer": ("converters.cli", "train_tokenizer", "A byte-level BPE on a seeded sample of the corpus."),
     "weigh": ("mixer.commands", "weigh", "Weights from sizes alone: uniform, proportional, temperature, unimax."),
     "score": ("algorithms.commands.score", "score", "A reference's losses of every sample, computed once."),
     "optimize": (

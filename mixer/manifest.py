@@ -60,6 +60,7 @@ class Domain:
 
     ``held_out`` says how the validation split was cut: ``{"by": "documents" | "samples", "share": 0.01}``.
     ``skipped`` counts documents that were left out, by reason; ``dropped_tokens`` is the tail that filled no sample.
+    In every split, ``tokens_in`` = ``num_tokens`` - ``padding_tokens`` + ``dropped_tokens``.
     """
 
     splits: Mapping[str, Split]
@@ -67,6 +68,8 @@ class Domain:
     held_out: Mapping[str, Any] = field(default_factory=dict)
     skipped: Mapping[str, int] = field(default_factory=dict)
     dropped_tokens: Mapping[str, int] = field(default_factory=dict)
+    tokens_in: Mapping[str, int] = field(default_factory=dict)
+    padding_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,138 @@
+"""What the text of each domain is like: document lengths, bytes per token, duplicates, entropies.
+
+All of it is counted from the shards alone: samples follow one another as they were cut, so joining them gives the
+documents back. The entropies are of the empirical token distribution, in bits per token: H1 of single tokens, H2 of a
+token given the one before it. Where a domain is longer than ``max_tokens``, its first shards stand for it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from converters.inspecting import read_index, shard_rows
+from mixer.errors import InputError
+from mixer.manifest import Manifest
+
+__all__ = ["DomainStatistics", "domain_statistics", "entropies", "plot_statistics"]
+
+
+class DomainStatistics(NamedTuple):
+    """Facts of one domain's split.
+
+    ``lengths`` are tokens per document; ``quantiles`` their 10th, 50th, 90th percentile; ``duplicates`` the share of
+    documents whose exact tokens came before; ``h1`` and ``h2`` bits per token.
+    """
+
+    domain: str
+    tokens: int
+    documents: int
+    lengths: NDArray[np.int64]
+    quantiles: tuple[float, float, float]
+    bytes_per_token: float
+    duplicates: float
+    h1: float
+    h2: float
+    distinct_tokens: int
+
+
+def domain_statistics(
+    shards: str | os.PathLike[str], *, split: str = "train", max_tokens: int = 20_000_000
+) -> list[DomainStatistics]:
+    """Return the facts of every domain that has the split, in the order of domain ids."""
+    manifest = Manifest.load(shards)
+    if max_tokens < 1:
+        raise InputError(f"max_tokens must be at least 1, got {max_tokens}.")
+    rows = []
+    for name in manifest.names:
+        if split in manifest.domains[name].splits:
+            tokens = _tokens(Path(shards) / manifest.split(name, split).path, manifest.column, max_tokens)
+            rows.append(_statistics(name, tokens, manifest))
+    return rows
+
+
+def _tokens(folder: Path, column: str, max_tokens: int) -> NDArray[Any]:
+    parts: list[NDArray[Any]] = []
+    for entry in read_index(folder):
+        if sum(len(part) for part in parts) >= max_tokens:
+            break
+        parts += shard_rows(folder, entry, column)
+    return np.concatenate(parts)[:max_tokens]
+
+
+def _statistics(name: str, tokens: NDArray[Any], manifest: Manifest) -> DomainStatistics:
+    domain, eos = manifest.domains[name], manifest.tokenizer.eos_id
+    ends = np.flatnonzero(tokens == eos)
+    lengths = np.diff(ends, prepend=-1)  # with their end of text; the cut document at the end is left out
+    all_tokens = sum(domain.tokens_in.values()) or sum(part.num_tokens for part in domain.splits.values())
+    h1, h2, distinct = entropies(tokens)
+    quantiles = np.quantile(lengths, [0.1, 0.5, 0.9]) if len(lengths) else [float("nan")] * 3
+    return DomainStatistics(
+        domain=name,
+        tokens=len(tokens),
+        documents=len(lengths),
+        lengths=lengths,
+        quantiles=(float(quantiles[0]), float(quantiles[1]), float(quantiles[2])),
+        bytes_per_token=domain.text_bytes / all_tokens,
+        duplicates=_duplicates(tokens, ends, lengths),
+        h1=h1,
+        h2=h2,
+        distinct_tokens=distinct,
+    )
+
+
+def _duplicates(tokens: NDArray[Any], ends: NDArray[np.int64], lengths: NDArray[np.int64]) -> float:
+    documents = (tokens[end - length + 1 : end + 1] for end, length in zip(ends, lengths))
+    hashes = {xxhash.xxh3_128_digest(document.tobytes()) for document in documents}
+    return 1 - len(hashes) / len(ends) if len(ends) else 0.0
+
+
+def entropies(tokens: NDArray[Any]) -> tuple[float, float, int]:
+    """Return H1 and H2 in bits per token, and how many different tokens there are.
+
+    >>> h1, h2, distinct = entropies(np.array([0, 1, 2, 3] * 1000, np.uint16))
+    >>> round(h1, 6), round(abs(h2), 6), distinct
+    (2.0, 0.0, 4)
+    """
+    _, single = np.unique(tokens, return_counts=True)
+    if len(tokens) < 2:
+        return _bits(single), 0.0, len(single)
+    before, after = tokens[:-1].astype(np.uint64), tokens[1:].astype(np.uint64)
+    _, pairs = np.unique(before << np.uint64(32) | after, return_counts=True)
+    _, firsts = np.unique(before, return_counts=True)
+    return _bits(single), _bits(pairs) - _bits(firsts), len(single)
+
+
+def _bits(counts: NDArray[np.int64]) -> float:
+    share = counts / counts.sum()
+    return float(-(share * np.log2(share)).sum())
+
+
+def plot_statistics(rows: list[DomainStatistics], path: str | os.PathLike[str]) -> None:
+    """Write a picture: distribution of document lengths, and entropies, per domain."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
+    for row in rows:
+        if len(row.lengths):
+            ordered = np.sort(row.lengths)
+            left.step(ordered, np.arange(1, len(ordered) + 1) / len(ordered), where="post", label=row.domain)
+    left.set(xscale="log", xlabel="tokens per document", ylabel="share of documents up to this length")
+    left.legend(fontsize=8)
+    place = np.arange(len(rows))
+    right.barh(place - 0.2, [row.h1 for row in rows], 0.4, label="H1: single tokens")
+    right.barh(place + 0.2, [row.h2 for row in rows], 0.4, label="H2: given the token before")
+    right.set(yticks=place, yticklabels=[row.domain for row in rows], xlabel="bits per token")
+    right.invert_yaxis()
+    right.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,160 @@
+"""Check finished shards against their manifest: quickly by structure, or deeply by every byte.
+
+    fast   manifest, tokenizer and index files by digest; every shard present with its size; the accounting
+    deep   also every shard's hashes and header, every token id below the vocabulary size
+
+Every finding is reported, not only the first, each with the file and what to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from converters.engines import run_tasks
+from converters.inspecting import raw_shard, read_index, shard_rows
+from mixer.errors import DataError
+from mixer.manifest import Domain, Manifest, Split
+from mixer.mds import hash_hex
+
+__all__ = ["Finding", "verify"]
+
+_REPAIR = "restore it from a copy, or convert elsewhere by the same options and copy this file (equal bytes come out)"
+
+
+class Finding(NamedTuple):
+    """Something that is wrong: which file, what, and how to repair it."""
+
+    path: str
+    what: str
+    repair: str
+
+
+class _ShardCheck(NamedTuple):
+    folder: str
+    entry: dict[str, Any]
+    column: str
+    vocab_size: int
+    deep: bool
+
+
+def verify(
+    shards: str | os.PathLike[str],
+    *,
+    deep: bool = False,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Finding]:
+    """Return what is wrong with a folder of shards; an empty list if nothing is.
+
+    Args:
+        deep: read every shard and check its hashes, header and token ids.
+        workers: processes for the shards.
+        progress: called with (shards checked, shards in all).
+    Raises: InputError: if there is no readable manifest to check against.
+    """
+    folder, manifest = Path(shards), Manifest.load(shards)
+    findings = list(_check_tokenizer(folder, manifest))
+    checks: list[_ShardCheck] = []
+    for name in manifest.names:
+        domain = manifest.domains[name]
+        for key, split in domain.splits.items():
+            findings += _check_accounting(name, key, domain, split, manifest.seq_len)
+            try:
+                entries = read_index(folder / split.path)
+            except DataError as error:
+                findings.append(Finding(f"{split.path}/index.json", str(error), _REPAIR))
+                continue
+            findings += _check_index(folder, split, entries)
+            where = str(folder / split.path)
+            checks += [
+                _ShardCheck(where, entry, manifest.column, manifest.tokenizer.vocab_size, deep) for entry in entries
+            ]
+    for done, found in enumerate(run_tasks("local", _check_shard, checks, workers if deep else 1), start=1):
+        findings += found
+        if progress:
+            progress(done, len(checks))
+    return findings
+
+
+def _check_tokenizer(folder: Path, manifest: Manifest) -> Iterator[Finding]:
+    if manifest.tokenizer.file is None:
+        return
+    file = folder / manifest.tokenizer.file
+    found = _digest(file)
+    if found != manifest.tokenizer.fingerprint:
+        what = "is missing" if found is None else f"has {found[:20]}…, not {manifest.tokenizer.fingerprint[:20]}…"
+        yield Finding(str(file), what, "restore the tokenizer that the shards were made with")
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def _check_accounting(name: str, key: str, domain: Domain, split: Split, seq_len: int) -> Iterator[Finding]:
+    where = f"manifest.json, domain {name!r}, {key}"
+    if key not in domain.tokens_in:
+        return  # written by an older version, or by others
+    padding, dropped = domain.padding_tokens.get(key, 0), domain.dropped_tokens.get(key, 0)
+    if domain.tokens_in[key] != split.num_tokens - padding + dropped:
+        what = (
+            f"{domain.tokens_in[key]:,} tokens came in, but {split.num_tokens:,} - {padding:,} of padding +"
+            f" {dropped:,} dropped went out"
+        )
+        yield Finding(where, what, "restore the manifest, or convert again")
+
+
+def _check_index(folder: Path, split: Split, entries: list[dict[str, Any]]) -> Iterator[Finding]:
+    index = folder / split.path / "index.json"
+    if _digest(index) != split.fingerprint:
+        yield Finding(str(index), "is not the index that the manifest names", _REPAIR)
+    try:
+        samples = sum(entry["samples"] for entry in entries)
+    except (KeyError, TypeError):
+        return
+    if (len(entries), samples) != (split.num_shards, split.num_samples):
+        what = f"lists {len(entries):,} shards of {samples:,} samples, the manifest says"
+        yield Finding(str(index), f"{what} {split.num_shards:,} of {split.num_samples:,}", _REPAIR)
+
+
+def _check_shard(check: _ShardCheck) -> list[Finding]:
+    stored = check.entry.get("zip_data") or check.entry["raw_data"]
+    path = Path(check.folder) / stored["basename"]
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        return [Finding(str(path), f"cannot be read: {error.strerror}", _REPAIR)]
+    if size != stored["bytes"]:
+        return [Finding(str(path), f"has {size:,} bytes, its index says {stored['bytes']:,}", _REPAIR)]
+    return list(_check_bytes(check, path, stored)) if check.deep else []
+
+
+def _check_bytes(check: _ShardCheck, path: Path, stored: Mapping[str, Any]) -> Iterator[Finding]:
+    for algorithm, expected in stored["hashes"].items():
+        found = hash_hex(algorithm, path.read_bytes())
+        if found != expected:
+            yield Finding(str(path), f"has {algorithm} {found}, its index says {expected}", _REPAIR)
+            return
+    try:
+        raw = raw_shard(Path(check.folder), check.entry)
+        rows = shard_rows(Path(check.folder), check.entry, check.column)
+    except DataError as error:
+        yield Finding(str(path), str(error), _REPAIR)
+        return
+    for algorithm, expected in check.entry["raw_data"]["hashes"].items():
+        if (found := hash_hex(algorithm, raw)) != expected:
+            yield Finding(str(path), f"decompresses to {algorithm} {found}, its index says {expected}", _REPAIR)
+    if len(rows) != check.entry["samples"]:
+        yield Finding(str(path), f"holds {len(rows):,} samples, its index says {check.entry['samples']:,}", _REPAIR)
+    largest = max((int(row.max()) for row in rows if len(row)), default=0)
+    if largest >= check.vocab_size:
+        what = f"holds token id {largest:,}, the vocabulary has {check.vocab_size:,}"
+        yield Finding(str(path), what, "convert again with the right tokenizer")
+
+

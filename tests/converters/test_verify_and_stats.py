@@ -1,0 +1,143 @@
+"""Damage is found and named; statistics are those of the text that went in."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from converters import cli, convert
+from converters.statistics import domain_statistics
+from converters.training import train_tokenizer
+from converters.verifying import verify
+from mixer.errors import InputError
+from mixer.manifest import Manifest
+from tests.converters.corpora import documents, tree_hash, write_corpus, write_jsonl
+
+
+@pytest.fixture
+def shards(tmp_path):
+    write_corpus(tmp_path / "corpus")
+    options: dict = {"train_tokenizer": 300, "seq_len": 64, "shard_size": 8000}
+    convert([tmp_path / "corpus"], tmp_path / "shards", **options)
+    return tmp_path / "shards"
+
+
+def first_shard(shards):
+    return sorted((shards / "web" / "train").glob("*.zstd"))[0]
+
+
+def test_good_shards_have_no_findings(shards):
+    assert verify(shards) == []
+    assert verify(shards, deep=True, workers=2) == []
+
+
+@pytest.mark.parametrize(
+    "damage, is_deep, message",
+    [
+        (lambda s: first_shard(s).unlink(), False, "cannot be read: No such file"),
+        (lambda s: first_shard(s).write_bytes(first_shard(s).read_bytes()[:-1]), False, "its index says"),
+        (lambda s: flip(first_shard(s)), True, "has xxh64"),
+        (lambda s: (s / "web" / "train" / "index.json").unlink(), False, "cannot read"),
+        (lambda s: (s / "web" / "train" / "index.json").write_text("{}"), False, "cannot read"),
+        (lambda s: edit_index(s), False, "is not the index that the manifest names"),
+        (lambda s: flip(s / "tokenizer" / "tokenizer.json"), False, "has sha256"),
+        (lambda s: (s / "tokenizer" / "tokenizer.json").unlink(), False, "is missing"),
+        (lambda s: edit_manifest(s), False, "tokens came in, but"),
+    ],
+)
+def test_every_damage_is_found_and_names_its_file(shards, damage, is_deep, message):
+    damage(shards)
+    if is_deep:
+        assert verify(shards) == []
+    findings = verify(shards, deep=is_deep)
+    assert findings
+    assert any(message in finding.what for finding in findings)
+    result = CliRunner().invoke(cli.verify, [str(shards), *(["--deep"] if is_deep else [])], standalone_mode=False)
+    assert result.return_value == 1
+    assert "To repair:" in result.output
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def edit_index(shards):
+    path = shards / "web" / "train" / "index.json"
+    index = json.loads(path.read_text())
+    index["shards"] = index["shards"][1:]
+    path.write_text(json.dumps(index))
+
+
+def edit_manifest(shards):
+    raw = json.loads((shards / "manifest.json").read_text())
+    raw["domains"]["web"]["dropped_tokens"]["train"] += 1
+    (shards / "manifest.json").write_text(json.dumps(raw))
+
+
+def test_ids_beyond_the_vocabulary_are_found(shards):
+    raw = json.loads((shards / "manifest.json").read_text())
+    raw["tokenizer"]["vocab_size"] = 10
+    (shards / "manifest.json").write_text(json.dumps(raw))
+    assert any("the vocabulary has 10" in finding.what for finding in verify(shards, deep=True))
+
+
+def test_statistics_are_those_of_the_documents(tmp_path):
+    texts = documents("web", 40)
+    write_jsonl(tmp_path / "corpus" / "web" / "a.jsonl", [*texts, *texts[:20], "x" * 64])
+    convert([tmp_path / "corpus"], tmp_path / "out", tokenizer="bytes", seq_len=16, held_out=0)
+    (row,) = domain_statistics(tmp_path / "out")
+    expected = [len(text.encode()) + 1 for text in [*texts, *texts[:20]]]
+    assert row.lengths.tolist()[:60] == expected
+    assert math.isclose(row.duplicates, 20 / row.documents)
+    assert math.isclose(row.bytes_per_token, 1 - 61 / (sum(expected) + 65))
+    assert 0 < row.h2 < row.h1 < 8
+
+
+def test_entropy_of_uniform_bytes_is_eight_bits(tmp_path):
+    from converters.statistics import entropies
+
+    h1, h2, distinct = entropies(np.random.default_rng(0).integers(0, 256, 2_000_000).astype(np.uint16))
+    assert abs(h1 - 8) < 0.001
+    assert abs(h2 - 8) < 0.03
+    assert distinct == 256
+
+
+def test_stats_command_draws_and_prints_json(shards, tmp_path):
+    arguments = [str(shards), "--plot", str(tmp_path / "stats.png"), "--json"]
+    result = CliRunner().invoke(cli.stats, arguments, catch_exceptions=False)
+    assert {row["domain"] for row in json.loads(result.output)} == {"book", "code", "web"}
+    assert (tmp_path / "stats.png").read_bytes().startswith(b"\x89PNG")
+    assert "H2" in CliRunner().invoke(cli.stats, [str(shards)], catch_exceptions=False).output
+
+
+def test_trained_tokenizer_is_the_one_that_convert_trains(tmp_path, shards):
+    path = train_tokenizer([tmp_path / "corpus"], tmp_path / "tokenizer.json", vocab_size=300)
+    assert path.read_bytes() == (shards / "tokenizer" / "tokenizer.json").read_bytes()
+    manifest = convert([tmp_path / "corpus"], tmp_path / "other", tokenizer=path, seq_len=64, shard_size=8000)
+    assert manifest.tokenizer == Manifest.load(shards).tokenizer
+    assert tree_hash(tmp_path / "other" / "web") == tree_hash(shards / "web")
+
+
+def test_tokenizer_sample_gives_rare_domains_their_share(tmp_path):
+    from converters.options import StageOptions
+    from converters.plan import make_plan
+    from converters.training import sample_documents
+
+    write_jsonl(tmp_path / "corpus" / "big" / "a.jsonl", [f"b{n:05d}" * 10 for n in range(2000)])
+    write_jsonl(tmp_path / "corpus" / "rare" / "a.jsonl", [f"r{n:05d}" * 10 for n in range(20)])
+    options = StageOptions()
+    texts = sample_documents(make_plan([tmp_path / "corpus"], options, {}).units, options, 4000)
+    sizes = {kind: sum(len(text) for text in texts if text[0] == kind) for kind in "br"}
+    assert sizes["r"] == 1200  # all it has
+    assert 2740 <= sizes["b"] <= 2800
+
+
+def test_too_small_a_vocabulary_is_refused(tmp_path):
+    with pytest.raises(InputError, match="at least 257 ids"):
+        train_tokenizer([tmp_path], tmp_path / "t.json", vocab_size=256)

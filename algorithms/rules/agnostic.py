@@ -5,7 +5,7 @@
 
 Mohri, Sivek, Suresh 2019, arXiv:1902.00146 (Stochastic-AFL with per-domain gradients, averages returned). The box is
 one case of their convex set of mixtures. Unlike Group DRO's multiplicative step this reaches exact zeros: with
-``apply="sampling"`` a domain at 0 is never seen again, so give a ``lower`` bound there.
+sampling by the weights, a domain at 0 is never seen again, so give a ``lower`` bound there.
 
 What differs in the code of fair_flearn: it averages the model, not q; q itself is returned as it last was.
 """
@@ -19,7 +19,7 @@ import numpy as np
 
 from algorithms.rules.ascent import uniform
 from algorithms.rules.base import Domains, UpdateRule, as_domains
-from algorithms.rules.steps import Vector, applied_to, by_name, euclidean, hold, mean_into, mean_of, normalized, number
+from algorithms.rules.steps import Vector, by_name, euclidean, hold, mean_into, mean_of, normalized, number
 from algorithms.signals import Signals
 
 __all__ = ["AgnosticState", "agnostic"]
@@ -41,14 +41,12 @@ def agnostic(
     eta: float = 0.01,
     lower: Mapping[str, float] | float = 0.0,
     upper: Mapping[str, float] | float = 1.0,
-    apply: str = "loss",
 ) -> UpdateRule:
     """Return the rule of agnostic federated learning.
 
     Args:
         eta: step size of the ascent.
         lower, upper: bounds of the mixture, for all domains or by name (missing names: 0 and 1).
-        apply: "loss" or "sampling".
 
     Raises: InputError: at ``init``, if no mixture lies within the bounds.
 
@@ -58,7 +56,6 @@ def agnostic(
     """
     settings = dict(locals())
     eta = number(eta, "eta", low=0)
-    applies = applied_to(apply)
 
     def init(domains: Domains | Sequence[str]) -> AgnosticState:
         known = as_domains(domains)
@@ -84,5 +81,4 @@ def agnostic(
         update=update,
         weights=lambda state: normalized(state.weights),
         result=lambda state: normalized(state.average),
-        applies=applies,
     )

@@ -18,7 +18,7 @@ code's ratio floor is applied inside the bisection, as here.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,6 @@ from algorithms.rules.balls import chi2_ball, cvar_ball, kl_ball, wasserstein_ba
 from algorithms.rules.base import Domains, UpdateRule, as_domains
 from algorithms.rules.steps import (
     Vector,
-    applied_to,
     by_name,
     choice,
     field,
@@ -65,7 +64,6 @@ def divergence_ball(
     min_ratio: float = 0.2,
     warmup: int = 1,
     baseline: Mapping[str, float] | str = "none",
-    apply: str = "sampling",
 ) -> UpdateRule:
     """Return iterated best response over a ball around the prior.
 
@@ -76,7 +74,6 @@ def divergence_ball(
         min_ratio: the smallest weight relative to the prior (for "cvar": share of the prior mixed in).
         warmup: updates before the first answer; the weights stay at the prior.
         baseline: "none", "reference" (subtract the reference's loss, not clipped) or nats per token by name.
-        apply: "sampling" or "loss".
 
     >>> rule = divergence_ball(radius=0.08, min_ratio=0, warmup=0)
     >>> state, weights = rule.update(rule.init(["a", "b"]), Signals(np.ones(2), np.array([3.0, 1.0])))
@@ -93,7 +90,7 @@ def divergence_ball(
             return (1 - min_ratio) * cvar_ball(losses, state.prior, radius) + min_ratio * state.prior
         return (kl_ball if ball == "kl" else chi2_ball)(losses, state.prior, radius, min_ratio)
 
-    return _rule("divergence_ball", settings, solve, smoothing, warmup, baseline, apply)
+    return _rule("divergence_ball", settings, solve, smoothing, warmup, baseline, "sampling")
 
 
 def topic_cvar(alpha: float = 0.2, smoothing: float = 0.1, prior_share: float = 0.0) -> UpdateRule:
@@ -129,7 +126,6 @@ def wasserstein(
     radius: float = 0.1,
     smoothing: float = 0.1,
     baseline: Mapping[str, float] | str = "none",
-    apply: str = "loss",
 ) -> UpdateRule:
     """Return best response within a transport distance of the prior.
 
@@ -150,7 +146,7 @@ def wasserstein(
     def solve(state: BestResponseState, losses: Vector) -> Vector:
         return wasserstein_ball(losses, state.prior, state.distances, radius)
 
-    return _rule("wasserstein", settings, solve, smoothing, 0, baseline, apply, distances)
+    return _rule("wasserstein", settings, solve, smoothing, 0, baseline, "loss", distances)
 
 
 def worst_case_subset(losses: Vector, keep: float, baseline: Vector | None = None) -> Vector:
@@ -192,11 +188,10 @@ def _rule(
     smoothing: float,
     warmup: int,
     baseline: Mapping[str, float] | str,
-    apply: str,
+    applies: Literal["loss", "sampling"],
     distances: Mapping[str, Mapping[str, float]] | None = None,
 ) -> UpdateRule:
     smoothing = number(smoothing, "smoothing", low=0, high=1)
-    applies = applied_to(apply)
     if isinstance(baseline, str):
         choice(baseline, "baseline", ("none", "reference"))
 

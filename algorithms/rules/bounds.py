@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from algorithms.rules.base import Domains, UpdateRule, as_domains
-from algorithms.rules.steps import Vector, by_name, number
+from algorithms.rules.steps import Vector, by_name, choice, number
 from algorithms.signals import Signals
 from mixer.errors import InputError
 from mixer.projection import project
@@ -37,6 +37,7 @@ def bounded(
     ceiling: Mapping[str, float] | float = 1.0,
     max_epochs: float | None = None,
     budget: float | None = None,
+    apply: str | None = None,
 ) -> UpdateRule:
     """Return ``rule`` with its weights and its result kept within bounds.
 
@@ -45,6 +46,7 @@ def bounded(
         max_epochs: largest number of passes over a domain in a run of ``budget`` tokens. It caps the result; and, for a
             rule that samples, the weights in force, at what is left of each domain over what is left of the budget.
         budget: tokens of the run; needed with ``max_epochs``.
+        apply: what the weights will act on, "loss" or "sampling", where that is not the rule's default.
 
     Raises: InputError: at ``init``, if no mixture lies within the bounds.
 
@@ -57,6 +59,7 @@ def bounded(
         raise InputError(f"max_epochs ({max_epochs}) and budget ({budget}) must be given together.")
     epochs = np.inf if max_epochs is None else number(max_epochs, "max_epochs", low=1e-9)
     tokens = np.inf if budget is None else number(budget, "budget", low=1e-9)
+    applies = rule.applies if apply is None else choice(apply, "apply", ("loss", "sampling"))
     bounds = {"floor": floor, "ceiling": ceiling, "max_epochs": max_epochs, "budget": budget}
 
     def capped(state: BoundedState, weights: Vector, left: Vector, of: float) -> Vector:
@@ -66,9 +69,9 @@ def bounded(
 
     def in_force(state: BoundedState) -> Vector:
         left, of = state.allowance, tokens
-        if rule.applies == "sampling" and tokens > state.consumed.sum():
+        if applies == "sampling" and tokens > state.consumed.sum():
             left, of = left - state.consumed, tokens - state.consumed.sum()
-        elif rule.applies == "loss":
+        elif applies == "loss":
             left = np.full(left.shape, np.inf)
         return capped(state, rule.weights(state.rule), left, of)
 

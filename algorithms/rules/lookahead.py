@@ -25,7 +25,6 @@ from algorithms.rules.ascent import uniform
 from algorithms.rules.base import Domains, UpdateRule, as_domains
 from algorithms.rules.steps import (
     Vector,
-    applied_to,
     exponentiated,
     field,
     hold,
@@ -53,14 +52,13 @@ class LookaheadState(NamedTuple):
     num_updates: int
 
 
-def lookahead(rate: float = 1e-3, tau: float = 0.1, iterations: int = 300, apply: str = "loss") -> UpdateRule:
+def lookahead(rate: float = 1e-3, tau: float = 0.1, iterations: int = 300) -> UpdateRule:
     """Return lookahead DRO.
 
     Args:
         rate: r, the learning rate of the step looked ahead at (a few steps' worth may be summed into it).
         tau: strength of the entropy; higher trains on more domains. Nats.
         iterations: steps of the dual solver.
-        apply: "loss" or "sampling".
 
     Orthogonal gradients of norm 1: after a step of 1 by (0.6, 0.4) both losses are 0.6.
 
@@ -74,7 +72,6 @@ def lookahead(rate: float = 1e-3, tau: float = 0.1, iterations: int = 300, apply
     settings = dict(locals())
     rate, tau = number(rate, "rate", low=0), number(tau, "tau", low=1e-9)
     steps = int(number(iterations, "iterations", low=1))
-    applies = applied_to(apply)
 
     def init(domains: Domains | Sequence[str]) -> LookaheadState:
         size = len(as_domains(domains).names)
@@ -98,7 +95,6 @@ def lookahead(rate: float = 1e-3, tau: float = 0.1, iterations: int = 300, apply
         weights=lambda state: state.weights,
         result=lambda state: normalized(state.average),
         needs=frozenset({"gradients"}),
-        applies=applies,
     )
 
 

@@ -23,7 +23,6 @@ from algorithms.rules.base import Domains, UpdateRule, as_domains
 from algorithms.rules.steps import (
     Present,
     Vector,
-    applied_to,
     by_name,
     choice,
     exponentiated,
@@ -50,16 +49,13 @@ class MEROState(NamedTuple):
     loss: Vector
 
 
-def mero(
-    eta: float = 1.0, risk: Mapping[str, float] | str = "reference", smoothing: float = 0.1, apply: str = "loss"
-) -> UpdateRule:
+def mero(eta: float = 1.0, risk: Mapping[str, float] | str = "reference", smoothing: float = 0.1) -> UpdateRule:
     """Return minimax excess risk optimisation.
 
     Args:
         eta: step size at t = 1; it falls as 1 / sqrt(t).
         risk: "reference", "best", or the lowest attainable loss by name, in nats per token.
         smoothing: share of the newest loss in the moving average that "best" takes the minimum of.
-        apply: "loss" or "sampling".
 
     >>> rule = mero(risk={"noise": 4.0, "text": 1.0})
     >>> weights = rule.update(rule.init(["noise", "text"]), Signals(np.ones(2), np.array([4.0, 1 + np.log(3)])))[1]
@@ -68,7 +64,6 @@ def mero(
     """
     settings = dict(locals())
     eta, smoothing = number(eta, "eta", low=0), number(smoothing, "smoothing", low=0, high=1)
-    applies = applied_to(apply)
     if isinstance(risk, str):
         choice(risk, "risk", ("reference", "best"))
 
@@ -100,7 +95,6 @@ def mero(
         weights=lambda state: weights_of(state.ascent.log_weights),
         result=lambda state: normalized(state.ascent.average),
         needs=frozenset({"reference"}) if risk == "reference" else frozenset(),
-        applies=applies,
     )
 
 

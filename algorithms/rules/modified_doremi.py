@@ -22,7 +22,7 @@ import numpy as np
 
 from algorithms.rules.ascent import AscentState, ascend, begin, uniform
 from algorithms.rules.base import Domains, UpdateRule, as_domains
-from algorithms.rules.steps import Vector, applied_to, by_name, field, mean_of, means, normalized, number, weights_of
+from algorithms.rules.steps import Vector, by_name, field, mean_of, means, normalized, number, weights_of
 from algorithms.signals import Signals
 from mixer.errors import DataError, InputError
 
@@ -47,7 +47,6 @@ def modified_doremi(
     clip: bool = True,
     patience: int = 100,
     tolerance: float = 1e-6,
-    apply: str = "loss",
 ) -> UpdateRule:
     """Return modified DoReMi.
 
@@ -58,7 +57,6 @@ def modified_doremi(
         eta, smoothing: as in ``doremi``.
         clip: whether a mean excess below 0 counts as 0.
         patience, tolerance: raise after this many updates in a row without a score above ``tolerance`` nats.
-        apply: "loss" or "sampling".
 
     Raises: InputError: if a new domain has no target. DataError: in ``update``, when the scores stay 0.
 
@@ -69,7 +67,6 @@ def modified_doremi(
     """
     settings = dict(locals())
     eta, smoothing = number(eta, "eta", low=0), number(smoothing, "smoothing", low=0, high=1)
-    applies = applied_to(apply)
     without = sorted(set(new) - set(targets))
     if without:
         raise InputError(
@@ -106,5 +103,4 @@ def modified_doremi(
         weights=lambda state: weights_of(state.ascent.log_weights),
         result=lambda state: normalized(state.ascent.average),
         needs=frozenset({"reference"}),
-        applies=applies,
     )

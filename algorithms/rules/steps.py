@@ -10,7 +10,7 @@ The mirror step is ``exponentiated`` (entropy), ``euclidean`` (projected ascent)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,6 @@ from algorithms.signals import Signals
 from mixer.errors import InputError
 
 __all__ = [
-    "applied_to",
     "by_name",
     "choice",
     "euclidean",
@@ -228,11 +227,6 @@ def number(value: Any, what: str, low: float = -np.inf, high: float = np.inf) ->
     if not low <= value <= high:
         raise InputError(f"{what} must lie in [{low:g}, {high:g}]; got {value:g}.")
     return float(value)
-
-
-def applied_to(apply: str) -> Literal["loss", "sampling"]:
-    """Return ``apply``, checked: what a rule's weights act on."""
-    return "loss" if choice(apply, "apply", ("loss", "sampling")) == "loss" else "sampling"
 
 
 def choice(value: str, what: str, options: Sequence[str]) -> str:

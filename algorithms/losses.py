@@ -80,11 +80,21 @@ def token_losses(logits: Tensor, labels: Tensor, *, shift: bool = True) -> Tenso
     if shift:
         # Moving the labels, not the logits, avoids a copy of the largest tensor of the step.
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    flat = F.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten().to(logits.device), reduction="none", ignore_index=IGNORED
-    )
+    flat = _cross_entropy(logits.flatten(0, 1), labels.flatten().to(logits.device))
     losses = flat.view(labels.shape)
     return losses[:, :-1] if shift else losses
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    def losses(rows: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(rows.float(), targets, reduction="none", ignore_index=IGNORED)
+
+    if logits.requires_grad:
+        return losses(logits, labels)
+    # Nothing is kept for a backward pass: in parts that stay in the cache this takes a quarter of the time.
+    elements = 1 << 20 if logits.device.type == "cpu" else 1 << 26
+    size = max(1, elements // logits.shape[-1])
+    return torch.cat([losses(rows, targets) for rows, targets in zip(logits.split(size), labels.split(size))])
 
 
 def loss_mask(labels: Tensor, *, shift: bool = True) -> Tensor:

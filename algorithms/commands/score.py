@@ -62,6 +62,13 @@ def score(
         else:
             reference = FrozenModel(model, dtype=torch.bfloat16 if half else None)
             reference.to("cuda" if torch.cuda.is_available() else "cpu")
-            per_what = "sample" if per == "sample" else "token"
-            score_shards(shards, reference, out, split=split, per=per_what, batch_size=batch_size, on_shard=advance)
+            score_shards(
+                shards,
+                reference,
+                out,
+                split=split,
+                per="sample" if per == "sample" else "token",
+                batch_size=batch_size,
+                on_shard=advance,
+            )
     click.echo(f"{out}: {total:,} samples of {len(manifest.names)} domains. Use it as the reference: {out}")

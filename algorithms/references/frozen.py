@@ -39,6 +39,7 @@ class FrozenModel(Reference):
         self.model = source.to(dtype=dtype).eval().requires_grad_(False)
         self._arguments = set(inspect.signature(self.model.forward).parameters)
         self._shift = not is_encoder_decoder(self.model)
+        self._in_parts: bool | None = None  # found out on the first batch
 
     @property
     def fingerprint(self) -> str:
@@ -52,11 +53,48 @@ class FrozenModel(Reference):
         inputs = {name: value.to(device) for name, value in batch.items() if name in wanted}
         if not self._shift and "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
+        if self._in_parts is None:
+            return self._first_losses(inputs, labels)
+        if self._in_parts:
+            return _losses_in_parts(self.model, inputs, labels)
         return token_losses(logits_of(self.model(**inputs)), labels, shift=self._shift)
+
+    def _first_losses(self, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+        """Compute the losses both ways, and settle for parts if that makes no difference for this model."""
+        whole = token_losses(logits_of(self.model(**inputs)), labels, shift=self._shift)
+        self._in_parts = False
+        if not self._shift or not _has_plain_head(self.model):
+            return whole
+        parts = _losses_in_parts(self.model, inputs, labels)
+        self._in_parts = bool(torch.allclose(parts, whole, rtol=1e-3, atol=1e-3))
+        return parts if self._in_parts else whole
 
     def to(self, device: torch.device | str) -> FrozenModel:
         self.model.to(device)
         return self
+
+
+# What some models do to their logits after the last layer; losses in parts would leave it out.
+_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+def _has_plain_head(model: Any) -> bool:
+    """Return whether logits are one linear layer on the last hidden states, by all that the model says of itself."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    base = getattr(model, "base_model", None)
+    changed = any(getattr(getattr(model, "config", None), name, None) for name in _LOGIT_CHANGES)
+    return type(head) is nn.Linear and base is not None and base is not model and not changed
+
+
+def _losses_in_parts(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """Return the losses (B, T - 1) without ever holding all logits (B, T, V), the largest tensor of a step."""
+    hidden, head = model.base_model(**inputs).last_hidden_state, model.get_output_embeddings()
+    flat, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    elements = 1 << 20 if flat.device.type == "cpu" else 1 << 26
+    size = max(1, elements // head.out_features)
+    parts = zip(flat.split(size), targets.split(size))
+    losses = [token_losses(head(rows)[None], some[None], shift=False)[0] for rows, some in parts]
+    return torch.cat(losses).view(len(labels), -1)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers.modeling_outputs import CausalLMOutput
 
 from algorithms.losses import token_losses
 from algorithms.references import FrozenModel, as_reference
@@ -99,3 +101,33 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match=r"has to return logits of shape .* got Tensor"):
         FrozenModel(Hidden(1, 1)).token_losses(batch())
+
+
+@pytest.mark.parametrize("model", [llama, gpt2])
+def test_losses_without_all_logits_at_once_are_the_same(model: Any) -> None:
+    reference, part = FrozenModel(model()), batch(padded=True)
+    first, second = reference.token_losses(part), reference.token_losses(part)
+    assert reference._in_parts, "the head of this model is one linear layer"
+    assert torch.equal(first, second), "a resumed run starts with a first batch of its own"
+    labels = part["input_ids"].masked_fill(part["attention_mask"] == 0, -100)
+    logits = model()(input_ids=part["input_ids"], attention_mask=part["attention_mask"]).logits
+    torch.testing.assert_close(first, token_losses(logits, labels).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_models_that_change_their_logits_are_run_whole() -> None:
+    class Doubled(type(llama())):  # type: ignore[misc]
+        def forward(self, input_ids: torch.Tensor, **options: Any) -> Any:
+            outputs = super().forward(input_ids=input_ids, **options)
+            return CausalLMOutput(logits=20 * outputs.logits)
+
+    model = Doubled(llama().config)
+    reference = FrozenModel(model)
+    for _ in range(2):
+        expected = token_losses(model(input_ids=batch()["input_ids"]).logits, batch()["input_ids"]).detach()
+        torch.testing.assert_close(reference.token_losses(batch()), expected)
+    assert reference._in_parts is False
+    announced = llama()
+    announced.config.final_logit_softcapping = 30.0
+    capped = FrozenModel(announced)
+    capped.token_losses(batch())
+    assert capped._in_parts is False

@@ -45,6 +45,13 @@ def _default_workers() -> int:
 @click.option("--held-out", default=0.01, show_default=True, help="Share of each domain for validation; 0 for none.")
 @click.option("--min-held-out", default=8, show_default=True, help="Documents a validation split should have at least.")
 @click.option("--allow-empty", is_flag=True, help="Accept domains without a training or validation sample.")
+@click.option(
+    "--packing", type=click.Choice(["concat", "best_fit"]), default="concat", show_default=True,
+    help="Join and cut documents, or cut none that fits.",
+)  # fmt: skip
+@click.option("--tail", type=click.Choice(["drop", "pad"]), default="drop", show_default=True, help="Of a domain.")
+@click.option("--doc-starts", is_flag=True, help="Also write where documents start in each sample.")
+@click.option("--dedupe", is_flag=True, help="Keep only the first of equal texts in a domain.")
 @click.option("--on-bad-record", type=click.Choice(["fail", "skip", "quarantine"]), default="fail", show_default=True)
 @click.option("--max-bad", default=0.01, show_default=True, help="Share of records that may be bad.")
 @click.option("--workers", type=int, help="Processes; default: one per core.")

@@ -28,18 +28,11 @@ import mixer
 from converters.domains import load_mapping
 from converters.engines import run_tasks
 from converters.options import DEFAULT_EXCLUDE, PackOptions, StageOptions, size_in_bytes
-from converters.packing import (
-    DomainPlan,
-    SplitPlan,
-    check_accounting,
-    pack_shard,
-    pack_tasks,
-    plan_splits,
-    require_samples,
-    shard_path,
-)
+from converters.packing import check_accounting, pack_shard, pack_tasks, shard_path
 from converters.plan import Plan, difference, inputs_fingerprint, make_plan
+from converters.splits import DomainPlan, SplitPlan, copies_across_splits, plan_splits, require_samples
 from converters.stage import INTENDED, StageTask, read_unit, stage_unit, unit_folder
+from converters.streams import keep_first_copies
 from converters.tokenizers import describe, id_dtype
 from mixer.errors import DataError, InputError
 from mixer.manifest import FILE_NAME, Domain, Manifest, Split, TokenizerInfo, domain_folder
@@ -78,6 +71,10 @@ def convert(
     held_out: float = 0.01,
     min_held_out: int = 8,
     allow_empty: bool = False,
+    packing: str = "concat",
+    tail: str = "drop",
+    doc_starts: bool = False,
+    dedupe: bool = False,
     on_bad_record: str = "fail",
     max_bad: float = 0.01,
     workers: int = 1,
@@ -111,8 +108,13 @@ def convert(
         format: one of ``converters.readers.FORMATS``, or ``auto``: by file name.
         include, exclude: globs on the path below the input and on the file name.
         held_out: share of each domain for the validation split; 0 for none.
-        min_held_out: documents that a validation split should have at least, see ``packing.choose_held_out``.
+        min_held_out: documents that a validation split should have at least, see ``splits.choose_held_out``.
         allow_empty: accept domains without a training or validation sample; recorded in the manifest.
+        packing: ``concat`` (documents joined and cut every ``seq_len``) or ``best_fit`` (no document is cut that fits;
+            the rest of a sample is padding, ids of end of text).
+        tail: ``drop`` the end of a domain that fills no sample, or ``pad`` it (with ``concat``).
+        doc_starts: also write the column ``doc_starts``: where documents, and padding, start in each sample.
+        dedupe: keep only the first of equal texts in a domain; the others are counted as ``duplicate``.
         on_bad_record: ``fail``, ``skip`` (counted by reason, places named in the manifest) or ``quarantine`` (also
             kept, with place, reason and raw bytes, in ``quarantine.jsonl``).
         max_bad: unless ``fail``, the share of records that may be bad.
@@ -140,6 +142,7 @@ def convert(
     pack_options = PackOptions(
         seq_len=seq_len, held_out=held_out, min_held_out=min_held_out, allow_empty=allow_empty,
         shard_bytes=size_in_bytes(shard_size, "shard_size"), compression=compression, hashes=tuple(hashes),
+        packing=packing, tail=tail, doc_starts=doc_starts, dedupe=dedupe,
     )  # fmt: skip
     given = None if tokenizer is None else describe(tokenizer, eos)
     plan = make_plan(inputs, stage_options, {"trained": train_tokenizer} if given is None else _identity(given))
@@ -330,7 +333,7 @@ class _Job:
         """Write the shards that are not there yet, then the index files and the manifest."""
         assert self.tokenizer is not None
         dtype = id_dtype(self.tokenizer.vocab_size).name
-        plans = plan_splits(str(self.stage), [unit.number for unit in self.plan.units], self.pack_options)
+        plans = self._plan_splits()
         if not plans:
             raise InputError(f"no text in {self.documents_read:,} records of {len(self.plan.inputs):,} files.")
         kept = sum(plan.documents for plan in plans)
@@ -350,14 +353,27 @@ class _Job:
         written = {(split.domain, split.split): self._commit_split(split, dtype) for split in splits}
         return self._commit(plans, written, dtype, warnings)
 
+    def _plan_splits(self) -> list[DomainPlan]:
+        stage, units = str(self.stage), [unit.number for unit in self.plan.units]
+        scratch = self.out / _PACK / "layouts"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        keep = None
+        if self.pack_options.dedupe:
+            keep = self.out / _PACK / "keep"
+            for name, count in keep_first_copies(stage, units, keep).items():
+                self.skipped.setdefault(name, Counter())["duplicate"] += count
+        return plan_splits(stage, units, self.pack_options, scratch=scratch, keep=str(keep) if keep else None)
+
     def _pack_tasks(self, split: SplitPlan, dtype: str) -> Iterator[Any]:
+        assert self.tokenizer is not None
         below = Path(domain_folder(split.domain)) / split.split
         return pack_tasks(
             split,
-            stage=str(self.stage),
             folder=self.out / below,
             records=self.out / _PACK / "shards" / below,
             dtype=dtype,
+            eos_id=self.tokenizer.eos_id,
             options=self.pack_options,
         )
 
@@ -392,6 +408,7 @@ class _Job:
             **self._publish_quarantine(),
             "bad_records": self.bad_records[:100],
             "warnings": warnings,
+            "copies_across_splits": copies_across_splits(plans),
         }
         manifest = Manifest(domains, self.pack_options.seq_len, dtype, tokenizer, converter=facts)
         manifest.save(self.out)
@@ -417,6 +434,7 @@ class _Job:
             skipped=dict(sorted(self.skipped.get(plan.domain, {}).items())),
             dropped_tokens={split.split: split.dropped_tokens for split in plan.splits},
             tokens_in={split.split: split.tokens_in for split in plan.splits},
+            padding_tokens={split.split: split.padding_tokens for split in plan.splits},
         )
 
     def _copy_tokenizer(self) -> TokenizerInfo:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from converters.tokenizers import Encoder, load_encoder
 from mixer.errors import DataError
 from mixer.manifest import Manifest, Split
-from mixer.mds import parse_header
+from mixer.mds import column_spans, parse_header
 
 __all__ = ["DomainRow", "decoded_samples", "domain_rows", "read_index", "read_samples"]
 
@@ -98,12 +98,14 @@ def shard_rows(folder: Path, entry: dict[str, Any], column: str) -> list[NDArray
     """Return all token rows of one shard."""
     raw = raw_shard(folder, entry)
     header = parse_header(raw, f"{folder}/{entry['raw_data']['basename']}")
-    names, encodings = header.config["column_names"], header.config["column_encodings"]
-    if names != [column]:
-        raise DataError(f"{folder} has columns {names}; only shards of the one column {column!r} can be shown.")
-    dtype = np.dtype(encodings[0].split(":")[1])
-    edges = zip(header.offsets[:-1].tolist(), header.offsets[1:].tolist())
-    return [np.frombuffer(raw, dtype, (stop - start) // dtype.itemsize, start) for start, stop in edges]
+    columns = dict(zip(header.config["column_names"], header.config["column_encodings"]))
+    if column not in columns or columns[column].count(":") != 2:
+        raise DataError(f"{folder} has columns {columns}; a column {column!r} of fixed length was expected.")
+    starts, sizes = column_spans(np.frombuffer(raw, np.uint8), header, columns, column)
+    dtype = np.dtype(columns[column].split(":")[1])
+    return [
+        np.frombuffer(raw, dtype, size // dtype.itemsize, start) for start, size in zip(starts.tolist(), sizes.tolist())
+    ]
 
 
 def raw_shard(folder: Path, entry: dict[str, Any]) -> bytes:

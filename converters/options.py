@@ -21,7 +21,8 @@ __all__ = ["DEFAULT_EXCLUDE", "ON_BAD_RECORD", "PackOptions", "StageOptions", "s
 
 DEFAULT_EXCLUDE = (".*", "__pycache__")
 ON_BAD_RECORD = ("fail", "skip", "quarantine")
-_UNITS = {"": 1, "b": 1, "k": 1, "m": 2, "g": 3, "t": 4}
+PACKINGS = ("concat", "best_fit")
+TAILS = ("drop", "pad")
 
 
 def size_in_bytes(size: str | int, what: str = "size") -> int:
@@ -88,6 +89,10 @@ class PackOptions:
     compression: str | None = "zstd:3"
     hashes: tuple[str, ...] = ("xxh64",)
     allow_empty: bool = False
+    packing: str = "concat"
+    tail: str = "drop"
+    doc_starts: bool = False
+    dedupe: bool = False
 
     def __post_init__(self) -> None:
         if self.seq_len < 1:
@@ -96,6 +101,8 @@ class PackOptions:
             raise InputError(f"held_out is a share of each domain, 0 to below 1; got {self.held_out}.")
         if self.min_held_out < 1:
             raise InputError(f"min_held_out must be at least 1, got {self.min_held_out}.")
+        _one_of("packing", self.packing, PACKINGS)
+        _one_of("tail", self.tail, TAILS)
         from mixer.mds import compress, hash_hex
 
         if self.compression is not None:

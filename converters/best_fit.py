@@ -1,0 +1,119 @@
+"""Pack documents into samples without cutting any that fits: best-fit decreasing.
+
+Documents longer than a sample give as many full samples as they fill; what is left of them, and every shorter
+document, goes whole into the fullest sample that still has room, longest first. What stays empty is padding. The work
+is done in windows of consecutive documents, so that memory does not grow with the corpus and a shard reads few units.
+After Johnson et al. 1974; for language models Ding et al. 2024 (arXiv:2404.10830).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Layout", "best_fit", "lay_out"]
+
+WINDOW_TOKENS = 64 << 20
+WINDOW_DOCUMENTS = 1 << 20
+
+
+class Layout(NamedTuple):
+    """Which pieces of the stream make up each sample.
+
+    Args:
+        start, length: (pieces,) of the stream, in tokens; the pieces of a sample follow one another.
+        first: (samples + 1,) where each sample's pieces begin.
+        is_document: (pieces,) whether a document begins with this piece.
+    """
+
+    start: NDArray[np.int64]
+    length: NDArray[np.int64]
+    first: NDArray[np.int64]
+    is_document: NDArray[np.bool_]
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.first) - 1
+
+
+def lay_out(lengths: Iterable[NDArray[np.int64]], seq_len: int) -> Layout:
+    """Return the layout of a stream whose documents have these lengths (arrays of them, in order)."""
+    parts, at, pieces = [], 0, 0
+    for window in _windows(lengths):
+        part = best_fit(window, seq_len)
+        parts.append(part._replace(start=part.start + at, first=part.first + pieces))
+        at += int(window.sum())
+        pieces += len(part.start)
+    return Layout(
+        start=np.concatenate([np.empty(0, np.int64), *(part.start for part in parts)]),
+        length=np.concatenate([np.empty(0, np.int64), *(part.length for part in parts)]),
+        first=np.concatenate([*(part.first[:-1] for part in parts), np.array([pieces], np.int64)]),
+        is_document=np.concatenate([np.empty(0, np.bool_), *(part.is_document for part in parts)]),
+    )
+
+
+def _windows(lengths: Iterable[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
+    """Regroup arrays of lengths into windows that depend on the documents alone, not on how they were grouped."""
+    waiting: list[int] = []
+    tokens = 0
+    for array in lengths:
+        for length in array.tolist():
+            waiting.append(length)
+            tokens += length
+            if tokens >= WINDOW_TOKENS or len(waiting) >= WINDOW_DOCUMENTS:
+                yield np.array(waiting, np.int64)
+                waiting, tokens = [], 0
+    if waiting:
+        yield np.array(waiting, np.int64)
+
+
+def best_fit(lengths: NDArray[np.int64], seq_len: int) -> Layout:
+    """Return the layout of one window.
+
+    >>> layout = best_fit(np.array([3, 9, 4, 1]), 4)
+    >>> [layout.length[a:b].tolist() for a, b in zip(layout.first[:-1], layout.first[1:])]
+    [[3, 1], [4], [4], [4], [1]]
+    """
+    starts = np.cumsum(lengths) - lengths
+    samples: list[list[tuple[int, int, bool]]] = []
+    left = []
+    for start, length in zip(starts.tolist(), lengths.tolist()):
+        full = length // seq_len
+        samples += [[(start + n * seq_len, seq_len, n == 0)] for n in range(full)]
+        if length % seq_len:
+            left.append((start + full * seq_len, length - full * seq_len, full == 0))
+    left.sort(key=lambda piece: (-piece[1], piece[0]))
+    samples += _fill(left, seq_len)
+    samples.sort(key=lambda sample: min(sample)[0])  # roughly the order of the input
+    pieces = [piece for sample in samples for piece in sorted(sample)]
+    first = np.cumsum([0, *map(len, samples)])
+    start_, length_, is_document = zip(*pieces) if pieces else ((), (), ())
+    return Layout(
+        np.array(start_, np.int64), np.array(length_, np.int64), first.astype(np.int64), np.array(is_document, np.bool_)
+    )
+
+
+def _fill(pieces: list[tuple[int, int, bool]], seq_len: int) -> list[list[tuple[int, int, bool]]]:
+    """Put each piece into the fullest sample with room for it. ``rooms`` has bit r set if some sample has r left."""
+    samples: list[list[tuple[int, int, bool]]] = []
+    with_room: list[list[int]] = [[] for _ in range(seq_len + 1)]
+    rooms = 0
+    for piece in pieces:
+        fitting = rooms >> piece[1]
+        if fitting:
+            room = piece[1] + (fitting & -fitting).bit_length() - 1
+            sample = with_room[room].pop()
+            if not with_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, sample = seq_len, len(samples)
+            samples.append([])
+        samples[sample].append(piece)
+        room -= piece[1]
+        if room:
+            with_room[room].append(sample)
+            rooms |= 1 << room
+    return samples

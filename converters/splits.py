@@ -1,0 +1,272 @@
+"""How each domain is split into training and validation, and what each split amounts to.
+
+Documents are held out by the hash of their text: the same ones for any order of inputs, and copies of a text land on
+one side. Domains with too few documents give their last samples instead. Everything here is counted from the
+documents' lengths and hashes alone; no token is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.best_fit import lay_out
+from converters.options import PackOptions
+from converters.stage import UnitTable
+from converters.streams import HASHES, Stream, load_kept
+from mixer.errors import InputError
+
+__all__ = ["DomainPlan", "HeldOut", "SplitPlan", "choose_held_out", "held_out_samples", "plan_splits"]
+
+_LARGEST_FLOOR = 0.1  # the floor for tiny domains never takes more than a tenth
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How a domain's validation split is cut: by ``documents``, ``samples`` (the last ones) or ``nothing``."""
+
+    by: str
+    share: float = 0.0
+    threshold: int = 0
+
+
+class SplitPlan(NamedTuple):
+    """One split of one domain: which samples of which stream, and what they amount to.
+
+    ``layout`` is the file of a best-fit layout, None where the stream is cut evenly.
+    """
+
+    split: str
+    stream: Stream
+    first_sample: int
+    num_samples: int
+    num_documents: int
+    tokens_in: int
+    dropped_tokens: int
+    padding_tokens: int
+    layout: str | None = None
+
+    @property
+    def domain(self) -> str:
+        return self.stream.domain
+
+
+class DomainPlan(NamedTuple):
+    """What a domain holds, how it is split, and what is wrong with that (empty: nothing)."""
+
+    domain: str
+    held_out: HeldOut
+    splits: tuple[SplitPlan, ...]
+    documents: int
+    text_bytes: int
+    problem: str
+
+
+def choose_held_out(documents: int, below: int, smallest: Sequence[int], options: PackOptions) -> HeldOut:
+    """Return how a domain of this many documents is split.
+
+    By documents if enough of them hash below the share; if a higher threshold is needed to reach ``min_held_out``, it
+    may take up to a tenth of the documents; else by samples.
+
+    Args:
+        documents: in the domain.
+        below: how many hash below ``options.held_out``.
+        smallest: the ``min_held_out`` smallest distinct hashes, sorted.
+
+    >>> choose_held_out(5000, 52, [1, 2, 3, 4, 5, 6, 7, 8], PackOptions(512, held_out=0.01)).by
+    'documents'
+    >>> choose_held_out(2, 0, [1, 2], PackOptions(512, held_out=0.01)).by
+    'samples'
+    """
+    if options.held_out == 0:
+        return HeldOut("nothing")
+    if below >= options.min_held_out:
+        return HeldOut("documents", options.held_out, int(options.held_out * HASHES))
+    if documents * _LARGEST_FLOOR >= options.min_held_out and len(smallest) == options.min_held_out:
+        return HeldOut("documents", options.min_held_out / documents, int(smallest[-1]) + 1)
+    return HeldOut("samples")
+
+
+def held_out_samples(num_samples: int, options: PackOptions) -> int:
+    """Return how many of a domain's samples are held out where its documents are too few.
+
+    >>> held_out_samples(1000, PackOptions(512, held_out=0.01)), held_out_samples(5, PackOptions(512))
+    (10, 1)
+    """
+    wanted = max(round(options.held_out * num_samples), min(options.min_held_out, int(num_samples * _LARGEST_FLOOR)), 1)
+    return min(wanted, max(num_samples - 1, 0))
+
+
+# --- counting ------------------------------------------------------------------------------------------------------
+
+
+class _DomainSums:
+    """Totals of a domain over all units, and what the choice of held-out documents needs."""
+
+    def __init__(self, options: PackOptions) -> None:
+        self.documents = self.text_bytes = self.below = 0
+        self.smallest: NDArray[np.uint64] = np.empty(0, np.uint64)
+        self._options = options
+
+    def add(self, documents: NDArray[Any]) -> None:
+        self.documents += len(documents)
+        self.text_bytes += int(documents["bytes"].sum())
+        self.below += int((documents["hash"] < np.uint64(int(self._options.held_out * HASHES))).sum())
+        both = np.union1d(self.smallest, documents["hash"].astype(np.uint64))
+        self.smallest = both[: self._options.min_held_out]
+
+
+def _by_domain(table: UnitTable) -> Iterator[tuple[str, NDArray[Any]]]:
+    for number, name in enumerate(table.names):
+        yield name, table.documents[table.domains == number]
+
+
+def plan_splits(
+    stage: str, units: Sequence[int], options: PackOptions, *, scratch: Path, keep: str | None = None
+) -> list[DomainPlan]:
+    """Return the split plans of every domain, sorted by name.
+
+    Args:
+        scratch: folder for best-fit layouts.
+        keep: folder of the deduplication's files, or None.
+    """
+    sums: dict[str, _DomainSums] = {}
+    for unit in units:
+        for name, documents in _by_domain(load_kept(stage, unit, keep)):
+            sums.setdefault(name, _DomainSums(options)).add(documents)
+    planner = _Planner(stage, units, options, scratch, keep)
+    return [planner.domain(name, sums[name]) for name in sorted(sums)]
+
+
+class _Planner:
+    """Plans one domain after another. Reads the tables of its units once per stream."""
+
+    def __init__(self, stage: str, units: Sequence[int], options: PackOptions, scratch: Path, keep: str | None) -> None:
+        self._stage, self._units, self._options, self._scratch, self._keep = stage, units, options, scratch, keep
+
+    def domain(self, name: str, sums: _DomainSums) -> DomainPlan:
+        options = self._options
+        held_out = choose_held_out(sums.documents, sums.below, sums.smallest.tolist(), options)
+        splits: tuple[SplitPlan, ...] = ()
+        if held_out.by == "documents":
+            splits = tuple(
+                self._whole(split, *self._stream(name, side, held_out.threshold))
+                for split, side in (("train", "above"), ("validation", "below"))
+            )
+            if not all(split.num_samples for split in splits):
+                held_out = HeldOut("samples")
+        if held_out.by == "samples":
+            splits = self._last_samples(*self._stream(name, "all", 0))
+            kept = sum(split.num_samples for split in splits)
+            held_out = HeldOut("samples", splits[1].num_samples / kept if kept else 0.0)
+        elif held_out.by == "nothing":
+            splits = (self._whole("train", *self._stream(name, "all", 0)),)
+        problem = _problem(name, splits, sums.documents, options)
+        return DomainPlan(name, held_out, splits, sums.documents, sums.text_bytes, problem)
+
+    def _stream(self, name: str, side: str, threshold: int) -> tuple[Stream, int]:
+        """Return a stream and how many documents it has."""
+        stream = Stream(self._stage, name, side, threshold, self._keep)
+        lengths = {unit: stream.lengths(unit) for unit in self._units}
+        units = tuple((unit, int(array.sum())) for unit, array in lengths.items() if len(array))
+        return stream._replace(units=units), sum(map(len, lengths.values()))
+
+    def _whole(self, split: str, stream: Stream, documents: int) -> SplitPlan:
+        samples, dropped, padding, layout = self._cut(split, stream)
+        return SplitPlan(split, stream, 0, samples, documents, stream.num_tokens, dropped, padding, layout)
+
+    def _cut(self, split: str, stream: Stream) -> tuple[int, int, int, str | None]:
+        """Return samples, dropped tokens, padding, and the layout's file."""
+        seq_len, tokens = self._options.seq_len, stream.num_tokens
+        if self._options.packing == "best_fit":
+            path = self._scratch / f"{len(list(self._scratch.glob('*.npz'))):06d}.npz"
+            layout = lay_out((stream.lengths(unit) for unit, _ in stream.units), seq_len)
+            np.savez(path, **layout._asdict())
+            return layout.num_samples, 0, layout.num_samples * seq_len - tokens, str(path)
+        samples, rest = divmod(tokens, seq_len)
+        if rest and self._options.tail == "pad":
+            return samples + 1, 0, seq_len - rest, None
+        return samples, rest, 0, None
+
+    def _last_samples(self, stream: Stream, documents: int) -> tuple[SplitPlan, SplitPlan]:
+        """Hold the last samples out: one run of samples shares at most one document with training."""
+        seq_len = self._options.seq_len
+        samples, dropped, padding, path = self._cut("all", stream)
+        cut = samples - held_out_samples(samples, self._options)
+        if path is None:
+            tokens = min(cut * seq_len, stream.num_tokens)
+            before = self._documents_before(stream, tokens)
+        else:
+            layout = np.load(path)
+            first = layout["first"][cut]
+            tokens, before = int(layout["length"][:first].sum()), int(layout["is_document"][:first].sum())
+        train_padding = cut * seq_len - tokens
+        train = SplitPlan("train", stream, 0, cut, before, tokens, 0, train_padding, path)
+        rest = (documents - before, stream.num_tokens - tokens, dropped, padding - train_padding)
+        return train, SplitPlan("validation", stream, cut, samples - cut, *rest, path)
+
+    def _documents_before(self, stream: Stream, token: int) -> int:
+        """Return how many documents start before a token of the stream."""
+        count = at = 0
+        for unit, tokens in stream.units:
+            if at >= token:
+                break
+            lengths = stream.lengths(unit)
+            count += int((at + np.cumsum(lengths) - lengths < token).sum())
+            at += tokens
+        return count
+
+
+def _problem(name: str, splits: Sequence[SplitPlan], documents: int, options: PackOptions) -> str:
+    empty = [split.split for split in splits if split.num_samples == 0]
+    if not empty:
+        return ""
+    tokens = sum(split.tokens_in for split in splits)
+    return (
+        f"domain {name!r} has no {' and no '.join(empty)} sample: its {documents:,} documents hold"
+        f" {tokens:,} tokens, and a sample takes {options.seq_len:,}"
+        f" ({'two samples are' if options.held_out else 'one is'} needed). Lower --seq-len, add text, leave the domain"
+        " out with --exclude or --domain-map, or accept it with --allow-empty."
+    )
+
+
+def require_samples(plans: Sequence[DomainPlan], options: PackOptions) -> list[str]:
+    """Return the problems as warnings if they are allowed, else raise the first of them."""
+    problems = [plan.problem for plan in plans if plan.problem]
+    if problems and not options.allow_empty:
+        raise InputError(problems[0] + (f" ({len(problems) - 1} more domains like this.)" if len(problems) > 1 else ""))
+    return problems
+
+
+def copies_across_splits(plans: Sequence[DomainPlan]) -> int:
+    """Return how many training documents have the very text of a document that is held out, in any domain."""
+    held = [_hashes(split) for plan in plans for split in plan.splits if split.split == "validation"]
+    if not held:
+        return 0
+    held_out = np.unique(np.concatenate(held))
+    trained = (split for plan in plans for split in plan.splits if split.split == "train")
+    return sum(int(np.isin(_hashes(split), held_out).sum()) for split in trained)
+
+
+def _hashes(split: SplitPlan) -> NDArray[np.uint64]:
+    """Return the text hashes of the documents that start in a split."""
+    stream, parts = split.stream, [np.empty(0, np.dtype([("hash", "<u8"), ("tokens", "<u4")]))]
+    for unit, _ in stream.units:
+        table = load_kept(stream.stage, unit, stream.keep)
+        parts.append(table.documents[["hash", "tokens"]][stream.chosen(table)])
+    documents = np.concatenate(parts)
+    hashes = documents["hash"].astype(np.uint64)
+    if stream.side != "all":
+        return hashes
+    if split.layout is None:  # split by samples: the documents follow one another
+        return hashes[: split.num_documents] if split.first_sample == 0 else hashes[len(hashes) - split.num_documents :]
+    with np.load(split.layout) as layout:
+        first = layout["first"][[split.first_sample, split.first_sample + split.num_samples]]
+        begins = layout["start"][first[0] : first[1]][layout["is_document"][first[0] : first[1]]]
+    lengths = documents["tokens"].astype(np.int64)
+    return hashes[np.searchsorted(np.cumsum(lengths) - lengths, begins)]

@@ -1,0 +1,122 @@
+"""Packing options, end to end: what is asked for is in the shards, for any workers and units."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from converters import convert
+from converters.inspecting import read_samples
+from converters.verifying import verify
+from mixer.errors import InputError
+from mixer.manifest import Manifest
+from tests.converters.corpora import documents, tree_hash, write_corpus, write_jsonl
+
+EOS = 256
+
+
+def converted(tmp_path: Path, name: str = "shards", **options: object) -> Path:
+    if not (tmp_path / "corpus").exists():
+        write_corpus(tmp_path / "corpus")
+    given: dict = {"tokenizer": "bytes", "seq_len": 512, "shard_size": 20_000, **options}
+    convert([tmp_path / "corpus"], tmp_path / name, **given)
+    return tmp_path / name
+
+
+def samples_of(shards: Path, domain: str, split: str = "train") -> np.ndarray:
+    manifest = Manifest.load(shards)
+    return np.stack(read_samples(shards / manifest.split(domain, split).path, "tokens", 1 << 30))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"packing": "best_fit"}, {"tail": "pad"}, {"doc_starts": True, "packing": "best_fit"}, {"dedupe": True}],
+    ids=lambda options: "+".join(options),
+)
+def test_workers_and_units_do_not_change_a_byte_of_any_packing(tmp_path, options):
+    one = converted(tmp_path, "one", **options)
+    two = converted(tmp_path, "two", workers=2, unit_size=3000, **options)
+    assert tree_hash(one) == tree_hash(two)
+    assert verify(one, deep=True) == []
+
+
+def test_best_fit_cuts_no_document_that_fits(tmp_path):
+    shards = converted(tmp_path, packing="best_fit", held_out=0)
+    rows = [bytes(row[row < 256].astype(np.uint8)) for row in samples_of(shards, "web")]
+    texts = [text.encode() for text in documents("web", 300)]
+    assert max(map(len, texts)) > 511
+    for text in texts:
+        if len(text) < 512:
+            assert sum(text in row for row in rows) >= 1
+    manifest = Manifest.load(shards)
+    assert manifest.domains["web"].padding_tokens["train"] < 0.03 * samples_of(shards, "web").size
+    concat = samples_of(converted(tmp_path, "concat", held_out=0), "web")
+    whole = sum(any(text in bytes(row[row < 256].astype(np.uint8)) for row in concat) for text in texts)
+    assert whole < 0.8 * len(texts)  # joining cuts many of them
+
+
+def test_padded_tail_keeps_every_token(tmp_path):
+    shards = converted(tmp_path, tail="pad", held_out=0)
+    domain = Manifest.load(shards).domains["code"]
+    assert domain.dropped_tokens == {"train": 0}
+    assert 0 < domain.padding_tokens["train"] < 512
+    stream = samples_of(shards, "code").reshape(-1)
+    padding = domain.padding_tokens["train"]
+    expected = b"".join(text.encode() for text in documents("code", 90))
+    assert bytes(stream[stream < 256].astype(np.uint8)) == expected
+    assert (stream[-padding - 1 :] == EOS).all()
+
+
+def test_domain_shorter_than_a_sample_is_kept_by_padding(tmp_path):
+    write_jsonl(tmp_path / "corpus" / "tiny" / "a.jsonl", ["short"])
+    manifest = Manifest.load(converted(tmp_path, tail="pad", held_out=0))
+    assert manifest.domains["tiny"].splits["train"].num_samples == 1
+    assert manifest.domains["tiny"].padding_tokens == {"train": 512 - 6}
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_document_starts_are_a_column_that_streaming_reads(tmp_path, packing):
+    streaming = pytest.importorskip("streaming")
+    shards = converted(tmp_path, packing=packing, doc_starts=True, held_out=0, tail="pad")
+    dataset = streaming.StreamingDataset(local=str(shards / "web" / "train"), batch_size=1, validate_hash="xxh64")
+    starts = 0
+    for number in range(len(dataset)):
+        sample = dataset[number]
+        assert sample["doc_starts"].dtype == np.uint16
+        assert sample["doc_starts"][0] == 0
+        ends = sample["doc_starts"][1:] - 1
+        assert (sample["tokens"][ends] == EOS).all()
+        starts += len(sample["doc_starts"])
+    assert starts >= 300
+    assert samples_of(shards, "web").shape == (len(dataset), 512)
+
+
+def test_deduplication_keeps_the_first_copy_in_each_domain(tmp_path):
+    texts = documents("web", 60)
+    write_jsonl(tmp_path / "corpus" / "web" / "a.jsonl", [*texts, *texts[:25]])
+    write_jsonl(tmp_path / "corpus" / "web" / "b.jsonl", texts[:5])
+    write_jsonl(tmp_path / "corpus" / "code" / "a.jsonl", texts)
+    shards = converted(tmp_path, dedupe=True, held_out=0, seq_len=64)
+    manifest = Manifest.load(shards)
+    assert manifest.converter["skipped"] == {"duplicate": 30}
+    assert manifest.domains["web"].skipped == {"duplicate": 30}
+    assert (samples_of(shards, "web") == samples_of(shards, "code")).all()
+
+
+def test_copies_of_held_out_documents_in_other_domains_are_counted(tmp_path):
+    texts = documents("web", 300)
+    write_jsonl(tmp_path / "corpus" / "web" / "a.jsonl", texts)
+    shards = converted(tmp_path, "alone", held_out=0.1, seq_len=64)
+    held = Manifest.load(shards).split("web", "validation").num_documents
+    assert Manifest.load(shards).converter["copies_across_splits"] == 0
+    write_jsonl(tmp_path / "corpus" / "tiny" / "a.jsonl", texts[:20])  # split by samples, so some are trained on
+    manifest = Manifest.load(converted(tmp_path, "both", held_out=0.1, seq_len=64))
+    assert manifest.domains["tiny"].held_out["by"] == "samples"
+    assert 1 <= manifest.converter["copies_across_splits"] <= held + 20
+
+
+def test_unknown_packing_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"packing 'tetris' is not one of \['concat', 'best_fit'\]"):
+        converted(tmp_path, packing="tetris")

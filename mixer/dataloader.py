@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
+from mixer.cache import RemoteCache
 from mixer.dataset import MixtureDataset, mixer_for
 from mixer.errors import ExhaustedError, InputError
 from mixer.folders import load_manifest
@@ -26,6 +27,7 @@ from mixer.manifest import Manifest
 from mixer.mixer import Mixer, RunEnded, Weights
 from mixer.mixture import Mixture
 from mixer.static_weights import proportional, uniform
+from mixer.units import parse_bytes, short
 
 __all__ = ["MixtureLoader"]
 
@@ -47,7 +49,9 @@ class MixtureLoader(DataLoader[Batch]):
         max_epochs: how often a domain may be read: a number, or one by domain; None for no limit.
         on_exhausted: what happens then: "repeat" (an error, if there is a limit), "drop" (its weight goes to the
             others), "stop" (the run ends); the latter two allow one epoch unless ``max_epochs`` says more.
-        remote, cache_limit: where shards come from if not local, and how many bytes of them to keep.
+        remote: where the shards are, if not in ``shards``, which is then the folder that caches them: ``s3://…``,
+            ``gs://…`` and every other scheme of streaming's ``Stream``, or a path.
+        cache_limit: bytes of shards to keep in the cache, such as "200GB"; None for all.
         verify: "hash" checks every shard before its first use, "never" only sizes and offsets.
         dtype: of ``input_ids``; "stored" saves the conversion from the shards' own.
         force: use a mixture that was made for other shards; what differs is recorded in ``loader.mixture.provenance``.
@@ -77,12 +81,11 @@ class MixtureLoader(DataLoader[Batch]):
         pin_memory: bool = False,
         dtype: Literal["int64", "stored"] = "int64",
     ) -> None:
-        if remote is not None or cache_limit is not None:
-            raise InputError("remote shards are not supported yet: copy them to a local folder and leave out `remote`.")
+        cache = _cache(shards, remote, cache_limit)
         self.rank, self.world_size = _rank_and_world(rank, world_size)
         share = _share(global_batch_size, self.world_size)
-        self.manifest: Manifest = load_manifest(shards)
-        dataset = MixtureDataset(shards, split, seed, verify, self.manifest, dtype)
+        self.manifest: Manifest = load_manifest(shards, cache)
+        dataset = MixtureDataset(shards, split, seed, verify, self.manifest, dtype, cache)
         self.domains, self.num_samples, self.split = dataset.domains, dataset.num_samples, split
         self.mixture = resolve_mixture(mixture, self.manifest, split=split, force=force)
         self.mixer: Mixer = mixer_for(
@@ -94,11 +97,29 @@ class MixtureLoader(DataLoader[Batch]):
             on_exhausted=on_exhausted,
         )
         dataset._loader = self
+        if cache is not None:
+            self._check_limit(dataset, cache)
         self._reads: MixtureDataset = dataset
         self._ended = ""
         super().__init__(
             dataset, batch_size=share, sampler=_PlanSampler(self), num_workers=0, pin_memory=pin_memory, drop_last=True
         )
+
+    def _check_limit(self, dataset: MixtureDataset, cache: RemoteCache) -> None:
+        """Refuse a cache that cannot hold what is read at one time: every batch would fetch shards anew."""
+        needed = {
+            name: shards.window_bytes(order.shards_at(0)[0])
+            for name, shards, order, weight in zip(self.domains, dataset.shards, dataset.orders, self.mixer.weights)
+            if weight > 0 and shards is not None and order is not None
+        }
+        total = sum(needed.values())
+        if cache.limit is not None and total > cache.limit:
+            largest = sorted(needed, key=lambda name: -needed[name])[:3]
+            raise InputError(
+                f"cache_limit {cache.limit:,} bytes cannot hold the windows that are read at a time: {total:,} bytes"
+                f" over {len(needed)} domains ({', '.join(f'{name} {short(needed[name])}' for name in largest)}, …)."
+                " Raise it to at least that; twice as much leaves room to read ahead."
+            )
 
     @property
     def step(self) -> int:
@@ -187,7 +208,11 @@ class MixtureLoader(DataLoader[Batch]):
                 "epochs": float(mixer.positions[i] / max(mixer.num_samples[i], 1)),
                 "exhausted": bool(limits is not None and mixer.positions[i] >= limits[i]),
             }
-        return {"step": self.step, "samples": int(mixer.drawn.sum()), "domains": domains}
+        stats = {"step": self.step, "samples": int(mixer.drawn.sum()), "domains": domains}
+        stats["waited_seconds"] = self._reads.waited_seconds
+        if self._reads.cache is not None:
+            stats["cache"] = self._reads.cache.stats()
+        return stats
 
 
 class _PlanSampler(DistributedSampler):  # type: ignore[type-arg]
@@ -245,6 +270,18 @@ def resolve_mixture(
             " convert them with a held-out share."
         )
     return found
+
+
+def _cache(shards: str | os.PathLike[str], remote: str | None, cache_limit: int | str | None) -> RemoteCache | None:
+    if remote is None:
+        if cache_limit is not None:
+            raise InputError(
+                "cache_limit is for remote shards: local ones are never deleted. Give `remote`, or leave it."
+            )
+        return None
+    cache = RemoteCache(remote, shards, None if cache_limit is None else parse_bytes(cache_limit, "a cache_limit"))
+    cache.sweep()
+    return cache
 
 
 def _rank_and_world(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -7,33 +7,68 @@ root/index.json, root/<split>/index.json    one domain, named after the folder
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from mixer.errors import InputError
+from mixer.errors import DataError, InputError
 from mixer.manifest import FILE_NAME, Domain, Manifest, Split, TokenizerInfo
 
 if TYPE_CHECKING:
+    from mixer.cache import RemoteCache
     from mixer.shards import DomainShards
 
-__all__ = ["load_manifest", "synthesise_manifest"]
+__all__ = ["fetch_index", "load_manifest", "synthesise_manifest"]
 
 _SPLITS = ("train", "validation", "val", "test", "train_small", "val_small", "val_xsmall")
 
 
-def load_manifest(root: str | os.PathLike[str]) -> Manifest:
+def load_manifest(root: str | os.PathLike[str], cache: RemoteCache | None = None) -> Manifest:
     """Return the manifest of a folder of shards, or one made from the MDS folders in it where it has none.
 
-    Raises: InputError: if the folder is missing or holds no MDS.
+    With ``cache`` it is fetched; what lies there already must be of the same corpus.
+
+    Raises: InputError: if the folder is missing or holds no MDS; DataError: if it cannot be fetched or differs.
     """
     folder = Path(root)
+    if cache is not None:
+        return _fetch_manifest(folder, cache)
     if folder.is_dir() and not (folder / FILE_NAME).exists():
         found = _mds_folders(folder)
         if found:
             return synthesise_manifest(folder, found)
     return Manifest.load(folder)
+
+
+def _fetch_manifest(folder: Path, cache: RemoteCache) -> Manifest:
+    with cache.lock(FILE_NAME):
+        fresh = cache.fetch(FILE_NAME, to=f".mixer/{FILE_NAME}")
+        kept = folder / FILE_NAME
+        if kept.is_file() and kept.read_bytes() != fresh.read_bytes():
+            raise DataError(
+                f"the cache {folder} holds shards of another corpus than {cache.remote}: their manifests differ. Use"
+                " another folder for the cache, or empty this one."
+            )
+        os.replace(fresh, kept)
+    return Manifest.load(folder)
+
+
+def fetch_index(cache: RemoteCache, split: Split) -> None:
+    """Bring the index of a split into the cache, unless it is there as the manifest describes it."""
+    name = f"{split.path}/index.json"
+
+    def check(path: Path) -> None:
+        found = "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+        if split.fingerprint and found != split.fingerprint:
+            raise DataError(f"it has fingerprint {found}, the manifest says {split.fingerprint}")
+
+    with cache.lock(name):
+        try:
+            check(cache.local / name)
+        except (OSError, DataError):
+            cache.fetch(name, check=check)
 
 
 def synthesise_manifest(root: Path, found: dict[str, dict[str, Path]]) -> Manifest:

@@ -24,8 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixer import mds
+from mixer.cache import RemoteCache
 from mixer.errors import DataError, InputError
-from mixer.folders import load_manifest
+from mixer.folders import fetch_index, load_manifest
 from mixer.index import ShardIndex, cache_folder, read_index
 from mixer.manifest import Manifest
 
@@ -68,18 +69,21 @@ class DomainShards:
         column: str | None = None,
         dtype: str | None = None,
         verify: Verify = "hash",
+        cache: RemoteCache | None = None,
+        path: str = "",
     ) -> None:
         if verify not in ("hash", "never"):
             raise InputError(f"verify must be 'hash' or 'never'; got {verify!r}.")
         self.domain, self.split, self.folder, self.verify = domain, split, folder, verify
         self.index: ShardIndex = read_index(folder, domain)
+        self.cache, self.path = cache, path
         self.columns = self.index.columns
         self.fingerprint = self.index.fingerprint
         self.shard_sizes = self.index.samples
         self.num_samples = int(self.shard_sizes.sum())
         self.firsts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self._views: dict[int, View] = {}
-        self._pending: dict[int, Future[View]] = {}
+        self._pending: dict[int, Future[Any]] = {}
         self._verified: set[int] = set()
         self._lock = threading.Lock()
         self.column = _token_column(self.columns, column, domain)
@@ -117,26 +121,39 @@ class DomainShards:
             return view
         pending = self._pending.get(shard)
         try:
-            view = pending.result() if pending is not None else self._open(shard)
+            # What is still queued behind others is opened here and now.
+            view = None if pending is None or pending.cancel() else pending.result()
         finally:  # after an error the next attempt looks again
             self._pending.pop(shard, None)
+        view = view or self._open(shard)
         with self._lock:
             return self._views.setdefault(shard, view)
 
     def prepare(self, shards: Iterable[int]) -> None:
-        """Start to fetch, decompress and check shards in the background, in this order; errors appear when they are
-        read."""
+        """Start to fetch, decompress and check shards in the background, in this order; errors appear on reading."""
         for shard in shards:
             with self._lock:
                 if shard not in self._views and shard not in self._pending:
-                    self._pending[shard] = _pool().submit(self._open, shard)
+                    self._pending[shard] = _threads("ahead").submit(self._open_ahead, shard)
+
+    def need(self, shards: Iterable[int]) -> None:
+        """Start on shards that are about to be waited for, side by side, before everything that is only ahead."""
+        for shard in shards:
+            with self._lock:
+                pending = self._pending.get(shard)
+                if shard not in self._views and (pending is None or pending.cancel()):
+                    self._pending[shard] = _threads("now").submit(self._open, shard)
 
     def keep(self, shards: Iterable[int]) -> None:
-        """Let go of the memory maps of all other shards."""
+        """Let go of the memory maps of all other shards, and of what was to be prepared of them."""
         wanted = set(shards)
+        if self.cache is not None:
+            self.cache.want(self.domain, frozenset(self._cached_name(shard) for shard in wanted))
         with self._lock:
             for shard in [shard for shard in self._views if shard not in wanted]:
                 del self._views[shard]
+            for shard in [shard for shard in self._pending if shard not in wanted]:
+                self._pending.pop(shard).cancel()
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without what belongs to this process; the worker maps and checks for itself."""
@@ -150,13 +167,20 @@ class DomainShards:
     def _open(self, shard: int) -> View:
         if not self.shard_sizes[shard]:
             return View(memoryview(b""), 0, 0, None)
+        path = self._raw_file(shard)
         try:
-            return self._checked_view(shard, self._raw_file(shard))
+            return self._checked_view(shard, path)
         except DataError:
-            # A raw file beside a compressed one is only a copy: another program may have left it damaged.
-            if self.index.zip_name(shard) is None:
+            # A copy of something that can be had again: another program may have left it damaged, or evicted it.
+            if self.cache is None and self.index.zip_name(shard) is None:
                 raise
             return self._checked_view(shard, self._raw_file(shard, anew=True))
+
+    def _open_ahead(self, shard: int) -> View | None:
+        """Open a shard, unless that would evict others that will be read before it."""
+        if self.cache is not None and not self.cache.has_room(self._cached_bytes(shard)):
+            return None
+        return self._open(shard)
 
     def _checked_view(self, shard: int, path: Path) -> View:
         data = self._map(path, int(self.index.raw_bytes[shard]))
@@ -166,33 +190,100 @@ class DomainShards:
     def _raw_file(self, shard: int, *, anew: bool = False) -> Path:
         """Return the path of the raw shard, decompressing it if it is not there in full or is wanted ``anew``."""
         raw = self.folder / self.index.raw_name(shard)
+        if self.cache is not None:
+            return self._fetched(shard, raw, anew=anew)
         zip_name = self.index.zip_name(shard)
         kept = self.cache_folder() / self.index.raw_name(shard)
         for path in (raw, kept):
             if zip_name is None or (not anew and _size(path) == self.index.raw_bytes[shard]):
                 return path
         zipped = self.folder / str(zip_name)
-        data = self._map(zipped, int(self.index.zip_bytes[shard]))
-        self._check_hash(None, zipped, data, self.index.zip_hashes[shard])
-        return self._decompress(zipped, data, raw, kept, int(self.index.raw_bytes[shard]))
-
-    def _decompress(self, zipped: Path, data: memoryview, raw: Path, kept: Path, size_bytes: int) -> Path:
-        try:
-            content = decompress(str(self.index.compression), data, size_bytes)
-        except Exception as error:
-            raise self._damaged(zipped, f"does not decompress as {self.index.compression}: {error}") from error
-        if len(content) != size_bytes:
-            raise self._damaged(zipped, f"decompresses to {len(content):,} bytes, its index says {size_bytes:,}")
+        self._check_file(zipped, int(self.index.zip_bytes[shard]), self.index.zip_hashes[shard])
+        content = self._decompressed(zipped, int(self.index.raw_bytes[shard]))
         for target in (raw, kept):  # beside the compressed file, or in the cache where that folder is read-only
             try:
                 return _write_atomically(target, content)
             except OSError as error:
                 if target == kept or error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM):
-                    raise DataError(
-                        f"domain {self.domain!r}: cannot write the decompressed shard {target} ({len(content):,}"
-                        f" bytes): {error.strerror}. Free space there or set XDG_CACHE_HOME to a folder with room."
-                    ) from error
+                    raise self._no_room(target, content, error) from error
         raise AssertionError("unreachable: the last target returns or raises")
+
+    def _fetched(self, shard: int, raw: Path, *, anew: bool) -> Path:
+        """Return the path of a raw shard in the cache, fetching it if it is not there in full or is wanted ``anew``."""
+        cache, size_bytes = self.cache, int(self.index.raw_bytes[shard])
+        assert cache is not None
+        if not anew and _size(raw) == size_bytes:
+            cache.hits += 1
+            return raw
+        with cache.lock(self._cached_name(shard)):
+            if not anew and _size(raw) == size_bytes:  # another rank or thread has fetched it meanwhile
+                return raw
+            raw.unlink(missing_ok=True)
+            with cache.room(self._cached_bytes(shard)):
+                return self._fetch_raw(shard, raw)
+
+    def _fetch_raw(self, shard: int, raw: Path) -> Path:
+        size_bytes, zip_name = int(self.index.raw_bytes[shard]), self.index.zip_name(shard)
+        try:
+            if zip_name is None:
+                return self._fetch(self.index.raw_name(shard), size_bytes, self.index.raw_hashes[shard])
+            zipped = self._fetch(zip_name, int(self.index.zip_bytes[shard]), self.index.zip_hashes[shard])
+        except DataError as error:
+            raise DataError(f"domain {self.domain!r}, shard {raw}: {error}") from error
+        content = b""
+        try:
+            content = self._decompressed(zipped, size_bytes)
+            return _write_atomically(raw, content)
+        except OSError as error:
+            raise self._no_room(raw, content, error) from error
+        finally:
+            zipped.unlink(missing_ok=True)
+
+    def _fetch(self, name: str, size_bytes: int, digest: bytes) -> Path:
+        assert self.cache is not None
+        return self.cache.fetch(f"{self.path}/{name}", check=lambda path: self._check_file(path, size_bytes, digest))
+
+    def _cached_name(self, shard: int) -> str:
+        return f"{self.path}/{self.index.raw_name(shard)}"
+
+    def _cached_bytes(self, shard: int) -> int:
+        return int(self.index.raw_bytes[shard] + self.index.zip_bytes[shard])
+
+    def register(self) -> None:
+        """Tell the cache which of its files belong to this domain, and so may be evicted."""
+        assert self.cache is not None
+        if self.cache.limit is not None:
+            index = self.index
+            files = {self._cached_name(i): int(size) for i, size in enumerate(index.raw_bytes)}
+            if index.compression is not None:
+                end = f".{mds.compression_extension(index.compression)}"
+                files |= {f"{self._cached_name(i)}{end}": int(size) for i, size in enumerate(index.zip_bytes)}
+            self.cache.register(files)
+
+    def window_bytes(self, shards: Indices) -> int:
+        """Return the bytes that these shards take when raw, and that their fetching takes on top at a time."""
+        return int(self.index.raw_bytes[shards].sum() + self.index.zip_bytes[shards].max(initial=0))
+
+    def _check_file(self, path: Path, size_bytes: int, digest: bytes) -> None:
+        self._check_hash(None, path, self._map(path, size_bytes), digest)
+
+    def _decompressed(self, zipped: Path, size_bytes: int) -> bytes:
+        data = self._map(zipped, zipped.stat().st_size)
+        try:
+            content = decompress(str(self.index.compression), data, size_bytes)
+        except InputError:
+            raise
+        except Exception as error:
+            raise self._damaged(zipped, f"does not decompress as {self.index.compression}: {error}") from error
+        if len(content) != size_bytes:
+            raise self._damaged(zipped, f"decompresses to {len(content):,} bytes, its index says {size_bytes:,}")
+        return content
+
+    def _no_room(self, target: Path, content: bytes, error: OSError) -> DataError:
+        return DataError(
+            f"domain {self.domain!r}: cannot write the decompressed shard {target} ({len(content):,} bytes):"
+            f" {error.strerror}. Free space there or set XDG_CACHE_HOME to a folder with room."
+        )
 
     def cache_folder(self) -> Path:
         """Return where raw shards go when their own folder cannot be written."""
@@ -289,25 +380,40 @@ def open_domain(
     *,
     verify: Verify = "hash",
     manifest: Manifest | None = None,
+    cache: RemoteCache | None = None,
 ) -> DomainShards:
     """Open one split of one domain of a folder of shards.
 
     Args:
-        root: a folder with a manifest, or of MDS folders by domain.
+        root: a folder with a manifest, or of MDS folders by domain; with ``cache`` the cache's folder.
         verify: "hash" checks every shard's hash before its first use, "never" only sizes and offsets.
         manifest: of ``root``, if it was read already.
+        cache: where shards come from if not from ``root``.
     Raises: InputError: for an unknown domain or split; DataError: for an index that is damaged or not the manifest's.
     """
-    manifest = manifest or load_manifest(root)
-    entry = manifest.split(domain, split)
+    manifest = manifest or load_manifest(root, cache)
+    entry, folder = manifest.split(domain, split), Path(root) / manifest.split(domain, split).path
+    if ".." in Path(entry.path).parts or os.path.isabs(entry.path):
+        raise DataError(f"domain {domain!r}: the manifest of {root} points outside it: {entry.path!r}. Restore it.")
+    if cache is not None:
+        fetch_index(cache, entry)
     shards = DomainShards(
-        domain, split, Path(root) / entry.path, column=manifest.column, dtype=manifest.dtype, verify=verify
+        domain,
+        split,
+        folder,
+        column=manifest.column,
+        dtype=manifest.dtype,
+        verify=verify,
+        cache=cache,
+        path=entry.path,
     )
     if entry.fingerprint and shards.fingerprint != entry.fingerprint:
         raise DataError(
-            f"domain {domain!r}: {shards.folder / 'index.json'} has fingerprint {shards.fingerprint}, the manifest of"
+            f"domain {domain!r}: {folder / 'index.json'} has fingerprint {shards.fingerprint}, the manifest of"
             f" {root} says {entry.fingerprint}. One of the two was changed; restore it, or convert again."
         )
+    if cache is not None:
+        shards.register()
     return shards
 
 
@@ -361,13 +467,13 @@ def _write_atomically(path: Path, content: bytes) -> Path:
     return path
 
 
-_pools: dict[int, ThreadPoolExecutor] = {}
+_pools: dict[tuple[int, str], ThreadPoolExecutor] = {}
+_SIZES = {"ahead": 4, "now": 16}
 
 
-def _pool() -> ThreadPoolExecutor:
-    """Return this process's threads; a forked child starts its own."""
-    pid = os.getpid()
-    if pid not in _pools:
-        _pools.clear()
-        _pools[pid] = ThreadPoolExecutor(max_workers=4, thread_name_prefix="mixer-shards")
-    return _pools[pid]
+def _threads(purpose: str) -> ThreadPoolExecutor:
+    """Return this process's threads for a purpose; a forked child starts its own."""
+    key = (os.getpid(), purpose)
+    if key not in _pools:
+        _pools[key] = ThreadPoolExecutor(_SIZES[purpose], thread_name_prefix=f"mixer-{purpose}")
+    return _pools[key]

@@ -1,0 +1,352 @@
+"""Remote shards: fetched whole or not at all, once per node, within the limit, also from an S3 server on a bad wire."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixer import DataError, InputError, MixtureLoader, mds
+from mixer.cache import RemoteCache
+from tests.helpers import assert_same, write_shards
+
+SIZES = {"code": 300, "web": 900}
+SHARD_BYTES = 64 * (16 * 2 + 4) + 300
+
+
+@pytest.fixture(scope="module", params=[None, "zstd"], ids=["raw", "zstd"])
+def source(request, tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("source"), SIZES, compression=request.param)
+
+
+@pytest.fixture(scope="module")
+def zipped(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("zipped"), SIZES, compression="zstd")
+
+
+def make(shards, **options):
+    return MixtureLoader(shards, **{"mixture": "uniform", "global_batch_size": 12, "seed": 3, **options})
+
+
+def batches(loader, count):
+    iterator = iter(loader)
+    return [next(iterator) for _ in range(count)]
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and ".mixer" not in p.parts)
+
+
+def test_remote_shards_give_the_same_batches_as_local_ones_and_stay_cached(source, tmp_path):
+    expected = batches(make(source), 60)
+    loader = make(tmp_path / "cache", remote=str(source))
+    assert_same(batches(loader, 60), expected)
+    stats = loader.stats()["cache"]
+    assert stats["fetched_files"] == 23 and stats["evicted_files"] == 0  # manifest, 2 indexes, 5 + 15 shards
+    assert all(name.endswith((".json", ".mds")) for name in files(tmp_path / "cache"))
+    again = make(tmp_path / "cache", remote=str(source))
+    assert_same(batches(again, 60), expected)
+    assert again.stats()["cache"]["fetched_files"] == 1 and again.stats()["cache"]["hits"] == 20
+
+
+def test_cache_limit_is_kept_and_changes_no_sample(source, tmp_path, monkeypatch):
+    import mixer.dataset
+    from mixer.order import Order
+
+    monkeypatch.setattr(mixer.dataset, "Order", lambda *args: Order(*args, window_samples=128))
+    expected = batches(make(source), 200)
+    limit = 9 * SHARD_BYTES
+    loader, worst = make(tmp_path, remote=str(source), cache_limit=limit), 0
+    for batch, known in zip(loader, expected):
+        assert_same(batch, known)
+        present = list((tmp_path / "web").rglob("*.mds*")) + list((tmp_path / "code").rglob("*.mds*"))
+        worst = max(worst, sum(path.stat().st_size for path in present if path.exists()))
+    stats = loader.stats()["cache"]
+    assert worst <= limit and stats["evicted_files"] > 5 and stats["fetched_files"] > 25
+    assert len(list(source.rglob("shard.*"))) >= 20, "the source is untouched"
+
+
+def test_limit_below_what_is_read_at_a_time_is_refused_with_the_arithmetic(source, tmp_path):
+    with pytest.raises(InputError, match=r"cache_limit 10,240 bytes cannot hold the windows .* over 2 domains \(web"):
+        make(tmp_path, remote=str(source), cache_limit="10kb")
+    with pytest.raises(InputError, match="local ones are never deleted"):
+        make(source, cache_limit="1GB")
+
+
+def test_cache_of_another_corpus_is_refused(source, tmp_path):
+    make(tmp_path / "cache", remote=str(source))
+    other = write_shards(tmp_path / "other", {"web": 10})
+    with pytest.raises(DataError, match="holds shards of another corpus"):
+        make(tmp_path / "cache", remote=str(other))
+
+
+def test_missing_remote_and_missing_shard_are_named(source, tmp_path):
+    with pytest.raises(DataError, match=r"nowhere/manifest\.json does not exist"):
+        make(tmp_path / "a", remote=str(tmp_path / "nowhere"))
+    copy = shutil.copytree(source, tmp_path / "copy")
+    for path in (copy / "web" / "train").glob("shard.00003.mds*"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"domain 'web', shard .*shard\.00003\.mds: .*does not exist"):
+        batches(make(tmp_path / "b", remote=str(copy)), 60)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "empty"])
+def test_damaged_remote_shard_is_an_error_and_leaves_nothing_in_the_cache(source, tmp_path, damage, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    copy = shutil.copytree(source, tmp_path / "copy")
+    path = max((copy / "web" / "train").glob("shard.00003.mds*"))  # the compressed one, where there are both
+    data = path.read_bytes()
+    path.write_bytes({"flipped": data[:-1] + bytes([data[-1] ^ 1]), "truncated": data[:50], "empty": b""}[damage])
+    loader = make(tmp_path / "cache", remote=str(copy))
+    with pytest.raises(DataError, match=r"domain 'web', shard .*shard\.00003\.mds: cannot fetch .*4 attempts"):
+        batches(loader, 60)
+    assert not list((tmp_path / "cache" / "web").rglob("*shard.00003*")), "no file, no part of one"
+    path.write_bytes(data)
+    batches(loader, 60)
+
+
+def test_damaged_or_cut_file_in_the_cache_is_fetched_again(source, tmp_path):
+    expected = batches(make(source), 60)
+    batches(make(tmp_path, remote=str(source)), 60)
+    flipped, cut = tmp_path / "web" / "train" / "shard.00002.mds", tmp_path / "web" / "train" / "shard.00004.mds"
+    data = bytearray(flipped.read_bytes())
+    data[-1] ^= 1
+    flipped.write_bytes(data)
+    os.truncate(cut, 100)
+    loader = make(tmp_path, remote=str(source))
+    assert_same(batches(loader, 60), expected)
+    assert loader.stats()["cache"]["fetched_files"] == 3
+
+
+def test_error_in_a_download_is_tried_again(source, tmp_path, monkeypatch):
+    import mixer.cache
+
+    real, failures = mixer.cache.download, {}
+
+    def flaky(url, target, timeout):
+        failures[url] = failures.get(url, 0) + 1
+        if failures[url] == 1:
+            target.write_bytes(b"half")
+            raise ConnectionResetError("connection reset by peer")
+        real(url, target, timeout)
+
+    monkeypatch.setattr(mixer.cache, "download", flaky)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    assert_same(batches(make(tmp_path, remote=str(source)), 30), batches(make(source), 30))
+    assert set(failures.values()) == {2}
+
+
+READ = """
+import sys
+from mixer import MixtureLoader
+loader = MixtureLoader(sys.argv[1], remote=sys.argv[2], mixture="uniform", global_batch_size=12, seed=3,
+                       rank=int(sys.argv[3]), world_size=4)
+import mixer.cache
+for step, batch in zip(range(60), loader):
+    pass
+print(loader.stats()["cache"]["fetched_files"])
+"""
+
+
+def test_ranks_of_a_node_share_the_cache_without_fetching_twice(source, tmp_path):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", READ, tmp_path / "cache", source, str(rank)],
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(4)
+    ]
+    fetched = [int(process.communicate(timeout=200)[0]) for process in processes]
+    assert all(process.returncode == 0 for process in processes)
+    assert 20 <= sum(fetched) <= 20 + 2 + 4  # every shard and index at most once; each rank compares the manifest
+
+
+SLOW = """
+import sys, time, mixer.cache
+def slowly(url, target, timeout):
+    data = open(url, "rb").read()
+    with open(target, "wb") as out:
+        for i in range(0, len(data), 200):
+            out.write(data[i:i + 200]); out.flush(); time.sleep(0.005)
+mixer.cache.download = slowly
+from mixer import MixtureLoader
+print("go", flush=True)
+for batch in zip(range(500), MixtureLoader(sys.argv[1], remote=sys.argv[2], mixture="uniform", global_batch_size=12,
+seed=3)):
+    pass
+"""
+
+
+def test_kill_9_while_downloading_leaves_nothing_that_looks_whole(source, tmp_path):
+    for wait in (0.1, 0.4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SLOW, tmp_path, source], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE
+        )
+        process.stdout.readline()
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for path in tmp_path.rglob("shard.*.mds"):
+            entry = json.loads((path.parent / "index.json").read_text())["shards"][int(path.name.split(".")[1])]
+            assert mds.hash_hex("xxh64", path.read_bytes()) == entry["raw_data"]["hashes"]["xxh64"]
+    assert_same(batches(make(tmp_path, remote=str(source)), 60), batches(make(source), 60))
+
+
+def test_old_parts_of_killed_downloads_are_swept_away(source, tmp_path):
+    old, new = tmp_path / ".shard.1.9.9.part", tmp_path / ".shard.2.9.9.part"
+    for path in (old, new):
+        path.write_bytes(b"part")
+    os.utime(old, (1, 1))
+    make(tmp_path, remote=str(source))
+    assert not old.exists() and new.exists()
+
+
+def test_full_disk_while_fetching_is_one_sentence(source, tmp_path, monkeypatch):
+    import mixer.cache
+
+    def full(url, target, timeout):
+        raise OSError(28, "No space left on device")
+
+    make(tmp_path, remote=str(source))
+    loader = make(tmp_path, remote=str(source))
+    monkeypatch.setattr(mixer.cache, "download", full)
+    with pytest.raises(DataError, match=r"domain '.*no space left for .*Free space, or set a cache_limit"):
+        batches(loader, 5)
+
+
+def test_evictions_prefer_what_is_not_wanted_and_longest_unused(tmp_path):
+    cache = RemoteCache("file:///nowhere", tmp_path, limit=35)
+    for i, name in enumerate(("a", "b", "c")):
+        (tmp_path / name).write_bytes(b"x" * 10)
+        os.utime(tmp_path / name, (i, i))
+    (tmp_path / "other").write_bytes(b"x" * 100)
+    cache.register({"a": 10, "b": 10, "c": 10, "d": 10})
+    cache.want("web", frozenset({"a"}))
+    assert cache.has_room(20) and not cache.has_room(30)
+    with cache.room(10):
+        assert files(tmp_path) == ["a", "c", "other"]
+        with cache.room(5):
+            assert files(tmp_path) == ["a", "c", "other"]
+    with cache.room(25):
+        assert files(tmp_path) == ["a", "other"]
+
+
+# --- a real S3 server, and a wire that misbehaves ------------------------------------------------------------------
+
+
+class Wire:
+    """A TCP proxy that can delay every answer and cut connections."""
+
+    def __init__(self, port):
+        self.target, self.delay, self.cuts, self.cut = port, 0.0, 0, lambda number: None
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port, self.number = self.listener.getsockname()[1], 0
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            self.number += 1
+            server = socket.create_connection(("127.0.0.1", self.target))
+            threading.Thread(target=self.pump, args=(client, server, None), daemon=True).start()
+            threading.Thread(target=self.pump, args=(server, client, self.cut(self.number)), daemon=True).start()
+
+    def pump(self, source, sink, limit):
+        passed = 0
+        try:
+            while data := source.recv(4096):
+                if limit is not None:
+                    time.sleep(self.delay)
+                    if passed + len(data) > limit:
+                        sink.sendall(data[: limit - passed])
+                        self.cuts += 1
+                        break
+                passed += len(data)
+                sink.sendall(data)
+        except OSError:
+            pass
+        for end in (source, sink):
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+                end.close()
+            except OSError:
+                pass
+
+
+@pytest.fixture(scope="module")
+def s3(zipped):
+    server_module = pytest.importorskip("moto.server", reason="needs moto[server]")
+    pytest.importorskip("streaming", reason="needs mosaicml-streaming", exc_type=ImportError)
+    import boto3
+
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1")
+    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
+    client.create_bucket(Bucket="corpus")
+    for path in zipped.rglob("*"):
+        if path.is_file() and not path.name.endswith(".mds"):
+            client.upload_file(str(path), "corpus", f"shards/{path.relative_to(zipped)}")
+    yield client, port
+    server.stop()
+
+
+@pytest.fixture
+def wire(s3, monkeypatch):
+    wire = Wire(s3[1])
+    monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{wire.port}")
+    yield wire
+    wire.listener.close()
+
+
+def test_shards_come_from_s3(wire, zipped, tmp_path):
+    loader = make(tmp_path, remote="s3://corpus/shards")
+    assert_same(batches(loader, 60), batches(make(zipped), 60))
+    assert loader.stats()["cache"]["fetched_files"] == 23
+
+
+def test_slow_server_changes_nothing_and_waiting_is_counted(wire, zipped, tmp_path):
+    wire.delay, wire.cut = 0.05, lambda number: 1 << 30
+    loader = make(tmp_path, remote="s3://corpus/shards")
+    assert_same(batches(loader, 10), batches(make(zipped), 10))
+    assert loader.stats()["waited_seconds"] > 0.05
+
+
+def test_connections_that_are_cut_are_tried_again(wire, zipped, tmp_path):
+    wire.cut = lambda number: 700 if number % 3 == 0 else None
+    assert_same(batches(make(tmp_path, remote="s3://corpus/shards"), 60), batches(make(zipped), 60))
+    assert wire.cuts > 0 and not list(tmp_path.rglob("*.part"))
+
+
+def test_object_missing_from_s3_is_named_at_once(wire, s3, tmp_path):
+    client, _ = s3
+    key = "shards/web/train/shard.00003.mds.zstd"
+    data = client.get_object(Bucket="corpus", Key=key)["Body"].read()
+    client.delete_object(Bucket="corpus", Key=key)
+    try:
+        with pytest.raises(DataError, match=r"domain 'web', shard .*s3://corpus/shards/web.*00003.* does not exist"):
+            batches(make(tmp_path, remote="s3://corpus/shards"), 60)
+    finally:
+        client.put_object(Bucket="corpus", Key=key, Body=data)
+    assert np.sum([len(b["input_ids"]) for b in batches(make(tmp_path, remote="s3://corpus/shards"), 60)]) == 720
+
+
+def test_unknown_scheme_is_refused(tmp_path):
+    with pytest.raises((DataError, InputError), match="carrier-pigeon"):
+        make(tmp_path, remote="carrier-pigeon://corpus/shards")

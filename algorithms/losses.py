@@ -281,14 +281,20 @@ class DomainLosses:
         self._sums: Tensor | None = None
         self._counted_by_call = False
 
-    def start(self, batch: Mapping[str, Any]) -> None:
-        """Begin a step: count the tokens of each domain in ``batch``, this rank's whole share, over all ranks.
+    def start(self, *batches: Mapping[str, Any]) -> None:
+        """Begin a step: count the tokens of each domain in this rank's whole share of it, over all ranks.
 
         Needed before the first of several micro-batches; a step of one micro-batch may go without.
+
+        Args:
+            batches: the whole batch, or all of its micro-batches.
         """
-        mask = loss_mask(labels_of(batch), shift=self.shift)
-        counts = tokens_per_domain(mask, self._ids(batch), len(self.domains))
-        *tokens, rows = all_reduce(torch.cat([counts.cpu(), torch.tensor([len(mask)])])).tolist()
+        counts = torch.zeros(len(self.domains) + 1, dtype=torch.int64)
+        for batch in batches:
+            mask = loss_mask(labels_of(batch), shift=self.shift)
+            counts[:-1] += tokens_per_domain(mask, self._ids(batch), len(self.domains)).cpu()
+            counts[-1] += len(mask)
+        *tokens, rows = all_reduce(counts).tolist()
         self.num_tokens = np.array(tokens, dtype=np.float64)
         self.num_rows = rows / world_size()
         self.reset()

@@ -25,7 +25,7 @@ __all__ = ["plot_comparison", "plot_trajectory"]
 # Okabe & Ito's colours, safe for colour-blind readers; the style changes after each run through them.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
-_RC = {
+_RC: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -92,7 +92,7 @@ def plot_comparison(path: str | os.PathLike[str], losses: Mapping[str, Mapping[s
             axes.barh(where, gaps, height=height * 0.9, color=colour, label=name)
             for y, gap in zip(where, gaps):
                 axes.annotate(
-                    f"{gap:+.2f}",
+                    f"{round(gap, 2) + 0.0:+.2f}",
                     (gap, y),
                     xytext=(4 if gap >= 0 else -4, 0),
                     textcoords="offset points",

@@ -135,7 +135,8 @@ def write_report(runs: Sequence[Path], out: Path, *, baseline: str | None = None
 
     Raises: InputError: a folder is no finished run, the main runs are of different shards, or no such baseline.
     """
-    searches, mains = [], []
+    searches: list[Path] = []
+    mains: list[Path] = []
     for run in runs:
         (searches if read_settings(run)["command"] == "optimize" else mains).append(run)
         read_result(run)

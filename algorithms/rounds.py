@@ -1,9 +1,11 @@
 """Find a mixture: train a reference, train a proxy under an update rule, freeze its weights; repeat for more rounds.
 
 Iterated DoReMi (Xie et al. 2023, arXiv 2305.10429, section 2): round r trains its reference on the weights of round
-r − 1, until no weight moves by ``tolerance`` or the rounds are used up. Methods without a reference train only a proxy.
+r - 1, until no weight moves by ``tolerance`` (or by more than its noise), or the rounds are used up. Methods without a
+reference train only a proxy, in one round.
 
-    out/round-1/reference/    a run folder (algorithms.runs), with model/ in Hugging Face format
+    out/round-1/reference/    a run folder (algorithms.training_run), with model/ in Hugging Face format
+    out/round-1/scores/       the reference's losses, or bigram tables, where those were asked for
     out/round-1/proxy/        a run folder with trajectory.npz
     out/round-1/mixture.json
     out/mixture.json          of the last round
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +23,22 @@ import numpy as np
 from rich.console import Console
 
 from algorithms.domain_reweighting import DomainReweighting
-from algorithms.evaluation import heldout_losses
-from algorithms.models import build_model
-from algorithms.references import FrozenModel
+from algorithms.heldout import HeldOutWindows
+from algorithms.references import FrozenModel, as_reference, count_bigrams, score
+from algorithms.references.base import Reference
 from algorithms.rules import UPDATE_RULES
-from algorithms.rules.base import UpdateRule, as_domains
+from algorithms.rules.base import Domains, UpdateRule, as_domains
+from algorithms.rules.bounds import bounded
+from algorithms.rules.stopping import RoundVerdict, extrapolate, round_verdict, standard_error
 from algorithms.runs import begin_run, finish_run
-from algorithms.training import TrainSettings, train
-from mixer.dataloader import MixtureLoader, resolve_mixture
+from algorithms.training import TrainSettings
+from algorithms.training_run import fingerprints, train_on
+from mixer.dataloader import resolve_mixture
 from mixer.errors import InputError
 from mixer.manifest import Manifest
 from mixer.mixture import Mixture
-from mixer.projection import project
 
-__all__ = ["SearchSettings", "find_mixture", "make_rule", "train_on"]
+__all__ = ["SearchSettings", "find_mixture", "make_rule"]
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,20 @@ class SearchSettings:
         method: a row of ``UPDATE_RULES``.
         rule: the rule's own settings, e.g. ``{"eta": 0.1}``.
         proxy, reference_steps: how proxy and reference are trained; the reference takes ``reference_steps`` steps.
-        rounds, tolerance: at most so many rounds; stop when no weight moved by ``tolerance``.
-        reference: folder of a ready model, instead of training one.
+        rounds, tolerance: at most so many rounds; stop when no weight moved by ``tolerance`` or beyond its noise.
+        reference: where a rule that compares gets its losses from. "train": a model trained first, run online;
+            "cached": the same, its losses computed once; "bigram": tables counted from the shards; or the path of a
+            model, of what ``mixer score`` wrote, or of a file of target losses.
         reference_mixture: what the first round's reference is trained on: "proportional" (to size; the paper's choice
             for The Pile), "uniform" (its choice for GLaM), or the path of a mixture file. A reference that hardly saw a
             domain is no yardstick for it: excess losses there come out low, and the domain is starved.
-        max_epochs, budget_tokens: cap each final weight so that a run of ``budget_tokens`` sees no domain more than
+        apply, every: what the weights act on ("loss" or "sampling") and how often they are updated; None for the
+            rule's own choice.
+        heldout_windows: validation samples per domain that rules on held-out losses evaluate at every update.
+        floor: least weight of every domain.
+        max_epochs, budget_tokens: cap the weights so that a run of ``budget_tokens`` sees no domain more than
             ``max_epochs`` times; no cap where either is None.
+        extrapolate_to: steps that the averaged weights should stand for, beyond those the proxy was trained.
         heldout_samples: per domain, for the held-out losses of reference and proxy.
     """
 
@@ -61,171 +72,161 @@ class SearchSettings:
     reference_steps: int | None = None
     rounds: int = 1
     tolerance: float = 1e-3
-    reference: str | None = None
+    reference: str = "train"
     reference_mixture: str = "proportional"
+    apply: str | None = None
+    every: str | None = None
+    heldout_windows: int = 16
+    floor: float = 0.0
     max_epochs: float | None = None
     budget_tokens: int | None = None
+    extrapolate_to: int | None = None
     heldout_samples: int = 256
 
 
-def make_rule(method: str, settings: Mapping[str, Any]) -> UpdateRule:
-    """Return the rule of a row of ``UPDATE_RULES``.
+def make_rule(settings: SearchSettings) -> UpdateRule:
+    """Return the rule, within its floor and caps.
 
-    Raises: InputError: no such row, or settings it does not take.
+    Raises: InputError: no such row, settings it does not take, or a combination that makes no sense.
     """
-    if method not in UPDATE_RULES:
-        raise InputError(f"no method {method!r}; there are {', '.join(sorted(UPDATE_RULES))}.")
+    if settings.method not in UPDATE_RULES:
+        raise InputError(f"no method {settings.method!r}; there are {', '.join(sorted(UPDATE_RULES))}.")
     try:
-        return UPDATE_RULES[method](**settings)
+        rule = UPDATE_RULES[settings.method](**settings.rule)
     except TypeError as error:
-        raise InputError(f"method {method!r} cannot be made with {dict(settings)}: {error}.") from error
+        raise InputError(f"method {settings.method!r} cannot be made with {dict(settings.rule)}: {error}.") from error
+    if settings.rounds > 1 and ("reference" not in rule.needs or settings.reference not in ("train", "cached")):
+        raise InputError(
+            f"{settings.rounds} rounds of {settings.method!r} with reference {settings.reference!r} would all be the "
+            "same: a round differs from the last by the reference it trains. Use one round, or a method that has one."
+        )
+    if settings.floor == 0.0 and settings.max_epochs is None:
+        return rule
+    caps = {"max_epochs": settings.max_epochs, "budget": settings.budget_tokens, "apply": settings.apply}
+    return bounded(rule, floor=settings.floor, **caps)  # type: ignore[arg-type]
 
 
 def find_mixture(
     shards: str | os.PathLike[str], settings: SearchSettings, out: str | os.PathLike[str], console: Console
 ) -> Mixture:
     """Return the mixture found, after writing everything about it into ``out``; finished parts are not done again."""
-    manifest, rule = Manifest.load(shards), make_rule(settings.method, settings.rule)
-    if begin_run(out, {"command": "optimize", "shards": _fingerprints(manifest), **asdict(settings)}) is not None:
+    search = _Search(shards, Manifest.load(shards), make_rule(settings), settings, console)
+    asked = {"command": "optimize", "shards": fingerprints(search.manifest), **asdict(settings)}
+    if begin_run(out, asked) is not None:
         return Mixture.load(Path(out) / "mixture.json")
-    weights, changes = dict(resolve_mixture(settings.reference_mixture, manifest).weights), []
+    weights = dict(resolve_mixture(settings.reference_mixture, search.manifest).weights)
+    verdicts: list[RoundVerdict] = []
     for number in range(1, settings.rounds + 1):
-        folder = Path(out) / f"round-{number}"
-        mixture = _one_round(shards, manifest, rule, settings, weights, folder, console)
-        changes.append(max(abs(mixture.weights[name] - weights[name]) for name in manifest.names))
+        mixture, errors = search.round(weights, Path(out) / f"round-{number}")
+        before, after = (np.array([values[name] for name in search.names]) for values in (weights, mixture.weights))
+        verdicts.append(round_verdict(before, after, errors * np.sqrt(2), settings.tolerance))
         weights = dict(mixture.weights)
         mixture.save(Path(out) / "mixture.json")
-        if changes[-1] < settings.tolerance:
+        if verdicts[-1].stop:
             break
-    finish_run(out, {"rounds": len(changes), "largest_change": changes, "weights": dict(mixture.weights)})
+    changes = [verdict.largest_change for verdict in verdicts]
+    noise = [verdict.noise for verdict in verdicts]
+    outcome = {"rounds": len(changes), "largest_change": changes, "noise": noise, "stopped": verdicts[-1].reason}
+    finish_run(out, {**outcome, "weights": dict(mixture.weights)})
     return mixture
 
 
-def _one_round(
-    shards: str | os.PathLike[str],
-    manifest: Manifest,
-    rule: UpdateRule,
-    settings: SearchSettings,
-    weights: Mapping[str, float],
-    folder: Path,
-    console: Console,
-) -> Mixture:
-    reference = None
-    if "reference" in rule.needs:
-        if settings.reference is None:
-            steps = settings.reference_steps or settings.proxy.steps
-            reference_settings = TrainSettings(**{**settings.proxy.to_dict(), "steps": steps})
-            train_on(
-                shards,
-                Mixture(weights),
-                reference_settings,
-                folder / "reference",
-                label=f"{folder.name} reference",
-                console=console,
-                heldout_samples=settings.heldout_samples,
-            )
-        reference = FrozenModel(settings.reference or folder / "reference" / "model")
-    names = manifest.names
-    domains = as_domains(names, [manifest.split(name, "train").num_tokens for name in names])
-    algorithm = DomainReweighting(rule, reference=reference, domains=domains)
-    sampling = rule.weights(rule.init(domains)) if rule.applies == "sampling" else np.full(len(names), 1 / len(names))
-    # A proxy that started as its own reference would have no excess loss anywhere, and learn nothing from it.
-    proxy_settings = TrainSettings(**{**settings.proxy.to_dict(), "seed": settings.proxy.seed + 1})
-    train_on(
-        shards,
-        Mixture(dict(zip(names, sampling.tolist()))),
-        proxy_settings,
-        folder / "proxy",
-        algorithm=algorithm,
-        label=f"{folder.name} proxy",
-        console=console,
-        heldout_samples=settings.heldout_samples,
-    )
-    mixture = Mixture.load(folder / "proxy" / "mixture.json")
-    capped = project(np.array([mixture.weights[name] for name in names]), upper=_ceilings(manifest, settings))
-    facts = {
-        **mixture.provenance,
-        "proxy": settings.proxy.to_dict(),
-        "round": folder.name,
-        "reference_weights": dict(weights) if reference is not None else None,
-        "reference": reference.fingerprint if reference is not None else None,
-        "tokenizer": manifest.tokenizer.fingerprint,
-        "seq_len": manifest.seq_len,
-        "shards": _fingerprints(manifest),
-        "max_epochs": settings.max_epochs,
-        "budget_tokens": settings.budget_tokens,
-    }
-    final = Mixture(dict(zip(names, capped.tolist())), facts)
-    final.save(folder / "mixture.json")
-    return final
+@dataclass(frozen=True)
+class _Search:
+    """What all rounds of a search share."""
 
+    shards: str | os.PathLike[str]
+    manifest: Manifest
+    rule: UpdateRule
+    settings: SearchSettings
+    console: Console
 
-def train_on(
-    shards: str | os.PathLike[str],
-    mixture: Mixture,
-    settings: TrainSettings,
-    folder: Path,
-    *,
-    algorithm: DomainReweighting | None = None,
-    label: str,
-    console: Console,
-    heldout_samples: int = 256,
-    save_every: int = 50,
-    **loader_options: Any,
-) -> dict[str, Any]:
-    """Train one model on ``mixture`` and return its result: held-out losses, realised shares, epochs.
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.manifest.names
 
-    ``algorithm`` defaults to counting the per-domain losses without changing anything. Already finished: only the
-    result is read. Interrupted: goes on from the last checkpoint.
-    """
-    manifest = Manifest.load(shards)
-    asked = {
-        "command": "train",
-        "mixture": dict(mixture.weights),
-        "shards": _fingerprints(manifest),
-        **settings.to_dict(),
-        **loader_options,
-    }
-    if algorithm is not None and algorithm.rule is not None:
-        asked |= {"rule": algorithm.rule.name, "rule_settings": dict(algorithm.rule.settings)}
-    result = begin_run(folder, asked)
-    if result is not None:
-        console.print(f"[dim]{label}: finished before, kept ({folder})[/dim]")
-        return result
-    loader = MixtureLoader(
-        shards, mixture=mixture, global_batch_size=settings.global_batch_size, seed=settings.seed, **loader_options
-    )
-    model = build_model(
-        settings.model, vocab_size=manifest.tokenizer.vocab_size, seq_len=manifest.seq_len, seed=settings.seed
-    )
-    algorithm = algorithm or DomainReweighting()
-    train(model, loader, settings, folder, algorithms=[algorithm], label=label, save_every=save_every, console=console)
-    algorithm.save_trajectory(folder / "trajectory.npz")
-    if algorithm.rule is not None:
-        algorithm.mixture().save(folder / "mixture.json")
-    heldout = heldout_losses(model, shards, max_samples=heldout_samples)
-    model.save_pretrained(folder / "model")
-    return finish_run(
-        folder,
-        {
-            "heldout": {name: value._asdict() for name, value in heldout.items()},
-            "average": float(np.mean([value.loss for value in heldout.values()])),
-            "worst": float(max(value.loss for value in heldout.values())),
-            "weights": dict(mixture.weights),
-            "num_samples": dict(loader.num_samples),
-            "loader": loader.stats(),
-            "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "num_tokens": settings.steps * settings.global_batch_size * manifest.seq_len,
-        },
-    )
+    @property
+    def domains(self) -> Domains:
+        return as_domains(self.names, [self.manifest.split(name, "train").num_tokens for name in self.names])
 
+    def round(self, weights: Mapping[str, float], folder: Path) -> tuple[Mixture, Any]:
+        """Return the mixture of one round whose reference trains on ``weights``, and its standard errors (D,)."""
+        reference = self._reference(weights, folder)
+        self._train_proxy(reference, folder)
+        with np.load(folder / "proxy" / "trajectory.npz", allow_pickle=False) as saved:
+            history = saved["weights"]
+        errors = standard_error(history, np.random.default_rng(self.settings.proxy.seed))
+        mixture = self._frozen(Mixture.load(folder / "proxy" / "mixture.json"), history, weights, folder.name)
+        mixture.save(folder / "mixture.json")
+        return mixture, errors
 
-def _fingerprints(manifest: Manifest) -> dict[str, str]:
-    return {name: manifest.split(name, "train").fingerprint for name in manifest.names}
+    def _reference(self, weights: Mapping[str, float], folder: Path) -> Reference | None:
+        """Return what the rule compares with, if it does."""
+        source = self.settings.reference
+        if "reference" not in self.rule.needs:
+            return None
+        if source == "bigram":
+            self.console.print(f"[dim]{folder.name}: counting bigrams[/dim]")
+            return as_reference(count_bigrams(self.shards, folder / "scores"))
+        if source not in ("train", "cached"):
+            return as_reference(source)
+        settings = replace(self.settings.proxy, steps=self.settings.reference_steps or self.settings.proxy.steps)
+        self._train(Mixture(weights), settings, folder / "reference")
+        model = FrozenModel(folder / "reference" / "model")
+        if source == "train":
+            return model
+        self.console.print(f"[dim]{folder.name}: computing the reference's losses of every sample[/dim]")
+        return as_reference(score(self.shards, model, folder / "scores"))
 
+    def _train_proxy(self, reference: Reference | None, folder: Path) -> None:
+        rule, settings = self.rule, self.settings
+        needs_heldout = any(need.startswith("heldout") for need in rule.needs)
+        windows = HeldOutWindows(self.shards, samples_per_domain=settings.heldout_windows) if needs_heldout else None
+        algorithm = DomainReweighting(
+            rule,
+            reference=reference,
+            apply=settings.apply,  # type: ignore[arg-type]
+            every=settings.every,
+            heldout=windows,
+            domains=self.domains,
+        )
+        uniform = np.full(len(self.names), 1 / len(self.names))
+        sampling = rule.weights(rule.init(self.domains)) if algorithm.target == "sampling" else uniform
+        # A proxy that started as its own reference would have no excess loss anywhere, and learn nothing from it.
+        proxy = replace(settings.proxy, seed=settings.proxy.seed + 1)
+        self._train(Mixture(dict(zip(self.names, sampling.tolist()))), proxy, folder / "proxy", algorithm)
 
-def _ceilings(manifest: Manifest, settings: SearchSettings) -> Any:
-    if settings.max_epochs is None or settings.budget_tokens is None:
-        return 1.0
-    sizes = np.array([manifest.split(name, "train").num_tokens for name in manifest.names], dtype=np.float64)
-    return np.minimum(1.0, settings.max_epochs * sizes / settings.budget_tokens)
+    def _train(
+        self, mixture: Mixture, settings: TrainSettings, folder: Path, algorithm: DomainReweighting | None = None
+    ) -> None:
+        label = f"{folder.parent.name} {folder.name}"
+        samples = self.settings.heldout_samples
+        train_on(
+            self.shards,
+            mixture,
+            settings,
+            folder,
+            algorithm=algorithm,
+            label=label,
+            console=self.console,
+            heldout_samples=samples,
+        )
+
+    def _frozen(self, found: Mixture, history: Any, weights: Mapping[str, float], round_name: str) -> Mixture:
+        """The proxy's mixture with the facts of this search; extrapolated to a longer run where that was asked."""
+        settings, values = self.settings, dict(found.weights)
+        if settings.extrapolate_to is not None:
+            total = len(history) * settings.extrapolate_to / settings.proxy.steps
+            values = dict(zip(self.names, extrapolate(history, total).tolist()))
+        facts = {
+            **found.provenance,
+            "proxy": settings.proxy.to_dict(),
+            "round": round_name,
+            "extrapolated_to": settings.extrapolate_to,
+            "reference_kind": settings.reference if "reference" in self.rule.needs else None,
+            "reference_weights": dict(weights) if "reference" in self.rule.needs else None,
+            "tokenizer": self.manifest.tokenizer.fingerprint,
+            "seq_len": self.manifest.seq_len,
+            "shards": fingerprints(self.manifest),
+        }
+        return Mixture(values, facts)

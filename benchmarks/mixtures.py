@@ -18,8 +18,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from algorithms.rounds import SearchSettings, find_mixture, train_on
+from algorithms.rounds import SearchSettings, find_mixture
 from algorithms.training import TrainSettings
+from algorithms.training_run import train_on
 from benchmarks import RESULTS
 from mixer.manifest import Manifest
 from mixer.mixture import Mixture
@@ -32,7 +33,9 @@ from mixer.static_weights import proportional, temperature, uniform
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--steps", default=240, show_default=True)
 @click.option("--batch-size", default=32, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the runs.  [default: benchmarks/results/mixtures]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for the runs.  [default: benchmarks/results/mixtures]"
+)
 def main(shards: Path, methods: tuple[str, ...], seeds: int, steps: int, batch_size: int, out: Path | None) -> None:
     """Compare methods with baselines over seeds."""
     console, out = Console(stderr=True), out or RESULTS / "mixtures"
@@ -64,14 +67,21 @@ def _baselines(manifest: Manifest) -> dict[str, Mixture]:
 
 
 def _table(
-    manifest: Manifest, losses: dict[str, list[list[float]]], weights: dict[str, list[list[float]]], seeds: int, steps: int
+    manifest: Manifest,
+    losses: dict[str, list[list[float]]],
+    weights: dict[str, list[list[float]]],
+    seeds: int,
+    steps: int,
 ) -> Table:
     table = Table("domain", title=f"Held-out loss, mean ± sd over {seeds} seeds, {steps} steps (mean weight)")
     for name in losses:
         table.add_column(name, justify="right")
     values = {name: np.array(rows) for name, rows in losses.items()}
     for index, domain in enumerate(manifest.names):
-        cells = [f"{_spread(value[:, index])} ({np.mean(weights[name], axis=0)[index]:.2f})" for name, value in values.items()]
+        cells = [
+            f"{_spread(value[:, index])} ({np.mean(weights[name], axis=0)[index]:.2f})"
+            for name, value in values.items()
+        ]
         table.add_row(domain, *cells)
     table.add_section()
     table.add_row("average", *(_spread(value.mean(axis=1)) for value in values.values()))

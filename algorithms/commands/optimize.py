@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,8 +22,14 @@ __all__ = ["optimize"]
     "--set", "rule", multiple=True, metavar="KEY=VALUE", help="A setting of the rule, e.g. eta=0.1 (repeatable)."
 )
 @training_options
+@click.option(
+    "--reference",
+    default="train",
+    show_default=True,
+    help="What losses are compared with: train (a model, first), cached (the same, its losses computed once), bigram, "
+    "or a path: a model, an OUT of `mixer score`, or a file of target losses.",
+)
 @click.option("--reference-steps", type=click.IntRange(1), help="Steps of the reference model.  [default: --steps]")
-@click.option("--reference", type=click.Path(), help="A trained Hugging Face model to use as the reference.")
 @click.option(
     "--reference-mixture",
     default="proportional",
@@ -43,8 +50,19 @@ __all__ = ["optimize"]
     type=float,
     help="Stop the rounds when no weight moves by this much.",
 )
+@click.option(
+    "--apply",
+    type=click.Choice(["loss", "sampling"]),
+    help="What the weights act on while the proxy trains.  [default: the method's own]",
+)
+@click.option(
+    "--every", metavar="TIME", help="Time between updates: 20ba, 5000sp, 1000000tok.  [default: 1ba, or 20ba]"
+)
+@click.option("--floor", default=0.0, show_default=True, type=click.FloatRange(0, 1), help="Least weight of a domain.")
 @click.option("--max-epochs", type=float, help="Cap the weights so that no domain repeats more often; needs --budget.")
 @click.option("--budget", help="Tokens of the main run, e.g. 50M; for --max-epochs.")
+@click.option("--extrapolate-to", type=click.IntRange(1), help="Steps that the average weights should stand for.")
+@click.option("--resume", is_flag=True, help="Only continue a run that --out holds; never start one.")
 def optimize(
     shards: Path,
     out: Path,
@@ -56,13 +74,9 @@ def optimize(
     lr: float,
     seed: int,
     heldout_samples: int,
-    reference_steps: int | None,
-    reference: str | None,
-    reference_mixture: str,
-    rounds: int,
-    tolerance: float,
-    max_epochs: float | None,
+    resume: bool,
     budget: str | None,
+    **options: Any,
 ) -> None:
     """Find how much of each domain to train on, with a small proxy model, and freeze it into OUT/mixture.json.
 
@@ -74,6 +88,8 @@ def optimize(
       mixer optimize shards --method doremi --steps 400 --out run
       mixer optimize shards --method doremi --set variant=recommended --rounds 3 --out run
       mixer optimize shards --method group_dro --steps 400 --out run
+      mixer optimize shards --method dro_lm --reference bigram --out run
+      mixer optimize shards --method on_demand --every 20ba --out run
       mixer optimize shards --method doremi --max-epochs 4 --budget 50M --out run
     """
     from rich.console import Console
@@ -83,20 +99,17 @@ def optimize(
     from algorithms.training import TrainSettings
     from mixer.errors import InputError
 
-    if (max_epochs is None) != (budget is None):
+    if (options["max_epochs"] is None) != (budget is None):
         raise InputError("--max-epochs and --budget belong together: a cap in epochs needs the tokens of the main run.")
+    if resume and not (out / "run.json").is_file():
+        raise InputError(f"there is no run to resume in {out}. Leave out --resume to start one.")
     settings = SearchSettings(
         method=method,
         rule=parse_settings(rule),
         proxy=TrainSettings(model=model, steps=steps, global_batch_size=batch_size, learning_rate=lr, seed=seed),
-        reference_steps=reference_steps,
-        rounds=rounds,
-        tolerance=tolerance,
-        reference=reference,
-        reference_mixture=reference_mixture,
-        max_epochs=max_epochs,
         budget_tokens=parse_count(budget) if budget else None,
         heldout_samples=heldout_samples,
+        **options,
     )
     console = Console(stderr=True)
     find_mixture(shards, settings, out, console)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -53,16 +54,17 @@ def train(
       mixer train shards --mixture uniform --steps 400 --out main-uniform
       mixer train shards --mixture unimax.json --max-epochs 4 --on-exhausted drop --out main-capped
     """
-    from mixer.dataloader import resolve_mixture
     from rich.console import Console
 
     from algorithms.report import train_table
-    from algorithms.rounds import train_on
     from algorithms.training import TrainSettings
+    from algorithms.training_run import train_on
+    from mixer.dataloader import resolve_mixture
     from mixer.manifest import Manifest
 
     manifest = Manifest.load(shards)
     settings = TrainSettings(model=model, steps=steps, global_batch_size=batch_size, learning_rate=lr, seed=seed)
+    caps: dict[str, Any] = {"max_epochs": max_epochs, "on_exhausted": on_exhausted} if max_epochs is not None else {}
     console = Console(stderr=True)
     train_on(
         shards,
@@ -72,7 +74,7 @@ def train(
         label=out.name,
         console=console,
         heldout_samples=heldout_samples,
-        **({"max_epochs": max_epochs, "on_exhausted": on_exhausted} if max_epochs is not None else {}),
+        **caps,
     )
     Console().print(train_table(out))
     console.print(f"[green]Done:[/green] {out / 'result.json'}, model in {out / 'model'}")

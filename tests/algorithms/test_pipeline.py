@@ -20,8 +20,9 @@ from rich.console import Console
 from algorithms.evaluation import heldout_losses, heldout_samples
 from algorithms.models import build_model
 from algorithms.report import comparison_table, draw_search, write_report
-from algorithms.rounds import SearchSettings, find_mixture, train_on
+from algorithms.rounds import SearchSettings, find_mixture, make_rule
 from algorithms.training import TrainSettings
+from algorithms.training_run import train_on
 from mixer.cli import main as cli
 from mixer.errors import DataError, InputError
 from mixer.manifest import Manifest
@@ -96,6 +97,58 @@ def test_final_weights_keep_to_the_epoch_cap(shards: Path, tmp_path: Path) -> No
     assert not (tmp_path / "run" / "round-1" / "reference").exists()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SearchSettings(method="doremi", proxy=TINY, reference="cached"),
+        SearchSettings(method="dro_lm", proxy=TINY, reference="bigram"),
+        SearchSettings(method="on_demand", proxy=TINY, every="2ba", heldout_windows=3),
+        SearchSettings(method="odm", proxy=TINY, floor=0.1),
+        SearchSettings(method="hardest", proxy=TINY, extrapolate_to=12),
+    ],
+    ids=lambda settings: settings.method,
+)
+def test_every_kind_of_search_ends_in_a_mixture(settings: SearchSettings, shards: Path, tmp_path: Path) -> None:
+    mixture = find_mixture(shards, settings, tmp_path / "run", QUIET)
+    assert sum(mixture.weights.values()) == pytest.approx(1)
+    assert min(mixture.weights.values()) >= settings.floor - 1e-12
+    assert mixture.provenance["rule"] == settings.method
+    assert (tmp_path / "run" / "round-1" / "reference").exists() == (settings.reference == "cached")
+
+
+def test_the_cached_reference_finds_the_weights_of_the_online_one(shards: Path, search: Path, tmp_path: Path) -> None:
+    settings = SearchSettings(method="doremi", proxy=TINY, reference="cached")
+    cached = find_mixture(shards, settings, tmp_path / "run", QUIET).weights
+    online = Mixture.load(search / "round-1" / "mixture.json").weights
+    assert cached == pytest.approx(online, abs=1e-3)
+    assert cached != online  # kept in half precision
+
+
+def test_rounds_that_would_repeat_each_other_are_refused() -> None:
+    with pytest.raises(InputError, match=r"2 rounds of 'group_dro' .* would all be the same"):
+        make_rule(SearchSettings(method="group_dro", rounds=2))
+
+
+def test_resume_never_starts_a_run(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli(["optimize", str(shards), "--resume", "--out", str(tmp_path / "run")])
+    assert exit.value.code == 2
+    assert "there is no run to resume in" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_trained_model_loads_with_its_own_name(shards: Path, search: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(search / "round-1" / "reference" / "model")
+    result = json.loads((search / "round-1" / "reference" / "result.json").read_text())
+    again = heldout_losses(model, shards)
+    assert {name: value.loss for name, value in again.items()} == pytest.approx(
+        {name: value["loss"] for name, value in result["heldout"].items()}
+    )
+    assert not (search / "round-1" / "reference" / "checkpoints").exists()
+
+
 class InterruptAt(Algorithm):
     """Ctrl-C in the middle of a step."""
 
@@ -112,18 +165,18 @@ class InterruptAt(Algorithm):
 def test_an_interrupted_run_continues_to_the_same_model(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import algorithms.rounds
+    import algorithms.training_run
 
     mixture = Mixture({"code": 0.5, "web": 0.3, "wiki": 0.2})
     whole = train_on(shards, mixture, TINY, tmp_path / "whole", label="whole", console=QUIET)
 
-    plain, handler = algorithms.rounds.train, signal.getsignal(signal.SIGINT)
+    plain, handler = algorithms.training_run.train, signal.getsignal(signal.SIGINT)
 
     def interrupted(*arguments: Any, **options: Any) -> None:
         plain(*arguments, **{**options, "algorithms": [*options["algorithms"], InterruptAt(3)]})
 
     with monkeypatch.context() as patch:
-        patch.setattr(algorithms.rounds, "train", interrupted)
+        patch.setattr(algorithms.training_run, "train", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train_on(shards, mixture, TINY, tmp_path / "cut", label="cut", console=QUIET)
     assert signal.getsignal(signal.SIGINT) is handler

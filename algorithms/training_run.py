@@ -1,0 +1,126 @@
+"""One training run in its folder: train a model on a mixture, evaluate every domain, keep the result.
+
+    out/run.json       what was asked              out/trajectory.npz     losses (and weights) over the steps
+    out/model/         Hugging Face format         out/result.json        held-out losses, realised shares, epochs
+
+``mixer train`` is this; a search (``algorithms.rounds``) does it for its references and proxies.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+
+from algorithms.domain_reweighting import DomainReweighting
+from algorithms.evaluation import HeldOut, heldout_losses
+from algorithms.models import build_model
+from algorithms.runs import begin_run, finish_run
+from algorithms.training import TrainSettings, train
+from mixer.dataloader import MixtureLoader
+from mixer.manifest import Manifest
+from mixer.mixture import Mixture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["fingerprints", "train_on"]
+
+
+def train_on(
+    shards: str | os.PathLike[str],
+    mixture: Mixture,
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    algorithm: DomainReweighting | None = None,
+    label: str,
+    console: Console,
+    heldout_samples: int = 256,
+    save_every: int = 50,
+    **loader_options: Any,
+) -> dict[str, Any]:
+    """Train one model on ``mixture`` and return its result: held-out losses, realised shares, epochs.
+
+    ``algorithm`` defaults to counting the per-domain losses without changing anything. Already finished: only the
+    result is read. Interrupted: goes on from the last checkpoint.
+    """
+    manifest = Manifest.load(shards)
+    algorithm = algorithm or DomainReweighting()
+    result = begin_run(folder, _asked(manifest, mixture, settings, algorithm, loader_options))
+    if result is not None:
+        console.print(f"[dim]{label}: finished before, kept ({folder})[/dim]")
+        return result
+    loader = MixtureLoader(
+        shards, mixture=mixture, global_batch_size=settings.global_batch_size, seed=settings.seed, **loader_options
+    )
+    model = build_model(
+        settings.model, vocab_size=manifest.tokenizer.vocab_size, seq_len=manifest.seq_len, seed=settings.seed
+    )
+    train(model, loader, settings, folder, algorithms=[algorithm], label=label, save_every=save_every, console=console)
+    algorithm.save_trajectory(folder / "trajectory.npz")
+    if algorithm.rule is not None:
+        algorithm.mixture().save(folder / "mixture.json")
+    model.save_pretrained(folder / "model")
+    _save_tokenizer(Path(shards), manifest, folder / "model")
+    heldout = heldout_losses(model, shards, max_samples=heldout_samples)
+    result = finish_run(folder, _outcome(loader, heldout, mixture, model, settings))
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return result
+
+
+def _asked(
+    manifest: Manifest,
+    mixture: Mixture,
+    settings: TrainSettings,
+    algorithm: DomainReweighting,
+    loader_options: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything that decides what comes out, for ``run.json``."""
+    asked = {"command": "train", "mixture": dict(mixture.weights), "shards": fingerprints(manifest)}
+    if "forced" in mixture.provenance:
+        asked["forced"] = list(mixture.provenance["forced"])
+    if algorithm.rule is not None:
+        rule = {"rule": algorithm.rule.name, "rule_settings": dict(algorithm.rule.settings)}
+        asked |= {**rule, "apply": algorithm.target, "every": str(algorithm.every)}
+    return {**asked, **settings.to_dict(), **loader_options}
+
+
+def _outcome(
+    loader: MixtureLoader,
+    heldout: dict[str, HeldOut],
+    mixture: Mixture,
+    model: PreTrainedModel,
+    settings: TrainSettings,
+) -> dict[str, Any]:
+    losses = [value.loss for value in heldout.values()]
+    return {
+        "heldout": {name: value._asdict() for name, value in heldout.items()},
+        "average": float(np.mean(losses)),
+        "worst": float(max(losses)),
+        "weights": dict(mixture.weights),
+        "num_samples": dict(loader.num_samples),
+        "loader": loader.stats(),
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "num_tokens": settings.steps * settings.global_batch_size * loader.manifest.seq_len,
+    }
+
+
+def _save_tokenizer(shards: Path, manifest: Manifest, folder: Path) -> None:
+    """Put the tokenizer beside the model, so that the folder loads with Hugging Face's Auto classes."""
+    import transformers
+
+    if manifest.tokenizer.kind == "bytes" or not manifest.tokenizer.file:
+        return
+    tokenizer: Any = transformers.PreTrainedTokenizerFast(tokenizer_file=str(shards / manifest.tokenizer.file))
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(manifest.tokenizer.eos_id)
+    tokenizer.save_pretrained(folder)
+
+
+def fingerprints(manifest: Manifest) -> dict[str, str]:
+    """Return the fingerprint of every domain's train split."""
+    return {name: manifest.split(name, "train").fingerprint for name in manifest.names}

@@ -55,6 +55,7 @@ def _default_workers() -> int:
 @click.option("--on-bad-record", type=click.Choice(["fail", "skip", "quarantine"]), default="fail", show_default=True)
 @click.option("--max-bad", default=0.01, show_default=True, help="Share of records that may be bad.")
 @click.option("--workers", type=int, help="Processes; default: one per core.")
+@click.option("--engine", default="local", show_default=True, help="local, ray, or ray:ADDRESS of a running cluster.")
 @click.option("--compression", default="zstd:3", show_default=True, help="zstd:LEVEL, or none.")
 @click.option("--hashes", default="xxh64", show_default=True, help="Hashes in the index, comma-separated.")
 @click.option("--shard-size", default="64MiB", show_default=True, help="Before compression.")

@@ -118,7 +118,8 @@ def convert(
         on_bad_record: ``fail``, ``skip`` (counted by reason, places named in the manifest) or ``quarantine`` (also
             kept, with place, reason and raw bytes, in ``quarantine.jsonl``).
         max_bad: unless ``fail``, the share of records that may be bad.
-        workers: processes.
+        workers: processes; with Ray, tasks at a time.
+        engine: ``local``, ``ray`` or ``ray:<address>``; see ``converters.engines``.
         compression: ``zstd:LEVEL`` or None.
         hashes: names of the hashes in the index, sorted.
         shard_size, unit_size: bytes per shard before compression, and per unit of work.

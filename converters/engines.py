@@ -1,6 +1,11 @@
 """Who runs the tasks: one function per engine, one row in ``ENGINES``.
 
-    def engine(function, tasks, workers) -> Iterator[result]
+    def engine(function, tasks, workers, address) -> Iterator[result]
+
+    local           processes of this machine
+    ray             tasks of Ray, on a cluster started for this run
+    ray:ADDRESS     on a running cluster: ray:auto, ray:10.0.0.1:6379, ray://head:10001. Inputs, stage and output must
+                    be paths that every node sees
 
 Results come in any order; a task that raises stops the run, and so does a worker that dies. Text never passes between
 processes: a task reads its own input and writes its own files, and returns a few numbers.
@@ -26,7 +31,9 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-def local(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+def local(
+    function: Callable[[Task], Result], tasks: Iterable[Task], workers: int, address: str = ""
+) -> Iterator[Result]:
     """Run tasks in ``workers`` processes of this machine; with one worker, in this process."""
     tasks = list(tasks)
     workers = min(workers, len(tasks))
@@ -85,7 +92,56 @@ def _leave_with(sentinel: Any) -> None:
     os._exit(1)
 
 
-ENGINES: dict[str, Callable[..., Iterator[Any]]] = {"local": local}
+# --- Ray -----------------------------------------------------------------------------------------------------------
+
+
+def ray(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int, address: str = "") -> Iterator[Result]:
+    """Run tasks by Ray, each on one core; a task whose process or node dies is run again, three times at most."""
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError("the ray engine needs Ray: pip install 'domain-mixer[ray]'.") from error
+    started = not ray.is_initialized()
+    if started:
+        where: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
+        ray.init(log_to_driver=False, logging_level="ERROR", **where)
+    try:
+        yield from _ray_results(ray, function, tasks, workers)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _ray_results(ray: Any, function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+    remote = ray.remote(num_cpus=1, max_retries=3)(_in_folder)
+    running: list[Any] = []
+    try:
+        for task in tasks:
+            running.append(remote.remote(os.getcwd(), function, task))
+            if len(running) >= 2 * workers:
+                done, running = ray.wait(running)
+                yield from ray.get(done)
+        while running:
+            done, running = ray.wait(running)
+            yield from ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, Exception) else error) from None
+    except ray.exceptions.RayError as error:
+        raise DataError(
+            f"Ray gave up on a task after three retries ({type(error).__name__}). Finished work is kept; run the same"
+            " command again."
+        ) from error
+    finally:
+        for task_reference in running:
+            ray.cancel(task_reference, force=True)
+
+
+def _in_folder(folder: str, function: Callable[[Task], Result], task: Task) -> Result:
+    os.chdir(folder)  # relative paths mean the same as where the run was started
+    return function(task)
+
+
+ENGINES: dict[str, Callable[..., Iterator[Any]]] = {"local": local, "ray": ray}
 
 
 def run_tasks(
@@ -96,8 +152,9 @@ def run_tasks(
     >>> sorted(run_tasks("local", abs, [-2, 1], workers=1))
     [1, 2]
     """
-    if engine not in ENGINES:
-        raise InputError(f"no engine {engine!r}; there are {sorted(ENGINES)}.")
+    name, _, address = engine.partition(":")
+    if name not in ENGINES or (address and name == "local"):
+        raise InputError(f"no engine {engine!r}; use 'local', 'ray', or 'ray:<address>' for a running cluster.")
     if workers < 1:
         raise InputError(f"workers must be at least 1, got {workers}.")
-    return ENGINES[engine](function, tasks, workers)
+    return ENGINES[name](function, tasks, workers, f"ray:{address}" if address.startswith("//") else address)

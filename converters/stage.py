@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import os
+import secrets
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -123,8 +124,7 @@ def stage_unit(task: StageTask) -> dict[str, Any]:
     folder = unit_folder(task.folder, task.unit.number)
     if (done := read_unit(folder)) is not None:
         return done
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}.tmp")
     partial.mkdir(parents=True)
     with _UnitWriter(partial, task) as writer:
         for piece in task.unit.pieces:
@@ -132,7 +132,13 @@ def stage_unit(task: StageTask) -> dict[str, Any]:
                 writer.add(piece, document)
         summary = writer.finish()
     (partial / "unit.json").write_bytes(orjson.dumps(summary))
-    os.replace(partial, folder)
+    try:
+        os.replace(partial, folder)
+    except OSError:
+        # A retried task may find that the first try, thought dead, was only slow; both wrote the same bytes.
+        shutil.rmtree(partial, ignore_errors=True)
+        if read_unit(folder) is None:
+            raise
     return summary
 
 

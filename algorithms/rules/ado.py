@@ -7,9 +7,10 @@
 
 Until the first fit pi is the prior. Jiang, Zhou, Feng, Malladi, Kolter 2024, arXiv:2410.11820, Algorithm 1 and eq. 2-6.
 
-What differs in the official code: n counts the samples of all domains for each of them; the minimum is lost again by
-normalising after it (here it holds); the credit is sqrt(h (1 - h)); e is at least exp(0.5) nats; and the loss curves
-grow with the run (here 128 points per domain, merged in pairs when full).
+What differs in the official code (``variant="official"`` has the first four): n counts the samples of all domains for
+each of them; the credit is sqrt(h (1 - h)); a is at least 0.05 in the slope; the minimum is lost again by normalising
+after it (here it holds). Its fit keeps e above exp(0.5) nats, and its loss curves grow with the run (here 128 points
+per domain, merged in pairs when full).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 
 from algorithms.rules.base import Domains, UpdateRule, as_domains
 from algorithms.rules.power_law import fit_power_law
-from algorithms.rules.steps import Vector, field, mean_into, normalized, number
+from algorithms.rules.steps import Vector, choice, field, mean_into, normalized, number
 from algorithms.signals import Signals
 from mixer.projection import project
 
@@ -58,6 +59,7 @@ def ado(
     newest_share: float = 0.1,
     newest_preference: float = 0.1,
     minimum: float = 0.01,
+    variant: str = "paper",
 ) -> UpdateRule:
     """Return ADO.
 
@@ -69,6 +71,7 @@ def ado(
         newest_share: share of the newest batch in h.
         newest_preference: share of the newest rho in pi.
         minimum: smallest entry of rho; lowered to 1 / D where it would not fit.
+        variant: "paper" or "official".
 
     >>> rule = ado()
     >>> rule.weights(rule.init(["a", "b"])).tolist()
@@ -77,6 +80,7 @@ def ado(
     settings = dict(locals())
     start, every = int(number(warmup, "warmup", low=8)), int(number(refit_every, "refit_every", low=1))
     skipped = int(number(ignore, "ignore", low=0))
+    official = choice(variant, "variant", ("paper", "official")) == "official"
     credit, minimum = number(credit, "credit", low=0), number(minimum, "minimum", low=0, high=1)
     newest_share = number(newest_share, "newest_share", low=0, high=1)
     newest_preference = number(newest_preference, "newest_preference", low=0, high=1)
@@ -84,9 +88,8 @@ def ado(
     def init(domains: Domains | Sequence[str]) -> ADOState:
         prior = as_domains(domains).prior
         size, points = prior.size, np.zeros((NUM_POINTS, prior.size))
-        return ADOState(
-            prior, np.zeros(size), prior, prior, prior, prior, np.zeros((size, 3)), points, points, 0, 1, 0, 0
-        )
+        zeros, curves = np.zeros(size), np.zeros((size, 3))
+        return ADOState(prior, zeros, prior, prior, prior, prior, curves, points, points, 0, 1, 0, 0)
 
     def update(state: ADOState, signals: Signals) -> tuple[ADOState, Vector]:
         tokens = field(signals, "num_tokens", state.prior.size)
@@ -99,9 +102,9 @@ def ado(
         if count > skipped:
             new = _recorded(new, tokens, losses)
         if count >= start and (count - start) % every == 0:
-            new = new._replace(curves=_fitted(new))
+            new = new._replace(curves=_fitted(new, official))
         if np.any(new.curves > 0):
-            new = _preferring(new, credit, newest_preference, min(minimum, 1.0 / tokens.size))
+            new = _preferring(new, credit, newest_preference, min(minimum, 1.0 / tokens.size), official)
         return new._replace(average=mean_into(state.average, new.weights, count)), new.weights
 
     return UpdateRule(
@@ -139,30 +142,32 @@ def _recorded(state: ADOState, tokens: Vector, losses: Vector) -> ADOState:
     )
 
 
-def _fitted(state: ADOState) -> Vector:
+def _fitted(state: ADOState, official: bool) -> Vector:
     """Return (D, 3) curves; a domain with fewer than 8 points of positive loss keeps the one it had."""
-    curves = state.curves.copy()
-    ignored = state.num_tokens - state.point_tokens.sum(axis=0)
+    curves, seen, points = state.curves.copy(), state.num_tokens, state.point_tokens
+    if official:
+        seen, points = np.full(seen.size, seen.sum()), np.broadcast_to(points.sum(axis=1)[:, None], points.shape)
     for d in range(curves.shape[0]):
-        tokens, losses = state.point_tokens[:, d], state.point_losses[:, d]
-        used = (tokens > 0) & (losses > 0)
+        used = (state.point_tokens[:, d] > 0) & (state.point_losses[:, d] > 0)
         if used.sum() >= 8:
             # A point's mean loss belongs to the middle of the tokens that it covers.
-            middle = ignored[d] + np.cumsum(tokens) - 0.5 * tokens
-            curves[d] = fit_power_law(middle[used], losses[used] / tokens[used])
+            middle = seen[d] - points[:, d].sum() + np.cumsum(points[:, d]) - 0.5 * points[:, d]
+            curves[d] = fit_power_law(middle[used], state.point_losses[used, d] / state.point_tokens[used, d])
     return curves
 
 
-def _preferring(state: ADOState, credit: float, newest: float, minimum: float) -> ADOState:
+def _preferring(state: ADOState, credit: float, newest: float, minimum: float, official: bool) -> ADOState:
     _, scale, rate = state.curves.T
-    seen = np.maximum(state.num_tokens, 1.0)
+    seen = np.maximum(np.full(rate.size, state.num_tokens.sum()) if official else state.num_tokens, 1.0)
     known = scale > 0
-    slope = np.where(known, rate * scale * seen ** (-rate - 1.0), 0.0)
+    slope = np.where(known, (np.maximum(rate, 0.05) if official else rate) * scale * seen ** (-rate - 1.0), 0.0)
     slope = np.where(known, slope, np.mean(slope[known]))
-    score = state.prior * state.share**credit * slope
+    score = state.prior * (state.share * (1 - state.share) if official else state.share) ** credit * slope
     if not score.sum() > 0:
         return state
-    size = score.size
-    rho = project(normalized(score), np.full(size, minimum), np.ones(size))
+    if official:
+        rho = normalized(np.maximum(normalized(score), minimum))
+    else:
+        rho = project(normalized(score), np.full(score.size, minimum), np.ones(score.size))
     weights = normalized(newest * rho + (1 - newest) * state.preference)
     return state._replace(preference=mean_into(state.preference, rho, state.num_updates + 1), weights=weights)

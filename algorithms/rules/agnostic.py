@@ -7,7 +7,8 @@ Mohri, Sivek, Suresh 2019, arXiv:1902.00146 (Stochastic-AFL with per-domain grad
 one case of their convex set of mixtures. Unlike Group DRO's multiplicative step this reaches exact zeros: with
 sampling by the weights, a domain at 0 is never seen again, so give a ``lower`` bound there.
 
-What differs in the code of fair_flearn: it averages the model, not q; q itself is returned as it last was.
+What differs in the code of fair_flearn: it averages the model, not q; and its projection counts the positive entries
+with one term missing, so that some of its q sum to more than 1.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ import numpy as np
 from algorithms.rules.ascent import uniform
 from algorithms.rules.base import Domains, UpdateRule, as_domains
 from algorithms.rules.on_demand import heldout
-from algorithms.rules.steps import Vector, exponentiated, number, weights_of
+from algorithms.rules.steps import Present, Vector, exponentiated, number, weights_of
 from algorithms.signals import Signals
 from mixer.errors import InputError
 
@@ -44,7 +44,7 @@ class AioliState(NamedTuple):
 
 
 def aioli(
-    eta: float = 0.2, sweeps: int = 4, focus: float = 0.625, period: int = 62, memory: float | None = None
+    eta: float = 0.2, sweeps: int = 4, focus: float = 0.625, period: int | None = None, memory: float | None = None
 ) -> UpdateRule:
     """Return Aioli.
 
@@ -52,7 +52,8 @@ def aioli(
         eta: 0.1 to 0.5 in the paper's runs.
         sweeps: probes of each domain per round.
         focus: share of the probed domain in its probe mixture, above 1 / D.
-        period: updates per round, probes included (250 steps at 4 steps per update in their runs).
+        period: updates per round, probes included; by default 62 (250 steps at 4 steps per update in their runs), or
+            twice the probes where that is more.
         memory: None, or the share of the old A in its moving average (0.1).
 
     Raises: InputError: at ``init``, if the probes do not fit into the period or ``focus`` does not single a domain out.
@@ -63,16 +64,15 @@ def aioli(
     """
     settings = dict(locals())
     eta, focus = number(eta, "eta", low=0), number(focus, "focus", low=0, high=1)
-    num_sweeps, length = int(number(sweeps, "sweeps", low=1)), int(number(period, "period", low=2))
+    num_sweeps = int(number(sweeps, "sweeps", low=1))
     kept = None if memory is None else number(memory, "memory", low=0, high=1)
+
+    def length(size: int) -> int:
+        return max(62, 2 * num_sweeps * size) if period is None else int(number(period, "period", low=2))
 
     def init(domains: Domains | Sequence[str]) -> AioliState:
         size = len(as_domains(domains).names)
-        if num_sweeps * size >= length or (size > 1 and focus <= 1.0 / size):
-            raise InputError(
-                f"aioli probes {size} domains {num_sweeps} times per round of {length} updates with a focus of "
-                f"{focus:g}: the period must exceed {num_sweeps * size}, and the focus 1/{size}."
-            )
+        _check_room(size, num_sweeps, focus, length(size))
         zeros, square = np.zeros(size), np.zeros((size, size))
         return AioliState(np.log(uniform(size)), zeros, zeros, square, square, 0, 0)
 
@@ -80,16 +80,11 @@ def aioli(
         fresh, present = heldout(signals, state.loss.size)
         if not present.any():
             return state, weights(state)
-        loss, drops, num_probes = np.where(present, fresh, state.loss), state.drops, num_sweeps * fresh.size
-        if 1 <= state.position <= num_probes:
-            probed = _probed(state.position - 1, fresh.size)
-            again = present & (state.seen > 0)
-            drops = drops.copy()
-            drops[:, probed] += np.where(again, state.loss - fresh, 0.0)
-        new = state._replace(loss=loss, seen=np.where(present, 1.0, state.seen), drops=drops)
+        num_probes = num_sweeps * fresh.size
+        new = _measured(state, fresh, present, num_probes)
         if state.position == num_probes:
             new = _learn(new, focus, num_sweeps, eta, kept)
-        new = new._replace(position=(state.position + 1) % length)
+        new = new._replace(position=(state.position + 1) % length(fresh.size))
         return new, weights(new)
 
     def weights(state: AioliState) -> Vector:
@@ -130,6 +125,24 @@ def transfer_matrix(drops: Vector, focus: float) -> Vector:
     True
     """
     return np.linalg.solve(probe_mixtures(drops.shape[0], focus), drops.T).T
+
+
+def _check_room(size: int, sweeps: int, focus: float, period: int) -> None:
+    if sweeps * size >= period or (size > 1 and focus <= 1.0 / size):
+        raise InputError(
+            f"aioli probes {size} domains {sweeps} times per round of {period} updates with a focus of {focus:g}: "
+            f"the period must exceed {sweeps * size}, and the focus 1/{size}."
+        )
+
+
+def _measured(state: AioliState, fresh: Vector, present: Present, num_probes: int) -> AioliState:
+    """Return the state with the new held-out losses, and their drops where a probe mixture was trained on."""
+    drops = state.drops.copy()
+    if 1 <= state.position <= num_probes:
+        again = present & (state.seen > 0)
+        drops[:, _probed(state.position - 1, fresh.size)] += np.where(again, state.loss - fresh, 0.0)
+    loss, seen = np.where(present, fresh, state.loss), np.where(present, 1.0, state.seen)
+    return state._replace(loss=loss, seen=seen, drops=drops)
 
 
 def _probed(index: int, num_domains: int) -> int:

@@ -60,7 +60,6 @@ def bounded(
     epochs = np.inf if max_epochs is None else number(max_epochs, "max_epochs", low=1e-9)
     tokens = np.inf if budget is None else number(budget, "budget", low=1e-9)
     applies = rule.applies if apply is None else choice(apply, "apply", ("loss", "sampling"))
-    bounds = {"floor": floor, "ceiling": ceiling, "max_epochs": max_epochs, "budget": budget}
 
     def capped(state: BoundedState, weights: Vector, left: Vector, of: float) -> Vector:
         caps = state.ceiling if max_epochs is None else np.minimum(state.ceiling, np.maximum(left, 0.0) / of)
@@ -88,6 +87,7 @@ def bounded(
         new = state._replace(rule=inner, consumed=state.consumed + signals.num_tokens)
         return new, in_force(new)
 
+    bounds = {"floor": floor, "ceiling": ceiling, "max_epochs": max_epochs, "budget": budget}
     return rule._replace(
         settings={**rule.settings, "bounds": bounds},
         init=init,

@@ -81,23 +81,16 @@ def group_dro(
     >>> weights.round(12).tolist()
     [0.75, 0.25]
     """
+    settings = dict(locals())
     eta, smoothing = number(eta, "eta", low=0), number(smoothing, "smoothing", low=0, high=1)
-    choice(variant, "variant", ("paper", "official"))
-    settings = {
-        "eta": eta,
-        "adjustment": adjustment,
-        "sizes": sizes,
-        "automatic": automatic,
-        "smoothing": smoothing,
-        "variant": variant,
-    }
+    official = choice(variant, "variant", ("paper", "official")) == "official"
 
     def init(domains: Domains | Sequence[str]) -> GroupDROState:
         known = as_domains(domains)
         counts = known.num_tokens if sizes is None else by_name(sizes, known, "sizes")
         added = by_name(adjustment, known, "adjustment", default=0.0) / np.sqrt(np.maximum(counts, 1.0))
         uniform, zeros = np.full(added.size, 1.0 / added.size), np.zeros(added.size)
-        if variant == "official" and not np.all(added > 0):
+        if official and not np.all(added > 0):
             added = zeros
         return GroupDROState(np.log(uniform), zeros, zeros, zeros, added, uniform, 0)
 
@@ -108,7 +101,7 @@ def group_dro(
         loss, seen = hold(fresh, present, state.loss, state.seen)
         loss_average = moving_average(state.loss_average, state.seen, fresh, present, smoothing)
         added = _gap(state.adjustment, loss_average, seen, signals) if automatic else state.adjustment
-        score = (fresh if variant == "official" else loss) + added
+        score = (fresh if official else loss) + added
         log_weights = exponentiated(state.log_weights, eta * score)
         weights, count = weights_of(log_weights), state.num_updates + 1
         average = mean_into(state.average, weights, count)

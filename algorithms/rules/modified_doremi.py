@@ -87,11 +87,7 @@ def modified_doremi(
         excess = loss - np.where(state.is_new > 0, state.target, reference)
         score = np.where(present, np.maximum(excess, 0.0) if clip else excess, 0.0)
         num_idle = state.num_idle + 1 if present.any() and np.max(np.abs(score)) <= tolerance else 0
-        if num_idle >= patience:
-            raise DataError(
-                f"no domain had an excess loss above {tolerance:g} nats in {num_idle} updates: the model never rose "
-                "above its reference or targets, so the weights cannot move. Lower the targets or change the reference."
-            )
+        _check_alive(num_idle, patience, tolerance)
         ascent = ascend(state.ascent, score, present, eta, smoothing)
         return state._replace(ascent=ascent, num_idle=num_idle), weights_of(ascent.log_weights)
 
@@ -104,3 +100,11 @@ def modified_doremi(
         result=lambda state: normalized(state.ascent.average),
         needs=frozenset({"reference"}),
     )
+
+
+def _check_alive(num_idle: int, patience: int, tolerance: float) -> None:
+    if num_idle >= patience:
+        raise DataError(
+            f"no domain had an excess loss above {tolerance:g} nats in {num_idle} updates: the model never rose above "
+            "its reference or targets, so the weights cannot move. Lower the targets or change the reference."
+        )

@@ -5,7 +5,8 @@
 v is the held-out loss. Chen, Roberts, Bhatia, Wang, Zhang, Sala, Re 2023, arXiv:2307.14430, Algorithm 1. A_dj says how
 much training on d helps j; it is estimated beforehand by training on single domains or pairs.
 
-What differs in the code: off-diagonal edges of weight 1 are halved after loading. Here the graph is used as given.
+What differs in the code (``variant="official"``): off-diagonal edges of weight 1 are halved after loading, and
+the window holds fewer losses until it is full.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from algorithms.rules.base import Domains, UpdateRule, as_domains
 from algorithms.rules.on_demand import heldout
-from algorithms.rules.steps import Vector, filled, mean_into, normalized, number, weights_of
+from algorithms.rules.steps import Vector, choice, filled, mean_into, normalized, number, weights_of
 from algorithms.signals import Signals
 from mixer.errors import InputError
 
@@ -36,7 +37,9 @@ class SkillItState(NamedTuple):
     num_updates: int
 
 
-def skill_it(graph: Mapping[str, Mapping[str, float]] | None = None, eta: float = 0.2, window: int = 3) -> UpdateRule:
+def skill_it(
+    graph: Mapping[str, Mapping[str, float]] | None = None, eta: float = 0.2, window: int = 3, variant: str = "paper"
+) -> UpdateRule:
     """Return Skill-It.
 
     Args:
@@ -44,6 +47,7 @@ def skill_it(graph: Mapping[str, Mapping[str, float]] | None = None, eta: float 
             diagonal entry 1. None is the identity: each domain helps itself only.
         eta: 0.1 to 0.8 in the papers' runs.
         window: updates whose losses are summed.
+        variant: "paper" or "official".
 
     >>> rule = skill_it({"a": {"b": 1.0}}, eta=np.log(3))
     >>> rule.weights(rule.init(["a", "b"])).round(12).tolist()  # a helps both, b itself
@@ -52,10 +56,13 @@ def skill_it(graph: Mapping[str, Mapping[str, float]] | None = None, eta: float 
     settings = dict(locals())
     eta = number(eta, "eta", low=0)
     num_kept = int(number(window, "window", low=1))
+    official = choice(variant, "variant", ("paper", "official")) == "official"
 
     def init(domains: Domains | Sequence[str]) -> SkillItState:
         names = as_domains(domains).names
         edges = _edges(graph or {}, names)
+        if official:
+            edges[(edges == 1.0) & ~np.eye(len(names), dtype=bool)] = 0.5
         weights = weights_of(eta * edges.sum(axis=1))
         size = len(names)
         return SkillItState(edges, np.zeros((num_kept, size)), np.zeros(size), weights, weights, 0)
@@ -66,9 +73,9 @@ def skill_it(graph: Mapping[str, Mapping[str, float]] | None = None, eta: float 
             return state, state.weights
         loss, seen = np.where(present, fresh, state.history[0]), np.where(present, 1.0, state.seen)
         count = state.num_updates + 1
-        # The first updates fill the whole window with what is known, so that its length does not change the sharpness.
-        rows = state.history[:-1] if state.num_updates else np.tile(loss, (num_kept - 1, 1))
-        history = np.concatenate([loss[None], np.where(state.seen > 0, rows, loss)])
+        # First losses fill the whole window, so that the weights are not flatter before it is full.
+        rows = state.history[:-1] if official else np.where(state.seen > 0, state.history[:-1], loss)
+        history = np.concatenate([loss[None], rows])
         weights = weights_of(eta * state.graph @ filled(history.sum(axis=0), seen))
         average = mean_into(state.average, weights, count)
         return SkillItState(state.graph, history, seen, weights, average, count), weights

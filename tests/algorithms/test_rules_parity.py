@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from algorithms.rules.ado import ado
+from algorithms.rules.agnostic import agnostic
 from algorithms.rules.aioli import aioli
 from algorithms.rules.balls import chi2_ball, chi2_divergence
 from algorithms.rules.base import as_domains
@@ -17,6 +19,8 @@ from algorithms.rules.doremi import doremi
 from algorithms.rules.feedback import sheared_llama
 from algorithms.rules.group_dro import group_dro
 from algorithms.rules.odm import odm
+from algorithms.rules.on_demand import on_demand
+from algorithms.rules.skill_it import skill_it
 from algorithms.signals import Signals
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -132,3 +136,53 @@ def test_aioli(case):
     for losses in case["losses"]:
         state, weights = rule.update(state, heldout(losses))
     np.testing.assert_allclose(weights, case["weights"], atol=1e-12)
+
+
+def test_agnostic_where_their_projection_is_one():
+    """Their projection counts positive entries with one term missing: some of its results sum to more than 1."""
+    agreed = off_the_simplex = 0
+    for case in cases("agnostic"):
+        rule = agnostic(case["eta"])
+        state = rule.init(names(len(case["steps"][0]["weights"])))
+        for step in case["steps"]:
+            _, weights = rule.update(state, heldout(step["losses"]))
+            theirs = vector(step["weights"])
+            if abs(theirs.sum() - 1.0) < 1e-9:
+                np.testing.assert_allclose(weights, theirs, atol=1e-12)
+                agreed += 1
+            else:
+                assert theirs.sum() > 1.001
+                off_the_simplex += 1
+            state = state._replace(weights=theirs)
+    assert agreed >= 20 and off_the_simplex >= 5
+
+
+@pytest.mark.parametrize("case", cases("on_demand"))
+def test_on_demand(case):
+    rule = on_demand(case["eta"])
+    state = rule.init(names(len(case["steps"][0]["weights"])))
+    for step in case["steps"]:
+        state, weights = rule.update(state, heldout(step["losses"]))
+        np.testing.assert_allclose(weights, step["weights"], atol=2e-6)
+
+
+@pytest.mark.parametrize("case", cases("skill_it"), ids=lambda case: f"{len(case['first'])} domains")
+def test_skill_it(case):
+    domains = names(len(case["first"]))
+    graph = {outer: dict(zip(domains, row)) for outer, row in zip(domains, case["graph"])}
+    rule = skill_it(graph, case["eta"], case["window"], variant="official")
+    state = rule.init(domains)
+    np.testing.assert_allclose(rule.weights(state), case["first"], atol=1e-14)
+    for step in case["steps"]:
+        state, weights = rule.update(state, heldout(step["losses"]))
+        np.testing.assert_allclose(weights, step["weights"], atol=1e-14)
+
+
+@pytest.mark.parametrize("case", cases("ado"), ids=lambda case: f"{len(case['prior'])} domains")
+def test_ado_between_two_fits(case):
+    rule = ado(warmup=1000, variant="official")
+    state = rule.init(as_domains(names(len(case["prior"])), prior=case["prior"]))
+    state = state._replace(curves=np.array([case["floor"], case["scale"], case["rate"]]).T)
+    for step in case["steps"]:
+        state, weights = rule.update(state, Signals(vector(step["counts"]), vector(step["counts"])))
+        np.testing.assert_allclose(weights, step["weights"], atol=1e-12)

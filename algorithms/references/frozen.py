@@ -10,6 +10,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import xxhash
 from torch import Tensor, nn
 
@@ -31,15 +32,20 @@ class FrozenModel(Reference):
             with ``forward(input_ids)`` that returns logits (B, T, V); or the path of a Hugging Face folder or of a
             Composer checkpoint.
         dtype: convert the weights, for example to ``torch.bfloat16``; losses stay float32.
+        sharded: spread the weights over the ranks (FSDP2) instead of keeping all of them on each. Every rank then has
+            to ask for losses equally often: the same number of micro-batches.
     """
 
-    def __init__(self, model: nn.Module | str | Path, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, model: nn.Module | str | Path, dtype: torch.dtype | None = None, *, sharded: bool = False
+    ) -> None:
         source = load_model(model) if isinstance(model, str | Path) else copy.deepcopy(language_model(model))
         self._fingerprint = fingerprint_of(source)
         self.model = source.to(dtype=dtype).eval().requires_grad_(False)
         self._arguments = set(inspect.signature(self.model.forward).parameters)
         self._shift = not is_encoder_decoder(self.model)
-        self._in_parts: bool | None = None  # found out on the first batch
+        self._in_parts: bool | None = False if sharded else None  # None: found out on the first batch
+        self._to_shard = sharded
 
     @property
     def fingerprint(self) -> str:
@@ -57,7 +63,10 @@ class FrozenModel(Reference):
             return self._first_losses(inputs, labels)
         if self._in_parts:
             return _losses_in_parts(self.model, inputs, labels)
-        return token_losses(logits_of(self.model(**inputs)), labels, shift=self._shift)
+        losses = token_losses(logits_of(self.model(**inputs)), labels, shift=self._shift)
+        if hasattr(self.model, "reshard"):
+            self.model.reshard()  # FSDP2 leaves the outermost module whole, for a backward pass that never comes
+        return losses
 
     def _first_losses(self, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
         """Compute the losses both ways, and settle for parts if that makes no difference for this model."""
@@ -71,7 +80,25 @@ class FrozenModel(Reference):
 
     def to(self, device: torch.device | str) -> FrozenModel:
         self.model.to(device)
+        if self._to_shard and dist.is_initialized():
+            self._to_shard = False
+            _shard(self.model)
         return self
+
+
+def _shard(model: nn.Module) -> None:
+    """Shard each block of the stacks of layers, then the rest, so that one block at a time is whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in _blocks(model):
+        fully_shard(block)
+    fully_shard(model)
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    if isinstance(module, nn.ModuleList):
+        return list(module)
+    return [block for child in module.children() for block in _blocks(child)]
 
 
 # What some models do to their logits after the last layer; losses in parts would leave it out.

@@ -10,7 +10,7 @@ from composer.core import State
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 
-from algorithms import DomainReweighting, doremi, group_dro
+from algorithms import DomainReweighting, FrozenModel, doremi, group_dro
 from mixer.dataloader import MixtureLoader
 from tests.algorithms.ranks import job, main
 from tests.algorithms.test_domain_reweighting import heldout_windows, recorder
@@ -77,6 +77,16 @@ def fsdp2(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
 
 def full_parameters(state: State) -> torch.Tensor:
     return flat(p.full_tensor() if hasattr(p, "full_tensor") else p for p in state.model.parameters())
+
+
+@job
+def sharded_reference(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """A reference that no rank holds whole."""
+    reference = FrozenModel(llama(seed=1), sharded=True)
+    algorithm = DomainReweighting(doremi(), reference=reference)
+    fit(algorithm, loader=Loader(padded=True, rank=rank, world_size=world_size), micro=2, steps=3)
+    local = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in reference.model.parameters())
+    return {"weights": algorithm.trajectory.weights, "share": local / llama().num_parameters()}
 
 
 @job

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from composer import Callback, State
-from composer.core import DataSpec
+from composer.core import DataSpec, Precision
 from composer.loggers import Logger
 from composer.models import ComposerModel, HuggingFaceModel
 
 from algorithms import DomainReweighting, doremi, group_dro
+from algorithms.domain_reweighting import _share_of_the_sum
 from algorithms.heldout import HeldOutWindows
 from algorithms.losses import DomainLosses, token_losses
 from algorithms.references import FrozenModel, as_reference
@@ -519,3 +521,19 @@ def test_auxiliary_losses_of_the_model_are_kept() -> None:
     assert distance(seen.steps[0], expected) < 1e-6
     assert log.series["loss/train/auxiliary"][0][1] == pytest.approx(0.5 * outputs.aux_loss.item(), rel=1e-5)
     assert log.series["loss/train/loss"][0][1] == pytest.approx(weighted.item(), rel=1e-5)
+
+
+def test_gradient_scaling_keeps_its_factor() -> None:
+    """fp16 scales the loss by a power of two and divides the gradient by it before the optimiser sees it."""
+    found = []
+    for factor in (1.0, 1024.0):
+        loss = torch.tensor(3.0, requires_grad=True)
+        state = SimpleNamespace(
+            precision=Precision.AMP_FP16, scaler=SimpleNamespace(get_scale=lambda factor=factor: factor)
+        )
+        shown = _share_of_the_sum(loss * 2, state, share=0.25)  # type: ignore[arg-type]
+        # What Composer does with a micro-batch of a quarter of the rows.
+        (shown * factor * 0.25).backward()
+        found.append(loss.grad.item() / factor)
+        assert shown.item() * 0.25 == pytest.approx(6.0)
+    assert found == [2.0, 2.0]

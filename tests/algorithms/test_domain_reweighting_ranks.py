@@ -19,7 +19,9 @@ from tests.helpers import write_shards
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
     """All jobs in one pair of processes: starting them costs more than training."""
-    return run_ranks(["ddp", "resume", "fsdp2", "gathered", "signals", "mixture_loader"], 2, folder)
+    return run_ranks(
+        ["ddp", "resume", "fsdp2", "gathered", "signals", "mixture_loader", "sharded_reference"], 2, folder
+    )
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +88,9 @@ def test_the_real_loader_is_driven_alike_on_two_ranks(ranks: Any, folder: Path) 
         np.testing.assert_allclose(rank["mixture_loader"]["weights"], alone["weights"], rtol=1e-6)
         assert distance(rank["mixture_loader"]["parameters"], alone["parameters"]) < 1e-5
     assert ranks[0]["mixture_loader"]["state"] == ranks[1]["mixture_loader"]["state"]
+
+
+def test_a_sharded_reference_finds_the_same_weights(ranks: Any, alone: Any) -> None:
+    for rank in ranks:
+        np.testing.assert_allclose(rank["sharded_reference"]["weights"], alone["weights"], rtol=1e-6)
+        assert rank["sharded_reference"]["share"] < 0.6, "each rank holds about half"

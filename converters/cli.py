@@ -27,7 +27,7 @@ def _default_workers() -> int:
 @click.argument("inputs", nargs=-1, required=True)
 @click.option("--out", required=True, help="Folder for the shards.")
 @click.option("--seq-len", type=int, required=True, help="Tokens per sample.")
-@click.option("--tokenizer", help="A tokenizer.json, a folder that holds one, or 'bytes'.")
+@click.option("--tokenizer", help="tokenizer.json, folder, .model, tiktoken:NAME, or 'bytes'.")
 @click.option("--train-tokenizer", type=int, metavar="VOCAB", help="Train a byte-level BPE of this size on the corpus.")
 @click.option("--eos", metavar="TOKEN", help="End-of-text token, where the tokenizer's own is not found.")
 @click.option(
@@ -55,6 +55,10 @@ def _default_workers() -> int:
 @click.option("--on-bad-record", type=click.Choice(["fail", "skip", "quarantine"]), default="fail", show_default=True)
 @click.option("--max-bad", default=0.01, show_default=True, help="Share of records that may be bad.")
 @click.option("--workers", type=int, help="Processes; default: one per core.")
+@click.option(
+    "--backend", type=click.Choice(["hf", "gigatoken"]), default="hf", show_default=True,
+    help="What encodes by a tokenizer.json; gigatoken is faster and checked first.",
+)  # fmt: skip
 @click.option("--engine", default="local", show_default=True, help="local, ray, or ray:ADDRESS of a running cluster.")
 @click.option("--compression", default="zstd:3", show_default=True, help="zstd:LEVEL, or none.")
 @click.option("--hashes", default="xxh64", show_default=True, help="Hashes in the index, comma-separated.")

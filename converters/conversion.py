@@ -26,14 +26,14 @@ import orjson
 
 import mixer
 from converters.domains import load_mapping
-from converters.engines import run_tasks
+from converters.engines import kept_running, run_tasks
 from converters.options import DEFAULT_EXCLUDE, PackOptions, StageOptions, size_in_bytes
 from converters.packing import check_accounting, pack_shard, pack_tasks, shard_path
 from converters.plan import Plan, difference, inputs_fingerprint, make_plan
 from converters.splits import DomainPlan, SplitPlan, copies_across_splits, plan_splits, require_samples
 from converters.stage import INTENDED, StageTask, read_unit, stage_unit, unit_folder
 from converters.streams import keep_first_copies
-from converters.tokenizers import describe, id_dtype
+from converters.tokenizers import BACKENDS, describe, id_dtype, load_encoder
 from mixer.errors import DataError, InputError
 from mixer.manifest import FILE_NAME, Domain, Manifest, Split, TokenizerInfo, domain_folder
 from mixer.mds import write_index
@@ -79,6 +79,7 @@ def convert(
     max_bad: float = 0.01,
     workers: int = 1,
     engine: str = "local",
+    backend: str = "hf",
     compression: str | None = "zstd:3",
     hashes: Sequence[str] = ("xxh64",),
     shard_size: str | int = "64MiB",
@@ -98,7 +99,8 @@ def convert(
         inputs: files, folders, globs, URLs for fsspec; ``name=path`` gives all documents of a path to one domain;
             ``@list.txt`` stands for the inputs listed in that file.
         out: folder for the shards; new, empty, or an unfinished conversion by the same options.
-        tokenizer: a ``tokenizer.json``, a folder that holds one, or ``"bytes"``. Either this or ``train_tokenizer``.
+        tokenizer: a ``tokenizer.json``, a folder that holds one, a SentencePiece ``.model``, ``tiktoken:cl100k_base``,
+            ``tiktoken:o200k_base`` or ``bytes``. Either this or ``train_tokenizer``.
         train_tokenizer: vocabulary size of a byte-level BPE trained on a sample of the corpus.
         seq_len: tokens per sample.
         eos: the end-of-text token, where the tokenizer's own is not found.
@@ -120,6 +122,8 @@ def convert(
         max_bad: unless ``fail``, the share of records that may be bad.
         workers: processes; with Ray, tasks at a time.
         engine: ``local``, ``ray`` or ``ray:<address>``; see ``converters.engines``.
+        backend: ``hf``, or ``gigatoken`` for a ``tokenizer.json``: many times faster; compared with ``hf`` on documents
+            of the corpus first, and refused if any id differs.
         compression: ``zstd:LEVEL`` or None.
         hashes: names of the hashes in the index, sorted.
         shard_size, unit_size: bytes per shard before compression, and per unit of work.
@@ -149,13 +153,13 @@ def convert(
     plan = make_plan(inputs, stage_options, {"trained": train_tokenizer} if given is None else _identity(given))
     job = _Job(
         Path(out), Path(stage) if stage else Path(out) / _STAGE, plan, stage_options, pack_options, given,
-        functools.partial(run_tasks, engine, workers=workers), progress or (lambda _: None),
+        functools.partial(run_tasks, engine, workers=workers), progress or (lambda _: None), backend,
     )  # fmt: skip
     if fresh:
         job.clear()
     manifest = job.finished()
     if manifest is None or job.has_leftovers():
-        with job.locked():
+        with job.locked(), kept_running(engine, workers):
             manifest = job.finished()  # another process may have finished it just now
             if manifest is None:
                 job.begin()
@@ -180,7 +184,11 @@ class _Job:
     def __init__(
         self, out: Path, stage: Path, plan: Plan, stage_options: StageOptions, pack_options: PackOptions,
         tokenizer: TokenizerInfo | None, run: Callable[..., Iterator[Any]], progress: Callable[[Progress], None],
+        backend: str,
     ) -> None:  # fmt: skip
+        if backend not in BACKENDS:
+            raise InputError(f"backend {backend!r} is not one of {list(BACKENDS)}.")
+        self.backend = backend
         self.out, self.stage, self.plan = out, stage, plan
         self.options, self.pack_options, self.tokenizer = stage_options, pack_options, tokenizer
         self.run, self.progress = run, progress
@@ -284,11 +292,13 @@ class _Job:
     def tokenize(self) -> None:
         """Stage every unit that is not there yet."""
         tokenizer, file = self._tokenizer()
+        if self.backend == "gigatoken":
+            self._check_backend(tokenizer, file)
         done = documents = tokens = 0
         tasks = []
         for unit in self.plan.units:
             if read_unit(unit_folder(self.stage, unit.number)) is None:
-                tasks.append(StageTask(unit, str(self.stage), self.options, tokenizer, file))
+                tasks.append(StageTask(unit, str(self.stage), self.options, tokenizer, file, self.backend))
             else:
                 done += unit.size_bytes
         self.progress(Progress("tokenize", done, self.plan.size_bytes, "bytes"))
@@ -307,7 +317,23 @@ class _Job:
             file = trained_tokenizer(self.plan.units, self.options, self.stage)
             self.progress(Progress("train-tokenizer", 1, 1, "tokenizers"))
             self.tokenizer = describe(file)
-        return self.tokenizer, self.tokenizer.file
+            return self.tokenizer, str(file)
+        if self.tokenizer.file is None:
+            return self.tokenizer, None
+        # A copy, so that every worker on every machine reads the file that was fingerprinted.
+        copy = self.stage / f"tokenizer{Path(self.tokenizer.file).suffix}"
+        _copy(self.tokenizer.file, copy)
+        return self.tokenizer, str(copy)
+
+    def _check_backend(self, tokenizer: TokenizerInfo, file: str | None) -> None:
+        """Compare the fast backend with the exact one on documents of this very corpus, before it is used."""
+        from converters.tokenizers import GigatokenEncoder
+        from converters.training import sample_documents
+
+        encoder = load_encoder(tokenizer.kind, file, self.backend)
+        assert isinstance(encoder, GigatokenEncoder)
+        some = self.plan.units[:: max(1, len(self.plan.units) // 4)]
+        encoder.check([*sample_documents(some, self.options, 4 << 20), "a<|endoftext|>b </s>", "e\u0301 \u212b"])
 
     def _count_bad_records(self) -> None:
         for unit in self.plan.units:
@@ -442,11 +468,9 @@ class _Job:
         assert self.tokenizer is not None
         if self.tokenizer.file is None:
             return self.tokenizer
-        name = f"{_TOKENIZER}/tokenizer.json"
+        name = f"{_TOKENIZER}/tokenizer{Path(self.tokenizer.file).suffix}"
         (self.out / _TOKENIZER).mkdir(exist_ok=True)
-        partial = self.out / _TOKENIZER / f".tokenizer.json.{os.getpid()}.tmp"
-        shutil.copyfile(self.tokenizer.file, partial)
-        os.replace(partial, self.out / name)
+        _copy(self.tokenizer.file, self.out / name)
         return dataclasses.replace(self.tokenizer, file=name)
 
     def clean_up(self, keep_stage: bool) -> None:
@@ -458,6 +482,12 @@ class _Job:
 
 def _sha256(path: Path) -> str:
     return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _copy(source: str, target: Path) -> None:
+    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.copyfile(source, partial)
+    os.replace(partial, target)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -13,6 +13,7 @@ processes: a task reads its own input and writes its own files, and returns a fe
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -25,7 +26,7 @@ from typing import Any, TypeVar
 
 from mixer.errors import DataError, InputError
 
-__all__ = ["ENGINES", "run_tasks"]
+__all__ = ["ENGINES", "kept_running", "run_tasks"]
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -97,16 +98,38 @@ def _leave_with(sentinel: Any) -> None:
 
 def ray(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int, address: str = "") -> Iterator[Result]:
     """Run tasks by Ray, each on one core; a task whose process or node dies is run again, three times at most."""
+    library = _imported_ray()
+    with _ray_started(library, workers, address):
+        yield from _ray_results(library, function, tasks, workers)
+
+
+@contextlib.contextmanager
+def kept_running(engine: str, workers: int) -> Iterator[None]:
+    """Start Ray once for everything in the block; other engines need nothing."""
+    name, _, address = engine.partition(":")
+    if name != "ray":
+        yield
+        return
+    with _ray_started(_imported_ray(), workers, f"ray:{address}" if address.startswith("//") else address):
+        yield
+
+
+def _imported_ray() -> Any:
     try:
         import ray
     except ImportError as error:
         raise InputError("the ray engine needs Ray: pip install 'domain-mixer[ray]'.") from error
+    return ray
+
+
+@contextlib.contextmanager
+def _ray_started(ray: Any, workers: int, address: str) -> Iterator[None]:
     started = not ray.is_initialized()
     if started:
         where: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
         ray.init(log_to_driver=False, logging_level="ERROR", **where)
     try:
-        yield from _ray_results(ray, function, tasks, workers)
+        yield
     finally:
         if started:
             ray.shutdown()

@@ -59,6 +59,7 @@ class StageTask(NamedTuple):
     options: StageOptions
     tokenizer: TokenizerInfo
     tokenizer_file: str | None
+    backend: str = "hf"
 
 
 def unit_folder(stage: str | os.PathLike[str], number: int) -> Path:
@@ -147,7 +148,7 @@ class _UnitWriter:
 
     def __init__(self, folder: Path, task: StageTask) -> None:
         self._task = task
-        self._encoder = load_encoder(task.tokenizer.kind, task.tokenizer_file)
+        self._encoder = load_encoder(task.tokenizer.kind, task.tokenizer_file, task.backend)
         self._dtype = id_dtype(task.tokenizer.vocab_size)
         self._waiting: dict[str, list[str]] = {}
         self._characters: Counter[str] = Counter()
@@ -208,13 +209,13 @@ class _UnitWriter:
     def _flush(self, domain: str) -> None:
         texts = self._waiting.pop(domain)
         del self._characters[domain]
-        ids = self._encoder.encode(texts)
-        documents = np.empty(len(texts), DOCUMENT)
-        documents["tokens"] = [len(row) + 1 for row in ids]
+        ids, lengths = self._encoder.encode(texts)
         raw = [text.encode("utf-8") for text in texts]
+        documents = np.empty(len(texts), DOCUMENT)
+        documents["tokens"] = lengths + 1
         documents["bytes"] = [len(text) for text in raw]
         documents["hash"] = [xxhash.xxh3_64_intdigest(text) for text in raw]
-        tokens = self._joined(ids, int(documents["tokens"].sum()))
+        tokens = np.insert(ids.astype(self._dtype), np.cumsum(lengths), self._task.tokenizer.eos_id)
         self._tokens.write(tokens.data)
         self._documents.write(documents.tobytes())
         self._blocks.append((domain, len(texts), len(tokens)))
@@ -222,15 +223,6 @@ class _UnitWriter:
         sums["documents"] += len(texts)
         sums["tokens"] += len(tokens)
         sums["bytes"] += int(documents["bytes"].sum())
-
-    def _joined(self, ids: list[Any], num_tokens: int) -> NDArray[Any]:
-        tokens = np.empty(num_tokens, self._dtype)
-        at = 0
-        for row in ids:
-            tokens[at : at + len(row)] = row
-            tokens[at + len(row)] = self._task.tokenizer.eos_id
-            at += len(row) + 1
-        return tokens
 
     def finish(self) -> dict[str, Any]:
         """Write what is waiting and return the unit's summary."""

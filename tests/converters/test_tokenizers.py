@@ -1,0 +1,156 @@
+"""Ids come back as text; the end of text comes from the converter alone; other backends give the same ids."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from converters import convert, decoded_samples
+from converters.tokenizers import describe, load_encoder
+from converters.training import train_bpe
+from mixer.errors import InputError
+from tests.converters.corpora import documents, tree_hash, write_corpus
+
+ODD = ["a<|endoftext|>b </s>", "cafe\u0301 \u212b", "  \n\n\t x", "0123456789 12 345", "don't I'LL"]
+TEXTS = [*documents("web", 60), *ODD]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_json(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    path.write_text(train_bpe(TEXTS, 500), encoding="utf-8")
+    return path
+
+
+def split(ids, lengths) -> list[list[int]]:
+    return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
+
+
+@pytest.mark.parametrize("kind", ["hf", "bytes"])
+def test_texts_come_back_from_their_ids(tokenizer_json, kind):
+    info = describe(tokenizer_json if kind == "hf" else kind)
+    encoder = load_encoder(info.kind, info.file)
+    rows = split(*encoder.encode(TEXTS))
+    assert [encoder.decode(row) for row in rows] == TEXTS
+    assert all(info.eos_id not in row and max(row, default=0) < info.vocab_size for row in rows)
+
+
+def test_special_token_in_the_text_is_text(tokenizer_json):
+    encoder = load_encoder("hf", str(tokenizer_json))
+    assert 0 not in encoder.encode(["<|endoftext|>"])[0]
+
+
+def test_fingerprint_is_of_the_content(tokenizer_json, tmp_path):
+    copy = tmp_path / "copy.json"
+    copy.write_bytes(tokenizer_json.read_bytes())
+    assert describe(copy).fingerprint == describe(tokenizer_json).fingerprint
+    copy.write_bytes(tokenizer_json.read_bytes() + b"\n")
+    assert describe(copy).fingerprint != describe(tokenizer_json).fingerprint
+
+
+def test_end_of_text_is_found_by_configuration_name_or_option(tokenizer_json, tmp_path):
+    raw = json.loads(tokenizer_json.read_text())
+    raw["added_tokens"][0]["content"] = "<fin>"
+    raw["model"]["vocab"]["<fin>"] = raw["model"]["vocab"].pop("<|endoftext|>")
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(InputError, match=r"no end-of-text token found among its special tokens \['<fin>'\].*--eos"):
+        describe(path)
+    assert describe(path, eos="<fin>").eos_id == 0
+    with pytest.raises(InputError, match="has no token '<end>'"):
+        describe(path, eos="<end>")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<fin>"}}')
+    assert describe(tmp_path).eos_id == 0  # a folder that holds it
+
+
+def test_file_that_is_no_tokenizer_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"version": 1}')
+    with pytest.raises(InputError, match=r"cannot read .*tokenizer.json"):
+        describe(tmp_path)
+
+
+def test_vocabulary_beyond_uint16_is_stored_as_uint32(tmp_path, tokenizer_json):
+    raw = json.loads(tokenizer_json.read_text())
+    vocab = raw["model"]["vocab"]
+    raw["model"]["vocab"] |= {f"extra-{n}": n for n in range(len(vocab), 70_000)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    write_corpus(tmp_path / "corpus")
+    wide = convert([tmp_path / "corpus"], tmp_path / "wide", tokenizer=tmp_path / "tokenizer.json", seq_len=64)
+    narrow = convert([tmp_path / "corpus"], tmp_path / "narrow", tokenizer=tokenizer_json, seq_len=64)
+    assert (wide.dtype, narrow.dtype) == ("uint32", "uint16")
+    samples = [decoded_samples(tmp_path / name, domain="web", count=3) for name in ("wide", "narrow")]
+    assert samples[0] == samples[1]
+
+
+def test_gigatoken_writes_the_same_bytes(tmp_path, tokenizer_json):
+    pytest.importorskip("gigatoken")
+    write_corpus(tmp_path / "corpus")
+    for backend in ("hf", "gigatoken"):
+        convert([tmp_path / "corpus"], tmp_path / backend, tokenizer=tokenizer_json, seq_len=64, backend=backend)
+    assert tree_hash(tmp_path / "hf") == tree_hash(tmp_path / "gigatoken")
+
+
+def test_gigatoken_is_refused_where_its_ids_differ(tokenizer_json, monkeypatch):
+    pytest.importorskip("gigatoken")
+    from converters.tokenizers import GigatokenEncoder
+
+    encoder = GigatokenEncoder(str(tokenizer_json))
+    encoder.check(TEXTS)
+    monkeypatch.setattr(GigatokenEncoder, "encode", lambda self, texts: (np.array([1, 2]), np.array([2])))
+    with pytest.raises(InputError, match=r"gigatoken does not give the ids.*--backend hf"):
+        encoder.check(TEXTS)
+
+
+def test_missing_backend_and_unknown_backend_are_refused(tmp_path, tokenizer_json, monkeypatch):
+    import sys
+
+    write_corpus(tmp_path / "corpus")
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    options: dict = {"tokenizer": tokenizer_json, "seq_len": 64}
+    with pytest.raises(InputError, match="pip install gigatoken"):
+        convert([tmp_path / "corpus"], tmp_path / "out", backend="gigatoken", **options)
+    with pytest.raises(InputError, match="backend 'abacus' is not one of"):
+        convert([tmp_path / "corpus"], tmp_path / "out", backend="abacus", **options)
+
+
+def test_sentencepiece_model_gives_back_the_text(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    write_corpus(tmp_path / "corpus")
+    (tmp_path / "lines.txt").write_text("\n".join(" ".join(text.split()) for text in documents("web", 300)))
+    options = {"vocab_size": 400, "byte_fallback": True, "model_type": "bpe", "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "lines.txt"), model_prefix=str(tmp_path / "spm"), **options
+    )
+    given: dict = {"tokenizer": tmp_path / "spm.model", "seq_len": 64, "held_out": 0}
+    manifest = convert([tmp_path / "corpus"], tmp_path / "out", **given)
+    assert manifest.tokenizer.kind == "sentencepiece"
+    assert manifest.tokenizer.file == "tokenizer/tokenizer.model"
+    first = " ".join(documents("web", 1)[0].split())
+    shown = decoded_samples(tmp_path / "out", domain="web", count=3)
+    assert "".join(shown).replace(" ", "").startswith(first.replace(" ", "")[:100])
+
+
+@pytest.mark.parametrize("name", ["cl100k_base", "o200k_base"])
+def test_ranks_become_a_tokenizer_with_the_ids_of_tiktoken(name, tmp_path, monkeypatch):
+    pytest.importorskip("bpe_openai")
+    tiktoken = pytest.importorskip("tiktoken")
+    from tiktoken_ext import openai_public
+
+    from converters import tiktoken_ranks
+
+    monkeypatch.setattr(tiktoken_ranks.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: tiktoken_ranks.load_ranks(name))
+    theirs = tiktoken.Encoding(**getattr(openai_public, name)())
+    info = describe(f"tiktoken:{name}")
+    assert info.eos_id == theirs.eot_token
+    encoder = load_encoder("hf", info.file)
+    texts = [*TEXTS, Path(__file__).read_text(), "\r\n \r\n a/b//\n\n  9999 ÀÉñ ǅ test's"]
+    assert split(*encoder.encode(texts)) == [theirs.encode_ordinary(text) for text in texts]
+
+
+def test_unknown_tiktoken_name_is_refused():
+    with pytest.raises(InputError, match="no tokenizer 'tiktoken:gpt-9'"):
+        describe("tiktoken:gpt-9")

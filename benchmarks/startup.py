@@ -79,8 +79,8 @@ def measure_mixer(folder: Path) -> dict[str, float]:
         loader = MixtureLoader(folder, mixture=WEIGHTS, global_batch_size=16)
         if state is not None:
             loader.load_state_dict(state)  # type: ignore[arg-type]
-        loader._reads._read_ahead = lambda *_: None  # type: ignore[method-assign]  # there are no shards to read
-        loader._reads.sample_ids(loader.mixer.next_batch())
+        loader.reader._read_ahead = lambda *_: None  # type: ignore[method-assign]  # there are no shards to read
+        loader.reader.sample_ids(loader.mixer.next_batch())
         return time.perf_counter() - began, loader
 
     start, loader = first_batch()

@@ -12,29 +12,31 @@ is faster than any hand-over from another process, and nothing planned ahead has
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from mixer.cache import RemoteCache
 from mixer.dataset import MixtureDataset, mixer_for
-from mixer.errors import ExhaustedError, InputError
+from mixer.errors import DataError, ExhaustedError, InputError
 from mixer.folders import load_manifest
 from mixer.manifest import Manifest
-from mixer.mixer import Mixer, RunEnded, Weights
+from mixer.mixer import Mixer, RunEnded, Snapshot, Weights
 from mixer.mixture import Mixture
+from mixer.plan_ahead import PlanSampler, as_is
 from mixer.static_weights import proportional, uniform
 from mixer.units import parse_bytes, short
 
 __all__ = ["MixtureLoader"]
 
 Batch = dict[str, torch.Tensor]
+_READ_AHEAD = 8
 
 
-class MixtureLoader(DataLoader[Batch]):
+class MixtureLoader(DataLoader[Any]):
     """Endless batches from a mixture of domains.
 
     Args:
@@ -45,7 +47,11 @@ class MixtureLoader(DataLoader[Batch]):
         split: "train" or "validation".
         seed: of the order of samples and of the batches.
         rank, world_size: which share of every global batch to deliver; default torch.distributed's, else torchrun's.
-        num_workers: accepted for compatibility; reading needs none.
+        num_workers: processes that run ``transform``. Without one none is started: reading in the training process is
+            faster than any hand-over from another.
+        transform: from a batch of this rank to what is delivered; must be importable (it is pickled) for processes.
+        read_ahead: batches that may be planned before they are delivered. A change of weights holds after that many:
+            none without processes, 8 with any number of them. Give it to have the same samples with and without.
         max_epochs: how often a domain may be read: a number, or one by domain; None for no limit.
         on_exhausted: what happens then: "repeat" (an error, if there is a limit), "drop" (its weight goes to the
             others), "stop" (the run ends); the latter two allow one epoch unless ``max_epochs`` says more.
@@ -80,6 +86,8 @@ class MixtureLoader(DataLoader[Batch]):
         force: bool = False,
         pin_memory: bool = False,
         dtype: Literal["int64", "stored"] = "int64",
+        transform: Callable[[Batch], Any] | None = None,
+        read_ahead: int | None = None,
     ) -> None:
         cache = _cache(shards, remote, cache_limit)
         self.rank, self.world_size = _rank_and_world(rank, world_size)
@@ -96,13 +104,31 @@ class MixtureLoader(DataLoader[Batch]):
             max_epochs=max_epochs,
             on_exhausted=on_exhausted,
         )
-        dataset._loader = self
+        dataset._loader, dataset.transform = self, transform
         if cache is not None:
             self._check_limit(dataset, cache)
-        self._reads: MixtureDataset = dataset
-        self._ended = ""
+        self.reader: MixtureDataset = dataset
+        self._ended, self._generation = "", 0
+        # Reading takes no processes: they would only be slower. A transform is what they are for.
+        processes = num_workers if transform is not None else 0
+        self.read_ahead = (_READ_AHEAD if processes else 0) if read_ahead is None else read_ahead
+        if self.read_ahead < processes:
+            raise InputError(
+                f"read_ahead {self.read_ahead} must be at least num_workers {num_workers}: each needs a batch."
+            )
+        self._plan, self._delivered = PlanSampler(self), self.mixer.snapshot()
+        options: dict[str, Any] = {}
+        if processes:  # forking a process that has threads is not safe
+            options = {"multiprocessing_context": "forkserver", "prefetch_factor": self.read_ahead // processes}
         super().__init__(
-            dataset, batch_size=share, sampler=_PlanSampler(self), num_workers=0, pin_memory=pin_memory, drop_last=True
+            dataset,
+            batch_size=share,
+            sampler=self._plan,
+            num_workers=processes,
+            collate_fn=as_is,
+            pin_memory=pin_memory,
+            drop_last=True,
+            **options,
         )
 
     def _check_limit(self, dataset: MixtureDataset, cache: RemoteCache) -> None:
@@ -124,7 +150,12 @@ class MixtureLoader(DataLoader[Batch]):
     @property
     def step(self) -> int:
         """Global batches delivered so far."""
-        return self.mixer.step
+        return self._now.step
+
+    @property
+    def _now(self) -> Snapshot:
+        """The counters after the last delivered batch; workers may be further."""
+        return self._delivered if self.num_workers else self.mixer.snapshot()
 
     @property
     def global_batch_size(self) -> int:
@@ -133,17 +164,34 @@ class MixtureLoader(DataLoader[Batch]):
     @property
     def weights(self) -> dict[str, float]:
         """The weights by domain that decide the next batch."""
-        return dict(zip(self.domains, self.mixer.weights.tolist()))
+        return dict(zip(self.domains, self.mixer.weights_at(self._now).tolist()))
 
     def set_weights(self, weights: Weights) -> None:
-        """Draw by these weights from the very next batch on.
+        """Draw by these weights from batch ``step + read_ahead`` on: the very next one, unless there are processes.
 
         Args:
             weights: shares by domain, or (D,) in the order of ``domains``; normalised. Every rank must set the same.
         """
-        self.mixer.set_weights(weights)
+        self.schedule(self.step + self.read_ahead, weights)
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def schedule(self, step: int, weights: Weights, *, ramp: int = 0) -> None:
+        """Draw by these weights from batch ``step`` on; see ``Mixer.schedule``. It is part of the state.
+
+        Raises: InputError: if the batch may be planned already (before ``self.step + self.read_ahead``).
+        """
+        if step - ramp < self.step + self.read_ahead and ramp:
+            raise InputError(
+                f"a ramp of {ramp} to batch {step} would begin before batch {self.step + self.read_ahead}."
+            )
+        if step < self.step + self.read_ahead:
+            raise InputError(f"batch {step} may be planned already; schedule from {self.step + self.read_ahead} on.")
+        stage = self.mixer.schedule(step, weights, ramp=ramp)
+        self._plan.add(stage)
+        self._delivered = self._delivered.with_stage(stage)
+
+    # --- batches ---------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Continue with the next batch; iterating again goes on and never rewinds.
 
         Raises: ExhaustedError: if the run had ended before this iteration began.
@@ -153,20 +201,20 @@ class MixtureLoader(DataLoader[Batch]):
                 f"this loader has ended ({self._ended}); iterating it again would yield nothing. Make a new one, load"
                 " an earlier state, or allow more epochs (max_epochs)."
             )
-        return self._batches()
+        return self._from_workers() if self.num_workers else self._in_process()
 
-    def _batches(self) -> Iterator[Batch]:
+    def _in_process(self) -> Iterator[Any]:
         while (batch := self._next()) is not None:
             yield batch
 
-    def _next(self) -> Batch | None:
-        """Plan and read one batch; after an error the counters stand before it."""
+    def _next(self) -> Any:
+        """Plan and read one batch, or return None at the end; after an error the counters stand before it."""
         before = self.mixer.snapshot()
         try:
             draws = self.mixer.next_batch()
-            sample_ids = self._reads.sample_ids(draws)
+            sample_ids = self.reader.sample_ids(draws)
             mine = slice(self.rank, None, self.world_size)
-            batch = self._reads.batch(draws.domain_ids[mine], sample_ids[mine])
+            batch = self.reader.batch(draws.domain_ids[mine], sample_ids[mine])
         except RunEnded as end:
             self._ended = str(end)
             return None
@@ -177,9 +225,41 @@ class MixtureLoader(DataLoader[Batch]):
             batch = {name: value.pin_memory() for name, value in batch.items()}
         return batch
 
+    def _from_workers(self) -> Iterator[Any]:
+        """Deliver what the workers have made ready; begin anew where a state was loaded meanwhile."""
+        self._generation += 1
+        while True:
+            generation = self._generation
+            self.mixer.restore(self._delivered)
+            self._plan.planned.clear()
+            self._plan.end = None
+            for batch in self._ready():
+                if isinstance(batch, Exception):
+                    raise batch
+                self._delivered = self._plan.planned.popleft()
+                yield batch
+                if generation != self._generation:
+                    break
+            else:
+                break
+        if not isinstance(self._plan.end, RunEnded):
+            raise self._plan.end or DataError("the worker processes ended without an error; go on from the last state.")
+        self._ended = str(self._plan.end)
+
+    def _ready(self) -> Iterator[Any]:
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            what = " ".join(str(error).split())
+            raise DataError(f"a worker process of the loader died: {what}. Go on from the last state.") from error
+
+    # --- state -----------------------------------------------------------------------------------------------------
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last delivered batch, as JSON-like builtins; the same on every rank."""
-        return self.mixer.state_dict()
+        return self.mixer.state_dict(self._now)
 
     def load_state_dict(self, state: Mapping[str, Any], *, remap: bool = False) -> None:
         """Continue after the batch at which ``state`` was taken, on any number of ranks and with any batch size.
@@ -190,47 +270,29 @@ class MixtureLoader(DataLoader[Batch]):
         Raises: InputError: if the state was saved for other data or another seed; both sides are named.
         """
         self.mixer.load_state_dict(state, remap=remap)
-        self._ended = ""
+        self._ended, self._delivered = "", self.mixer.snapshot()
+        self._generation += 1
 
     def stats(self) -> dict[str, Any]:
         """Return what was delivered so far, by domain: target and realised share, samples, tokens, epochs."""
-        mixer, total = self.mixer, max(int(self.mixer.drawn.sum()), 1)
-        limits = mixer.sample_limits
-        domains = {}
+        now, limits, weights = self._now, self.mixer.sample_limits, self.weights
+        total, domains = max(int(now.drawn.sum()), 1), {}
         for i, name in enumerate(self.domains):
-            drawn = int(mixer.drawn[i])
+            drawn = int(now.drawn[i])
             domains[name] = {
-                "weight": float(mixer.weights[i]),
-                "target_share": (drawn + float(mixer.credit[i])) / total,
+                "weight": weights[name],
+                "target_share": (drawn + float(now.credit[i])) / total,
                 "share": drawn / total,
                 "samples": drawn,
                 "tokens": drawn * self.manifest.seq_len,
-                "epochs": float(mixer.positions[i] / max(mixer.num_samples[i], 1)),
-                "exhausted": bool(limits is not None and mixer.positions[i] >= limits[i]),
+                "epochs": float(now.positions[i] / max(self.num_samples[name], 1)),
+                "exhausted": bool(limits is not None and now.positions[i] >= limits[i]),
             }
-        stats = {"step": self.step, "samples": int(mixer.drawn.sum()), "domains": domains}
-        stats["waited_seconds"] = self._reads.waited_seconds
-        if self._reads.cache is not None:
-            stats["cache"] = self._reads.cache.stats()
+        stats = {"step": now.step, "samples": int(now.drawn.sum()), "domains": domains}
+        stats["waited_seconds"] = self.reader.waited_seconds
+        if self.reader.cache is not None:
+            stats["cache"] = self.reader.cache.stats()
         return stats
-
-
-class _PlanSampler(DistributedSampler):  # type: ignore[type-arg]
-    """Stands in the sampler's place: with several ranks Composer asks for a DistributedSampler.
-
-    It has no length, so that trainers see an endless loader.
-    """
-
-    def __init__(self, loader: MixtureLoader) -> None:
-        self._loader = loader
-        self.num_replicas, self.rank, self.epoch = loader.world_size, loader.rank, 0
-        self.shuffle, self.drop_last, self.seed = False, True, 0
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        raise InputError("iterate the MixtureLoader itself; its sampler plans nothing on its own.")
-
-    def __len__(self) -> int:
-        raise TypeError("a MixtureLoader has no length: it goes on until training stops or its domains are used up")
 
 
 def resolve_mixture(

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from mixer.cache import RemoteCache
-from mixer.errors import InputError
+from mixer.errors import DataError, InputError
 from mixer.folders import load_manifest
 from mixer.manifest import Manifest
 from mixer.mixer import Draws, Mixer
@@ -80,6 +80,7 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
         self._ahead = np.full(len(self.domains), -1, np.int64)
         self._loader: Any = None
         self.cache, self.waited_seconds = cache, 0.0
+        self.transform: Callable[[dict[str, torch.Tensor]], Any] | None = None
 
     @property
     def num_samples(self) -> dict[str, int]:
@@ -91,10 +92,10 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
-    def sample_ids(self, draws: Draws) -> Ids:
+    def sample_ids(self, draws: Draws, *, ahead: bool = True) -> Ids:
         """Return the sample indices (B,) of a planned batch, in its order; read ahead where a window begins."""
         stops = draws.firsts + draws.counts
-        if ((stops > self._ahead) & (draws.counts > 0)).any():
+        if ahead and ((stops > self._ahead) & (draws.counts > 0)).any():
             self._read_ahead(stops, draws)
         parts = [
             self.orders[d].take(first, count)  # type: ignore[union-attr]
@@ -167,18 +168,24 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, draw: tuple[int, int]) -> dict[str, torch.Tensor]:
         return {name: value[0] for name, value in self.batch(np.array([draw[0]]), np.array([draw[1]])).items()}
 
-    def __getitems__(self, draws: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, draws: Sequence[tuple[int, int]]) -> Any:
         pairs = np.array(draws, np.int64).reshape(-1, 2)
-        return self.batch(pairs[:, 0], pairs[:, 1])
+        try:
+            return self.batch(pairs[:, 0].copy(), pairs[:, 1].copy())
+        except (DataError, InputError) as error:
+            if get_worker_info() is None:
+                raise
+            return error  # torch would wrap it in a traceback; the loader raises it in the training process as it is
 
     def batch(self, domain_ids: Ids, sample_ids: Ids) -> dict[str, torch.Tensor]:
         """Return a batch as delivered: ``input_ids`` (n, T), ``domain_ids`` (n,), ``sample_ids`` (n,), int64."""
         rows = self.read(domain_ids, sample_ids)
-        return {
+        batch = {
             "input_ids": torch.from_numpy(rows.astype(np.int64) if self._as_int64 else rows),
             "domain_ids": torch.from_numpy(domain_ids),
             "sample_ids": torch.from_numpy(sample_ids),
         }
+        return batch if self.transform is None else self.transform(batch)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_views": {}, "_ahead": np.full(len(self.domains), -1, np.int64), "_loader": None}

@@ -23,7 +23,7 @@ from mixer.exhaustion import EXHAUSTION, Exhausted, RunEnded
 from mixer.order import WINDOW_SAMPLES
 from mixer.randomness import key, permutation
 
-__all__ = ["Draws", "Mixer", "RunEnded"]
+__all__ = ["Draws", "Mixer", "RunEnded", "Snapshot", "Stage"]
 
 Vector = NDArray[np.float64]
 Ids = NDArray[np.int64]
@@ -51,12 +51,26 @@ class Draws(NamedTuple):
     places: Ids
 
 
-class _Stage(NamedTuple):
+class Stage(NamedTuple):
     """From batch ``step`` on the weights are ``weights``; over the ``ramp`` batches before, they move there."""
 
     step: int
     ramp: int
     weights: Vector
+
+
+class Snapshot(NamedTuple):
+    """The counters between two batches, see ``Mixer``."""
+
+    step: int
+    credit: Vector
+    positions: Ids
+    drawn: Ids
+    weights: Vector
+    stages: list[Stage]
+
+    def with_stage(self, stage: Stage) -> Snapshot:
+        return self._replace(stages=_with_stage(self.stages, stage))
 
 
 class Mixer:
@@ -102,7 +116,7 @@ class Mixer:
         self.on_exhausted, self.max_epochs = on_exhausted, _limits(self.names, max_epochs, on_exhausted)
         self._limits = _sample_limits(self.max_epochs, self.num_samples)
         self._weights = self._as_weights(self.num_samples.astype(np.float64) if weights is None else weights)
-        self._stages: list[_Stage] = []
+        self._stages: list[Stage] = []
         self.step = 0
         self._credit = np.zeros(len(self.names))
         self._positions = np.zeros(len(self.names), np.int64)
@@ -119,7 +133,8 @@ class Mixer:
             ExhaustedError: if a domain would be read more often than allowed and the policy is to refuse; nothing has
                 moved.
         """
-        counts, credit = self._allocate(self._weights_at(self.step, forget=True))
+        weights, self._weights, self._stages = _in_force(self.step, self._weights, self._stages)
+        counts, credit = self._allocate(weights)
         firsts = self._positions
         # Listed domain by domain, then put into an order that is random but the same on every rank.
         places = permutation(key(self.seed, "batch", self.step), self.batch_size)
@@ -132,11 +147,11 @@ class Mixer:
         self.step += 1
         return draws
 
-    def snapshot(self) -> tuple[Any, ...]:
+    def snapshot(self) -> Snapshot:
         """Return the counters as they are; cheap, because planning replaces arrays and never changes them."""
-        return self.step, self._credit, self._positions, self._drawn, self._weights, self._stages
+        return Snapshot(self.step, self._credit, self._positions, self._drawn, self._weights, self._stages)
 
-    def restore(self, snapshot: tuple[Any, ...]) -> None:
+    def restore(self, snapshot: Snapshot) -> None:
         """Go back to a ``snapshot`` of this mixer."""
         self.step, self._credit, self._positions, self._drawn, self._weights, self._stages = snapshot
 
@@ -180,13 +195,18 @@ class Mixer:
     @property
     def weights(self) -> Vector:
         """The weights (D,) that decide the next batch."""
-        return self._weights_at(self.step).copy()
+        return self.weights_at()
+
+    def weights_at(self, at: Snapshot | None = None) -> Vector:
+        """Return the weights (D,) that decide the batch after a ``snapshot``; by default the next one."""
+        now = at or self.snapshot()
+        return _in_force(now.step, now.weights, now.stages)[0].copy()
 
     def set_weights(self, weights: Weights) -> None:
         """Draw by these weights from the next batch on. Stages scheduled for later batches stay scheduled."""
         self.schedule(self.step, weights)
 
-    def schedule(self, step: int, weights: Weights, *, ramp: int = 0) -> None:
+    def schedule(self, step: int, weights: Weights, *, ramp: int = 0) -> Stage:
         """Draw by these weights from batch ``step`` on, and move there in a straight line over the ``ramp`` batches
         before.
 
@@ -201,23 +221,9 @@ class Mixer:
                 f"cannot schedule weights for batch {step} with ramp {ramp}: batch {self.step} is the next to be"
                 " planned."
             )
-        stage = _Stage(int(step), int(ramp), self._as_weights(weights))
-        self._stages = sorted([other for other in self._stages if other.step != step] + [stage], key=lambda s: s.step)
-
-    def _weights_at(self, step: int, *, forget: bool = False) -> Vector:
-        """Return the weights of a batch not yet planned; with ``forget`` merge the stages that lie behind it."""
-        if not self._stages:
-            return self._weights
-        base, stages = self._weights, self._stages
-        while stages and stages[0].step <= step:
-            base, stages = stages[0].weights, stages[1:]
-        if forget:
-            self._weights, self._stages = base, stages
-        if stages and step > stages[0].step - stages[0].ramp:
-            upcoming = stages[0]
-            done = (step - (upcoming.step - upcoming.ramp)) / upcoming.ramp
-            return _normalised(base + done * (upcoming.weights - base))
-        return base
+        stage = Stage(int(step), int(ramp), self._as_weights(weights))
+        self._stages = _with_stage(self._stages, stage)
+        return stage
 
     def _as_weights(self, weights: Weights) -> Vector:
         if isinstance(weights, Mapping):
@@ -261,24 +267,28 @@ class Mixer:
         """Samples (D,) owed: the target up to here minus what was drawn."""
         return self._credit.copy()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that a restart needs, as JSON-like builtins; the size does not grow with the run."""
+    def state_dict(self, at: Snapshot | None = None) -> dict[str, Any]:
+        """Return all that a restart needs, as JSON-like builtins; the size does not grow with the run.
+
+        ``at`` is an earlier ``snapshot`` to describe instead of the present.
+        """
+        now = at or self.snapshot()
         domains = {}
         for i, name in enumerate(self.names):
             domains[name] = {
-                "position": int(self._positions[i]),
-                "drawn": int(self._drawn[i]),
-                "credit": float(self._credit[i]),
-                "weight": float(self._weights[i]),
+                "position": int(now.positions[i]),
+                "drawn": int(now.drawn[i]),
+                "credit": float(now.credit[i]),
+                "weight": float(now.weights[i]),
                 "samples": int(self.num_samples[i]),
                 "fingerprint": self.fingerprints[name][:24],
             }
-        stages = [{"step": s.step, "ramp": s.ramp, "weights": s.weights.tolist()} for s in self._stages]
+        stages = [{"step": s.step, "ramp": s.ramp, "weights": s.weights.tolist()} for s in now.stages]
         return {
             "version": VERSION,
             "seed": self.seed,
             "window": WINDOW_SAMPLES,
-            "step": self.step,
+            "step": now.step,
             "batch_size": self.batch_size,
             "scheduled": stages,
             "domains": domains,
@@ -303,7 +313,7 @@ class Mixer:
         credit = column("credit", 0.0, np.float64)
         if not remap:
             weights = column("weight", 0.0, np.float64)
-            stages = [_Stage(s["step"], s["ramp"], np.array(s["weights"], np.float64)) for s in state["scheduled"]]
+            stages = [Stage(s["step"], s["ramp"], np.array(s["weights"], np.float64)) for s in state["scheduled"]]
             self._weights, self._stages = weights, stages
         self.step = int(state["step"])
         self._positions, self._drawn, self._credit = positions, drawn, credit
@@ -340,6 +350,21 @@ class Mixer:
         if there and here and there != here and not remap:
             found.append(f"domain {name!r} had fingerprint {there}, has {here}")
         return found
+
+
+def _in_force(step: int, base: Vector, stages: list[Stage]) -> tuple[Vector, Vector, list[Stage]]:
+    """Return the weights of batch ``step``, and base and stages without those that lie behind it."""
+    while stages and stages[0].step <= step:
+        base, stages = stages[0].weights, stages[1:]
+    if not stages or step <= stages[0].step - stages[0].ramp:
+        return base, base, stages
+    upcoming = stages[0]
+    done = (step - (upcoming.step - upcoming.ramp)) / upcoming.ramp
+    return _normalised(base + done * (upcoming.weights - base)), base, stages
+
+
+def _with_stage(stages: list[Stage], stage: Stage) -> list[Stage]:
+    return sorted([other for other in stages if other.step != stage.step] + [stage], key=lambda other: other.step)
 
 
 def _normalised(weights: Vector) -> Vector:

@@ -1,0 +1,61 @@
+"""What worker processes need: a plan that runs ahead of what is delivered, and can be taken back.
+
+The plan is made in the training process, batch by batch, as torch asks for indices; a snapshot of the mixer is kept for
+every batch that has been planned and not yet delivered. So the loader's position is that of the last delivered batch,
+however far the workers are; and weights that are set now hold from a batch that no worker can have been given yet.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DistributedSampler
+
+from mixer.errors import DataError
+from mixer.mixer import RunEnded, Snapshot, Stage
+
+if TYPE_CHECKING:
+    from mixer.dataloader import MixtureLoader
+
+__all__ = ["PlanSampler", "as_is"]
+
+
+class PlanSampler(DistributedSampler):  # type: ignore[type-arg]
+    """Plan this rank's draws, one by one; with several ranks Composer asks for a DistributedSampler in this place.
+
+    It has no length, so that trainers see an endless loader.
+    """
+
+    def __init__(self, loader: MixtureLoader) -> None:
+        self._loader = loader
+        self.num_replicas, self.rank, self.epoch = loader.world_size, loader.rank, 0
+        self.shuffle, self.drop_last, self.seed = False, True, 0
+        self.planned: deque[Snapshot] = deque()  # after each batch that is planned and not delivered
+        self.end: Exception | None = None  # why planning stopped; raised when what was planned has been delivered
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Yield (domain id, sample index); torch gathers them to this rank's batches."""
+        loader, mine = self._loader, slice(self.rank, None, self.num_replicas)
+        while True:
+            try:
+                draws = loader.mixer.next_batch()
+            except (RunEnded, DataError) as end:
+                self.end = end
+                return
+            samples = loader.reader.sample_ids(draws, ahead=False)
+            self.planned.append(loader.mixer.snapshot())
+            yield from zip(draws.domain_ids[mine].tolist(), samples[mine].tolist())
+
+    def add(self, stage: Stage) -> None:
+        """Let a newly scheduled stage be part of the state at every batch not yet delivered."""
+        self.planned = deque(snapshot.with_stage(stage) for snapshot in self.planned)
+
+    def __len__(self) -> int:
+        raise TypeError("a MixtureLoader has no length: it goes on until training stops or its domains are used up")
+
+
+def as_is(batch: Any) -> Any:
+    """Collate nothing: batches come whole."""
+    return batch

@@ -1,0 +1,161 @@
+"""Worker processes run a transform; they change no sample, and new weights hold after a stated number of batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from mixer import DataError, ExhaustedError, InputError, MixtureLoader
+from tests.helpers import assert_same, write_shards
+
+SIZES = {"book": 3, "code": 150, "web": 400}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("shards"), SIZES)
+
+
+def double(batch):
+    return {**batch, "labels": batch["input_ids"] * 2}
+
+
+def make(shards, **options):
+    defaults = {"mixture": "uniform", "global_batch_size": 12, "seed": 3, "transform": double, "read_ahead": 4}
+    return MixtureLoader(shards, **{**defaults, **options})
+
+
+def moving(loader, count):
+    """Collect batches while the weights change at every one of them."""
+    found = []
+    for batch in loader:
+        found.append(batch)
+        if len(found) == count:
+            return found
+        loader.set_weights([1, 1, loader.step])
+    return found
+
+
+def test_any_number_of_workers_gives_the_same_batches_while_weights_move(shards):
+    expected = moving(make(shards), 12)
+    assert torch.equal(expected[0]["labels"], expected[0]["input_ids"] * 2)
+    for workers in (1, 3):
+        assert_same(moving(make(shards, num_workers=workers), 12), expected)
+
+
+def test_changed_weights_hold_after_read_ahead_batches(shards):
+    loader, seen = make(shards, num_workers=2), []
+    for batch in loader:
+        seen.append(set(batch["domain_ids"].tolist()))
+        if loader.step == 3:
+            loader.set_weights([0, 1, 0])
+            assert loader.read_ahead == 4
+        if loader.step == 10:
+            break
+    assert all(len(domains) == 3 for domains in seen[:7]) and seen[7:] == [{1}] * 3
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 0), (0, 2)])
+def test_state_is_that_of_the_last_delivered_batch_and_holds_what_is_scheduled(shards, before, after):
+    whole = moving(make(shards), 14)
+    loader = make(shards, num_workers=before)
+    assert_same(moving(loader, 6), whole[:6])
+    loader.set_weights([1, 1, loader.step])  # `moving` stops before it changes the weights a last time
+    state = json.loads(json.dumps(loader.state_dict()))
+    assert state["step"] == loader.step == 6
+    other = make(shards, num_workers=after)
+    other.load_state_dict(state)
+    rest = []
+    for batch in other:
+        rest.append(batch)
+        if len(rest) == 8:
+            break
+        other.set_weights([1, 1, other.step])
+    assert_same(rest, whole[6:])
+
+
+def test_iterating_again_and_loading_into_a_running_loader_take_back_what_was_planned_ahead(shards):
+    whole = moving(make(shards, num_workers=1), 9)
+    loader = make(shards, num_workers=1)
+    first = moving(loader, 3)
+    loader.set_weights([1, 1, loader.step])
+    state = loader.state_dict()
+    iterator = iter(loader)
+    second = []
+    for _ in range(2):
+        second.append(next(iterator))
+        loader.set_weights([1, 1, loader.step])
+    assert_same([*first, *second], whole[:5])
+    loader.load_state_dict(state)
+    for expected in whole[3:9]:
+        assert_same(next(iterator), expected)
+        loader.set_weights([1, 1, loader.step])
+
+
+def test_end_of_the_run_comes_after_what_was_planned(shards):
+    expected = sum(1 for _ in make(shards, on_exhausted="drop"))
+    loader = make(shards, on_exhausted="drop", num_workers=2)
+    assert sum(1 for _ in loader) == expected == loader.step
+    with pytest.raises(ExhaustedError, match="this loader has ended"):
+        iter(loader)
+
+
+def test_limit_with_repeat_is_raised_after_what_was_planned(shards):
+    counts = []
+    for workers in (0, 2):
+        loader = make(shards, max_epochs=2, num_workers=workers)
+        with pytest.raises(ExhaustedError, match="'book' after 2 epochs"):
+            for _ in loader:
+                pass
+        counts.append(loader.step)
+    assert counts[0] == counts[1] > 0
+
+
+def test_damaged_shard_is_one_sentence_in_the_training_process(tmp_path):
+    root = write_shards(tmp_path, SIZES)
+    path = root / "web" / "train" / "shard.00003.mds"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(DataError, match=r"^domain 'web', shard .*shard\.00003\.mds: has xxh64 [^\n]*$"):
+        for _ in make(root, num_workers=2):
+            pass
+
+
+def test_killed_worker_is_an_error_within_seconds_and_not_a_hang(shards):
+    loader = make(shards, num_workers=1, transform=kill_after_some)
+    with pytest.raises(DataError, match=r"a worker process of the loader died: .*Go on from the last state"):
+        for _ in loader:
+            pass
+    other = make(shards)
+    other.load_state_dict(loader.state_dict())
+    assert_same(next(iter(other)), moving_once(shards, loader.step))
+
+
+def moving_once(shards, step):
+    for number, batch in enumerate(make(shards)):
+        if number == step:
+            return batch
+
+
+def kill_after_some(batch):
+    if torch.utils.data.get_worker_info() is not None and batch["sample_ids"].sum() % 5 == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return double(batch)
+
+
+def test_without_a_transform_no_process_is_started_and_nothing_is_planned_ahead(shards):
+    loader = make(shards, transform=None, num_workers=4, read_ahead=None)
+    assert loader.num_workers == 0 and loader.read_ahead == 0
+
+
+def test_scheduling_what_may_be_planned_already_is_refused(shards):
+    loader = make(shards, num_workers=2)
+    with pytest.raises(InputError, match="batch 3 may be planned already; schedule from 4 on"):
+        loader.schedule(3, [1, 1, 1])
+    with pytest.raises(InputError, match="would begin before batch 4"):
+        loader.schedule(6, [1, 1, 1], ramp=4)
+    with pytest.raises(InputError, match="read_ahead 1 must be at least num_workers 2"):
+        make(shards, num_workers=2, read_ahead=1)

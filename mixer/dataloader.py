@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mixer.cache import RemoteCache
+from mixer.curriculum import CurriculumStage, load_curriculum
 from mixer.dataset import MixtureDataset, mixer_for
 from mixer.errors import DataError, ExhaustedError, InputError
 from mixer.folders import load_manifest
@@ -95,7 +96,8 @@ class MixtureLoader(DataLoader[Any]):
         self.manifest: Manifest = load_manifest(shards, cache)
         dataset = MixtureDataset(shards, split, seed, verify, self.manifest, dtype, cache)
         self.domains, self.num_samples, self.split = dataset.domains, dataset.num_samples, split
-        self.mixture = resolve_mixture(mixture, self.manifest, split=split, force=force)
+        self.curriculum = resolve_curriculum(mixture, self.manifest, split=split, force=force)
+        self.mixture = self.curriculum[0].mixture
         self.mixer: Mixer = mixer_for(
             dataset,
             weights=self.mixture.weights,
@@ -104,6 +106,8 @@ class MixtureLoader(DataLoader[Any]):
             max_epochs=max_epochs,
             on_exhausted=on_exhausted,
         )
+        for stage in self.curriculum[1:]:
+            self._schedule_stage(stage)
         dataset._loader, dataset.transform = self, transform
         if cache is not None:
             self._check_limit(dataset, cache)
@@ -130,6 +134,14 @@ class MixtureLoader(DataLoader[Any]):
             drop_last=True,
             **options,
         )
+
+    def _schedule_stage(self, stage: CurriculumStage) -> None:
+        """Put a stage of the mixture file into the mixer's schedule, where it is part of the state."""
+        if stage.in_tokens:
+            length = self.manifest.seq_len
+            self.mixer.schedule_at(-(-stage.start // length), stage.mixture.weights, ramp=stage.ramp // length)
+        else:
+            self.mixer.schedule(stage.start, stage.mixture.weights, ramp=stage.ramp)
 
     def _check_limit(self, dataset: MixtureDataset, cache: RemoteCache) -> None:
         """Refuse a cache that cannot hold what is read at one time: every batch would fetch shards anew."""
@@ -302,10 +314,21 @@ def resolve_mixture(
     split: str = "train",
     force: bool = False,
 ) -> Mixture:
-    """Return a checked mixture for these shards from any form that a loader accepts.
+    """Return a checked mixture for these shards from any form that a loader accepts; of stages, the first.
 
     Raises: InputError: if it does not fit the shards, or gives a weight to a domain without samples in the split.
     """
+    return resolve_curriculum(mixture, manifest, split=split, force=force)[0].mixture
+
+
+def resolve_curriculum(
+    mixture: str | os.PathLike[str] | Mapping[str, float] | Mixture,
+    manifest: Manifest,
+    *,
+    split: str = "train",
+    force: bool = False,
+) -> list[CurriculumStage]:
+    """Return the checked stages of a mixture: one, unless it is a file with several."""
     num_samples = {
         name: domain.splits[split].num_samples if split in domain.splits else 0
         for name, domain in manifest.domains.items()
@@ -318,13 +341,18 @@ def resolve_mixture(
     if isinstance(mixture, str) and mixture in ("proportional", "uniform"):
         values = proportional(sizes) if mixture == "proportional" else uniform(len(sizes))
         found = Mixture(dict(zip(manifest.names, values.tolist())), {"rule": mixture})
-    elif isinstance(mixture, Mixture):
-        found = mixture
-    elif isinstance(mixture, Mapping):
-        found = Mixture(mixture)
+    elif isinstance(mixture, Mixture | Mapping):
+        found = mixture if isinstance(mixture, Mixture) else Mixture(mixture)
     else:
-        found = Mixture.load(mixture)
-    found = found.check(manifest, force=force)
+        stages = load_curriculum(mixture)
+        return [
+            stage._replace(mixture=_fitting(stage.mixture, manifest, num_samples, split, force)) for stage in stages
+        ]
+    return [CurriculumStage(_fitting(found, manifest, num_samples, split, force), 0, 0, False)]
+
+
+def _fitting(mixture: Mixture, manifest: Manifest, num_samples: Mapping[str, int], split: str, force: bool) -> Mixture:
+    found = mixture.check(manifest, force=force)
     empty = [name for name, weight in found.weights.items() if weight > 0 and not num_samples[name]]
     if empty:
         raise InputError(

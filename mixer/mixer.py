@@ -52,11 +52,16 @@ class Draws(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """From batch ``step`` on the weights are ``weights``; over the ``ramp`` batches before, they move there."""
+    """From batch ``step`` on the weights are ``weights``; over the ``ramp`` batches before, they move there.
+
+    ``samples`` is where it begins in samples of the run, if that is how it was asked for: then it stays there when the
+    batch size changes.
+    """
 
     step: int
     ramp: int
     weights: Vector
+    samples: int | None = None
 
 
 class Snapshot(NamedTuple):
@@ -206,7 +211,12 @@ class Mixer:
         """Draw by these weights from the next batch on. Stages scheduled for later batches stay scheduled."""
         self.schedule(self.step, weights)
 
-    def schedule(self, step: int, weights: Weights, *, ramp: int = 0) -> Stage:
+    def schedule_at(self, samples: int, weights: Weights, *, ramp: int = 0) -> Stage:
+        """Like ``schedule``, with start and ramp in samples of the run; a batch belongs to the stage it begins in."""
+        step = self.step + max(-(-(samples - int(self._drawn.sum())) // self.batch_size), 0)
+        return self.schedule(step, weights, ramp=min(-(-ramp // self.batch_size), step - self.step), samples=samples)
+
+    def schedule(self, step: int, weights: Weights, *, ramp: int = 0, samples: int | None = None) -> Stage:
         """Draw by these weights from batch ``step`` on, and move there in a straight line over the ``ramp`` batches
         before.
 
@@ -221,7 +231,7 @@ class Mixer:
                 f"cannot schedule weights for batch {step} with ramp {ramp}: batch {self.step} is the next to be"
                 " planned."
             )
-        stage = Stage(int(step), int(ramp), self._as_weights(weights))
+        stage = Stage(int(step), int(ramp), self._as_weights(weights), samples)
         self._stages = _with_stage(self._stages, stage)
         return stage
 
@@ -283,7 +293,7 @@ class Mixer:
                 "samples": int(self.num_samples[i]),
                 "fingerprint": self.fingerprints[name][:24],
             }
-        stages = [{"step": s.step, "ramp": s.ramp, "weights": s.weights.tolist()} for s in now.stages]
+        stages = [{**s._asdict(), "weights": s.weights.tolist()} for s in now.stages]
         return {
             "version": VERSION,
             "seed": self.seed,
@@ -313,8 +323,11 @@ class Mixer:
         credit = column("credit", 0.0, np.float64)
         if not remap:
             weights = column("weight", 0.0, np.float64)
-            stages = [Stage(s["step"], s["ramp"], np.array(s["weights"], np.float64)) for s in state["scheduled"]]
-            self._weights, self._stages = weights, stages
+            stages = [Stage(**{**s, "weights": np.array(s["weights"], np.float64)}) for s in state["scheduled"]]
+            scale = state["batch_size"] / self.batch_size
+            self._weights, self._stages = weights, [
+                _moved(s, state["step"], int(drawn.sum()), scale, self.batch_size) for s in stages
+            ]
         self.step = int(state["step"])
         self._positions, self._drawn, self._credit = positions, drawn, credit
 
@@ -361,6 +374,14 @@ def _in_force(step: int, base: Vector, stages: list[Stage]) -> tuple[Vector, Vec
     upcoming = stages[0]
     done = (step - (upcoming.step - upcoming.ramp)) / upcoming.ramp
     return _normalised(base + done * (upcoming.weights - base)), base, stages
+
+
+def _moved(stage: Stage, step: int, drawn: int, scale: float, batch_size: int) -> Stage:
+    """Return a stage as it stands when the batch size changes at ``step``: those by samples keep their sample."""
+    if stage.samples is None or scale == 1:
+        return stage
+    begins = step + max(-(-(stage.samples - drawn) // batch_size), 0)
+    return stage._replace(step=begins, ramp=min(round(stage.ramp * scale), begins - step))
 
 
 def _with_stage(stages: list[Stage], stage: Stage) -> list[Stage]:

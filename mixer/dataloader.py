@@ -278,10 +278,17 @@ class MixtureLoader(DataLoader[Any]):
 
         Args:
             state: from ``state_dict``.
-            remap: allow domains to be added, dropped, or changed in fingerprint; see ``Mixer.load_state_dict``.
+            remap: allow domains to be added, dropped, or grown by new shards; see ``Mixer.load_state_dict``.
         Raises: InputError: if the state was saved for other data or another seed; both sides are named.
         """
+        before = self.mixer.snapshot(), self.mixer.grown
         self.mixer.load_state_dict(state, remap=remap)
+        try:
+            self.reader.grow(self.mixer.grown)
+        except InputError:
+            self.mixer.restore(before[0])
+            self.mixer.grown = before[1]
+            raise
         self._ended, self._delivered = "", self.mixer.snapshot()
         self._generation += 1
 

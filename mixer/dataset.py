@@ -90,6 +90,13 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
     def fingerprints(self) -> dict[str, str]:
         return {name: "" if shards is None else shards.fingerprint for name, shards in zip(self.domains, self.shards)}
 
+    def grow(self, grown: Mapping[str, tuple[int, list[tuple[int, int]]]]) -> None:
+        """Take up how domains grew in the epochs they are in; see ``Order.grow``."""
+        for name, order in zip(self.domains, self.orders):
+            if order is not None:
+                order.grow(*grown.get(name, (0, [])))
+        self._ahead[:] = -1
+
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def sample_ids(self, draws: Draws, *, ahead: bool = True) -> Ids:

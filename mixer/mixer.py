@@ -126,6 +126,8 @@ class Mixer:
         self._credit = np.zeros(len(self.names))
         self._positions = np.zeros(len(self.names), np.int64)
         self._drawn = np.zeros(len(self.names), np.int64)
+        # name → (epoch, [(position in it, samples before)]) of domains that grew in the epoch they are in.
+        self.grown: dict[str, tuple[int, list[tuple[int, int]]]] = {}
         self._ids = np.arange(len(self.names), dtype=np.int64)
 
     # --- planning --------------------------------------------------------------------------------------------------
@@ -293,6 +295,9 @@ class Mixer:
                 "samples": int(self.num_samples[i]),
                 "fingerprint": self.fingerprints[name][:24],
             }
+            epoch, events = self.grown.get(name, (0, []))
+            if events and int(now.positions[i]) // int(self.num_samples[i]) == epoch:
+                domains[name]["grown"] = [list(event) for event in events]
         stages = [{**s._asdict(), "weights": s.weights.tolist()} for s in now.stages]
         return {
             "version": VERSION,
@@ -309,8 +314,8 @@ class Mixer:
 
         Args:
             state: from ``state_dict``, also through JSON.
-            remap: allow domains to be added (they start with this mixer's weights, unread), dropped, or changed in
-                fingerprint; what was consumed of the others is kept, and this mixer's weights hold.
+            remap: allow domains to be added (unread), dropped, or to have grown by new shards; what was consumed of the
+                others is kept, and this mixer's weights hold.
         Raises: InputError: naming both sides, if seed, order, domains, sizes or fingerprints differ.
         """
         saved = self._checked(state, remap)
@@ -328,8 +333,23 @@ class Mixer:
             self._weights, self._stages = weights, [
                 _moved(s, state["step"], int(drawn.sum()), scale, self.batch_size) for s in stages
             ]
+        self.grown = {}
+        for i, name in enumerate(self.names):
+            if name in saved:
+                positions[i] = self._grow(i, name, saved[name])
         self.step = int(state["step"])
         self._positions, self._drawn, self._credit = positions, drawn, credit
+
+    def _grow(self, i: int, name: str, saved: Mapping[str, Any]) -> int:
+        """Return a domain's position in its present size, and note how it grew within the epoch it is in."""
+        before, now = int(saved["samples"]), int(self.num_samples[i])
+        epoch, offset = divmod(int(saved["position"]), before) if before else (0, 0)
+        events = [(int(at), int(samples)) for at, samples in saved.get("grown", [])]
+        if now != before and offset:
+            events.append((offset, before))
+        if events:
+            self.grown[name] = (epoch, events)
+        return epoch * now + offset
 
     def _checked(self, state: Mapping[str, Any], remap: bool) -> Mapping[str, Any]:
         """Return the saved domains, or refuse a state that was made for something else."""
@@ -357,7 +377,7 @@ class Mixer:
 
     def _differences(self, i: int, name: str, saved: Mapping[str, Any], remap: bool) -> list[str]:
         found = []
-        if saved["samples"] != self.num_samples[i]:
+        if saved["samples"] != self.num_samples[i] and not (remap and saved["samples"] < self.num_samples[i]):
             found.append(f"domain {name!r} had {saved['samples']:,} samples, has {self.num_samples[i]:,}")
         there, here = saved["fingerprint"], self.fingerprints[name][:24]
         if there and here and there != here and not remap:

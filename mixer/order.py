@@ -72,6 +72,7 @@ class Order:
         self._firsts = np.zeros(len(self._sizes) + 1, np.int64)
         np.cumsum(self._sizes, out=self._firsts[1:])
         self.num_samples = int(self._firsts[-1])
+        self._grown: dict[int, list[tuple[int, int]]] = {}
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._current: Window | None = None
 
@@ -130,9 +131,45 @@ class Order:
                 self._epochs.popitem(last=False)
         return plan
 
+    def grow(self, epoch: int, events: Sequence[tuple[int, int]]) -> None:
+        """Say that in the midst of an epoch new shards were added behind the old ones.
+
+        Args:
+            epoch: the one in which it happened.
+            events: (position in the epoch, number of samples before), in order. What was begun before is read to its
+                window's end; the rest of the epoch is the shards not yet begun and the new ones.
+        Raises: InputError: if the old samples do not end with a shard.
+        """
+        for _, num_samples in events:
+            if num_samples not in self._firsts:
+                raise InputError(
+                    f"domain {self.domain!r} had {num_samples:,} samples, and no shard ends there now: a domain grows"
+                    " by new shards behind the old ones, which stay as they are."
+                )
+        self._grown = {epoch: list(events)} if events else {}
+        self._epochs.clear()
+        self._current = None
+
     def _deal(self, epoch: int) -> _Epoch:
         """Permute the shards of an epoch and cut them into windows."""
-        shards = permutation(key(self.seed, self.domain, epoch, "shards"), len(self._sizes))
+        events = self._grown.get(epoch, [])
+        counts = [int(np.searchsorted(self._firsts, before)) for _, before in events] + [len(self._sizes)]
+        plan = self._cut(permutation(key(self.seed, self.domain, epoch, "shards"), counts[0]))
+        for number, (offset, _) in enumerate(events):
+            begun = int(np.searchsorted(plan.starts, offset))  # windows that have been begun
+            kept, rest = plan.shards[: plan.firsts[begun]], plan.shards[plan.firsts[begun] :]
+            rest = np.concatenate([rest, np.arange(counts[number], counts[number + 1])])
+            rest = rest[permutation(key(self.seed, self.domain, epoch, "grown", number), len(rest))]
+            new, start = self._cut(rest), plan.starts[begun]
+            starts = np.concatenate([plan.starts[:begun], new.starts + start])
+            firsts = np.concatenate([plan.firsts[:begun], new.firsts + len(kept)])
+            plan = _Epoch(np.concatenate([kept, rest]), starts, firsts)
+        return plan
+
+    def _cut(self, shards: Indices) -> _Epoch:
+        """Cut a sequence of shards into windows."""
+        if not len(shards):
+            return _Epoch(shards, np.zeros(1, np.int64), np.zeros(1, np.int64))
         ends = np.cumsum(self._sizes[shards])
         begins = ends - self._sizes[shards]
         block = begins // self.window_samples  # a shard belongs to the window in which it begins

@@ -255,6 +255,38 @@ def test_state_of_other_shards_is_refused(shards, tmp_path):
         make(shards, seed=4).load_state_dict(state)
 
 
+def test_domains_are_added_dropped_and_grown_on_resume_keeping_what_was_read(tmp_path):
+    before = write_shards(tmp_path / "before", {"code": 128, "old": 64, "web": 640})
+    after = write_shards(tmp_path / "after", {"code": 320, "new": 64, "web": 640})
+    loader = make(before, mixture={"code": 0.5, "old": 0.25, "web": 0.25})
+    seen = {"code": [], "web": []}
+    drawn = batches(loader, 10)
+
+    def collect(loader, found):
+        for batch in found:
+            for domain, sample in zip(batch["domain_ids"], batch["sample_ids"].tolist()):
+                seen.setdefault(loader.domains[domain], []).append(sample)
+
+    collect(loader, drawn)
+    other = make(after, mixture={"code": 0.5, "new": 0.25, "web": 0.25})
+    with pytest.raises(InputError, match="'code' had 128 samples, has 320"):
+        other.load_state_dict(loader.state_dict())
+    other.load_state_dict(json.loads(json.dumps(loader.state_dict())), remap=True)
+    assert other.step == 10 and other.weights == {"code": 0.5, "new": 0.25, "web": 0.25}
+    state = other.state_dict()
+    collect(other, batches(other, 43))
+    # 53 batches take 318 of 320 samples of code, 192 of which came later, and none twice.
+    assert len(seen["code"]) == len(set(seen["code"])) == 318 and len(set(seen["web"])) == len(seen["web"])
+    assert set(seen["new"]) == set(range(64))
+
+    def grown():
+        thing = make(after)
+        thing.load_state_dict(state)
+        return thing
+
+    assert_resumes(grown, 8, lambda thing: next(iter(thing)))
+
+
 TRAIN = """
 import json, os, sys, time
 from mixer import MixtureLoader

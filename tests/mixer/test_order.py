@@ -51,6 +51,33 @@ def test_shards_at_names_what_the_window_is_read_from(sizes, window, position):
     assert set(owners.tolist()) <= set(shards.tolist())
 
 
+@given(SIZES, SIZES, SIZES, st.integers(1, 40), st.data())
+@settings(max_examples=150, deadline=None)
+def test_grown_domain_keeps_what_was_read_and_still_holds_every_sample_once(first, second, third, window, data):
+    sizes, events, order = first, [], Order(5, "web", first, window)
+    epoch, offset, read = data.draw(st.integers(0, 2)), 0, []
+    for more in (second, third):
+        stop = data.draw(st.integers(max(offset, 1), order.num_samples)) % order.num_samples or offset
+        start = epoch * order.num_samples
+        read += order.take(start + offset, max(stop - offset, 0)).tolist()
+        offset = max(stop, offset)
+        if offset:
+            events.append((offset, order.num_samples))
+        sizes = [*sizes, *more]
+        order = Order(5, "web", sizes, window)
+        order.grow(epoch, events)
+        assert order.take(epoch * order.num_samples, offset).tolist() == read
+    n = order.num_samples
+    assert sorted(order.take(epoch * n, n).tolist()) == list(range(n))
+    fresh = Order(5, "web", sizes, window)
+    np.testing.assert_array_equal(order.take((epoch + 1) * n, n), fresh.take((epoch + 1) * n, n))
+
+
+def test_growth_by_anything_but_new_shards_is_refused():
+    with pytest.raises(InputError, match="'web' had 4 samples, and no shard ends there now"):
+        Order(0, "web", [3, 3]).grow(0, [(2, 4)])
+
+
 def test_seed_domain_and_epoch_all_change_the_order_and_do_not_add_up():
     def first(seed, domain, epoch):
         return tuple(Order(seed, domain, [100]).at(np.arange(epoch * 100, epoch * 100 + 100)).tolist())

@@ -14,16 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from algorithms.domain_reweighting import DomainReweighting
+    from algorithms.early_stopping import WorstDomainEarlyStopping
+    from algorithms.heldout import HeldOutWindows
     from algorithms.losses import DomainLosses, token_losses
     from algorithms.references import FrozenModel, Reference, as_reference
     from algorithms.rules.base import Domains, UpdateRule
     from algorithms.rules.doremi import doremi
     from algorithms.rules.group_dro import group_dro
     from algorithms.signals import Signals
+    from algorithms.worst_subset import WorstSubset
 
 _HOMES = {
     "DomainLosses": "algorithms.losses",
     "DomainReweighting": "algorithms.domain_reweighting",
+    "HeldOutWindows": "algorithms.heldout",
+    "WorstDomainEarlyStopping": "algorithms.early_stopping",
+    "WorstSubset": "algorithms.worst_subset",
     "Domains": "algorithms.rules.base",
     "FrozenModel": "algorithms.references",
     "Reference": "algorithms.references",
@@ -40,9 +46,12 @@ __all__ = [
     "DomainReweighting",
     "Domains",
     "FrozenModel",
+    "HeldOutWindows",
     "Reference",
     "Signals",
     "UpdateRule",
+    "WorstDomainEarlyStopping",
+    "WorstSubset",
     "as_reference",
     "doremi",
     "group_dro",

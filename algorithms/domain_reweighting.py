@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from composer.core import Algorithm, Event, Precision, State, Time, TimeUnit, get_precision_context
+from composer.core import Algorithm, Event, Precision, State, get_precision_context
 from composer.loggers import Logger
 from composer.models import HuggingFaceModel
 from composer.utils import dist
@@ -30,7 +30,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from algorithms.domain_gradients import measure_gradients, measured_parameters
+from algorithms.forward import evaluate_windows, evaluation_mode, losses_on, model_inputs
 from algorithms.heldout import HeldOutWindows
+from algorithms.intervals import interval, is_due
 from algorithms.losses import (
     DomainLosses,
     Normalization,
@@ -121,7 +123,7 @@ class DomainReweighting(Algorithm):
         self.normalization: Normalization = normalization or (rule.normalization if rule else "domain")
         self.needs = rule.needs if rule else frozenset()
         self.heldout = HeldOutWindows(heldout) if isinstance(heldout, str | Path) else heldout
-        self.every = _interval(every or ("20ba" if self.needs & COSTLY else "1ba"))
+        self.every = interval(every or ("20ba" if self.needs & COSTLY else "1ba"))
         self.gradients_of = gradients_of
         self.shift = shift
         self.restore_rng = restore_rng
@@ -296,25 +298,18 @@ class DomainReweighting(Algorithm):
         self.heldout.check(self.domains)
         reference = self.reference
         self._heldout_reference = None
-        if reference is not None and "heldout" in self.needs:
+        if reference is not None and reference.for_any_batch and "heldout" in self.needs:
             with get_precision_context(state.precision, state.precision_config):
-                ranks = dist.get_global_rank(), dist.get_world_size()
-                self._heldout_reference, _ = self.heldout.evaluate(reference.token_losses, *ranks)
-
-    def _heldout_losses(self, state: State, batch: dict[str, Tensor]) -> Tensor:
-        batch = state.device.batch_to_device(batch)
-        with get_precision_context(state.precision, state.precision_config):
-            outputs = state.model(self._model_inputs(batch))
-        return token_losses(logits_of(outputs), batch["labels"], shift=self._started().shift)
+                self._heldout_reference, _ = self.heldout.evaluate(
+                    lambda batch: reference.token_losses(state.device.batch_to_device(batch)),
+                    dist.get_global_rank(),
+                    dist.get_world_size(),
+                )
 
     def _with_heldout(self, signals: Signals, state: State) -> Signals:
         if self.heldout is None or "heldout" not in self.needs:
             return signals
-        training = state.model.training
-        state.model.eval()
-        ranks = dist.get_global_rank(), dist.get_world_size()
-        losses, tokens = self.heldout.evaluate(lambda batch: self._heldout_losses(state, batch), *ranks)
-        state.model.train(training)
+        losses, tokens = evaluate_windows(state, self.heldout)
         return signals._replace(
             heldout_loss=losses, heldout_tokens=tokens, heldout_reference_loss=self._heldout_reference
         )
@@ -322,28 +317,24 @@ class DomainReweighting(Algorithm):
     def _with_gradients(self, signals: Signals, state: State) -> Signals:
         if not self.needs & {"gradients", "gradient_variance"}:
             return signals
-        model = unwrapped(state.model)
-        training = model.training
-        model.eval()  # dropout would be noise, and use up random numbers
-        sums = measure_gradients(
-            lambda part: self._losses_with_gradient(state, model, part),
-            self._whole_batch,
-            torch.from_numpy(self._batch_tokens),
-            measured_parameters(model, self.gradients_of),
-            rows_at_once=int(state.device_train_microbatch_size or len(self._whole_batch["labels"])),
-            variance="gradient_variance" in self.needs,
-        )
-        model.train(training)
+        model, shift = unwrapped(state.model), self._started().shift
+
+        def losses(part: dict[str, Any]) -> tuple[Tensor, Tensor]:
+            found = losses_on(state, model, part, shift=shift)
+            return found, loss_mask(part["labels"], shift=shift).to(found.device)
+
+        with evaluation_mode(model):
+            sums = measure_gradients(
+                losses,
+                self._whole_batch,
+                torch.from_numpy(self._batch_tokens),
+                measured_parameters(model, self.gradients_of),
+                rows_at_once=int(state.device_train_microbatch_size or len(self._whole_batch["labels"])),
+                variance="gradient_variance" in self.needs,
+            )
         return signals._replace(
             gradient_products=sums.products, gradient_counts=sums.counts, gradient_variance=sums.variance
         )
-
-    def _losses_with_gradient(self, state: State, model: nn.Module, part: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        part = state.device.batch_to_device(part)
-        with get_precision_context(state.precision, state.precision_config):
-            outputs = model(self._model_inputs(part))
-        shift = self._started().shift
-        return token_losses(logits_of(outputs), part["labels"], shift=shift), loss_mask(part["labels"], shift=shift)
 
     def _before_dataloader(self, state: State, logger: Logger) -> None:
         if self._loaded_rng is None:
@@ -390,17 +381,7 @@ class DomainReweighting(Algorithm):
         self._micro = _Micro(
             labels, loss_mask(labels, shift=self._started().shift), batch["domain_ids"], reference_loss
         )
-        state.batch = self._model_inputs(batch)
-
-    def _model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return the batch to call the model with: a Hugging Face model without labels, so that it computes no loss."""
-        if not self._is_wrapped:
-            return batch
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        if self._is_encoder_decoder and "decoder_input_ids" not in batch:
-            labels = batch["labels"].clone()
-            inputs["decoder_input_ids"] = self._model.prepare_decoder_input_ids_from_labels(labels=labels)
-        return inputs
+        state.batch = model_inputs(state.model, batch)
 
     def _after_forward(self, state: State, logger: Logger) -> None:
         if not self._is_wrapped:
@@ -464,7 +445,7 @@ class DomainReweighting(Algorithm):
             signals = signals._replace(behaviour=self._drawn_by)
         self._pending = signals if self._pending is None else self._pending + signals
         metrics = _loss_metrics(losses.domains, signals, losses.num_nonfinite - before)
-        if _is_due(self.every, state):
+        if is_due(self.every, state):
             metrics |= self._update(step, state)
         logger.log_metrics(metrics, step=step)
 
@@ -589,23 +570,6 @@ def _share_of_the_sum(loss: Tensor, state: State, share: float) -> Tensor:
     scale = state.scaler.get_scale() if state.precision == Precision.AMP_FP16 and state.scaler is not None else 1.0
     loss.register_hook(lambda gradient: torch.full_like(gradient, ranks * scale))
     return loss * (ranks / share)
-
-
-def _interval(every: str | int) -> Time:
-    try:
-        interval = Time.from_input(every, TimeUnit.BATCH)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f'every={every!r} is not a time: expected "20ba" (batches), "5000sp" (samples) or "1000000tok" (tokens).'
-        ) from error
-    if interval.unit not in (TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN) or interval.value < 1:
-        raise InputError(f'every={every!r} has to be at least one batch ("ba"), sample ("sp") or token ("tok").')
-    return interval
-
-
-def _is_due(every: Time, state: State) -> bool:
-    now, before = state.timestamp.get(every.unit).value, state.previous_timestamp.get(every.unit).value  # type: ignore[union-attr]
-    return now // every.value > before // every.value
 
 
 def _add_labels(state: State) -> None:

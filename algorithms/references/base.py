@@ -18,10 +18,11 @@ class Reference(ABC):
     """Gives a loss for every predicted token of a batch. A missing value is an error, never zero.
 
     ``per_token`` is False where only the sums over a sample or a domain mean something: rules that clip the excess of
-    single tokens cannot use those.
+    single tokens cannot use those. ``for_any_batch`` is False where only certain samples have a loss.
     """
 
     per_token: bool = True
+    for_any_batch: bool = True
     shift: bool = True  # set by the training loop: False for encoder-decoder models
 
     @abstractmethod

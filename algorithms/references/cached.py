@@ -121,6 +121,8 @@ class CachedLosses(Reference):
     Raises: InputError: if it is unfinished or holds something else.
     """
 
+    for_any_batch = False
+
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self._files: dict[str, list[list[Any]]] = read_result(self.folder)["files"]
@@ -177,6 +179,8 @@ class CachedLosses(Reference):
 
 class LossesInBatch(Reference):
     """Losses that the loader itself puts into every batch as ``reference_loss``: (B, S) per token, or (B,) sums."""
+
+    for_any_batch = False
 
     def __init__(self, fingerprint: str = "in the batch", per_token: bool = True) -> None:
         self._fingerprint, self.per_token = fingerprint, per_token

@@ -11,6 +11,8 @@ from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 
 from algorithms import DomainReweighting, FrozenModel, doremi, group_dro
+from algorithms.rules import UPDATE_RULES
+from algorithms.worst_subset import WorstSubset
 from mixer.dataloader import MixtureLoader
 from tests.algorithms.ranks import job, main
 from tests.algorithms.test_domain_reweighting import heldout_windows, recorder
@@ -87,6 +89,21 @@ def sharded_reference(folder: Path, rank: int, world_size: int) -> dict[str, Any
     fit(algorithm, loader=Loader(padded=True, rank=rank, world_size=world_size), micro=2, steps=3)
     local = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in reference.model.parameters())
     return {"weights": algorithm.trajectory.weights, "share": local / llama().num_parameters()}
+
+
+@job
+def worst_subset(folder: Path, rank: int, world_size: int) -> torch.Tensor:
+    """The worst part of the global batch, dealt out to the ranks."""
+    loader = Loader(padded=True, rank=rank, world_size=world_size)
+    return parameters(
+        fit(
+            WorstSubset(keep=0.5),
+            DomainReweighting(UPDATE_RULES["uniform"](), apply="loss"),
+            loader=loader,
+            micro=2,
+            steps=3,
+        )
+    )
 
 
 @job

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.algorithms import rank_jobs
-from tests.algorithms.ranks import run_ranks
+from tests.algorithms.ranks import JOBS, run_ranks
 from tests.algorithms.test_domain_reweighting_loader import row
 from tests.algorithms.tiny import VOCAB
 from tests.helpers import write_shards
@@ -19,9 +19,7 @@ from tests.helpers import write_shards
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
     """All jobs in one pair of processes: starting them costs more than training."""
-    return run_ranks(
-        ["ddp", "resume", "fsdp2", "gathered", "signals", "mixture_loader", "sharded_reference"], 2, folder
-    )
+    return run_ranks(list(JOBS), 2, folder)
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +92,9 @@ def test_a_sharded_reference_finds_the_same_weights(ranks: Any, alone: Any) -> N
     for rank in ranks:
         np.testing.assert_allclose(rank["sharded_reference"]["weights"], alone["weights"], rtol=1e-6)
         assert rank["sharded_reference"]["share"] < 0.6, "each rank holds about half"
+
+
+def test_the_worst_part_of_a_batch_is_the_same_on_two_ranks(ranks: Any) -> None:
+    alone = rank_jobs.worst_subset(Path(), 0, 1)
+    for rank in ranks:
+        assert distance(rank["worst_subset"], alone) < 1e-6

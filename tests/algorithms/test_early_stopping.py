@@ -1,0 +1,68 @@
+"""Stopping by the worst domain's held-out loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from algorithms import DomainReweighting
+from algorithms.early_stopping import WorstDomainEarlyStopping
+from algorithms.heldout import HeldOutWindows
+from mixer.errors import InputError
+from tests.algorithms.test_domain_reweighting import heldout_windows
+from tests.algorithms.tiny import DOMAINS, SEQ_LEN, llama
+from tests.algorithms.training_helpers import Metrics, fit
+
+
+def run(stopper: WorstDomainEarlyStopping, lr: float, steps: int = 12, **options: Any) -> tuple[int, Metrics]:
+    log = Metrics()
+    trainer = fit(DomainReweighting(), callbacks=[stopper], loggers=[log], lr=lr, steps=steps, **options)
+    return trainer.state.timestamp.batch.value, log
+
+
+def test_a_run_that_gets_no_better_ends_after_patience_evaluations() -> None:
+    steps, log = run(WorstDomainEarlyStopping(heldout_windows(), every="2ba", patience=2), lr=0.0)
+    assert steps == 6, "evaluated at 2 (the best), 4 and 6"
+    windows = heldout_windows()
+    worst = max(
+        llama()(input_ids=ids, labels=ids).loss.item()
+        for ids in (windows.input_ids[windows.domain_ids == index] for index in range(3))
+    )
+    assert log.series["worst_domain/loss"] == [(step, pytest.approx(worst, rel=1e-5)) for step in (1, 3, 5)]
+
+
+def test_a_run_that_gets_better_goes_on() -> None:
+    common = np.random.default_rng(0).integers(0, 4, (5, SEQ_LEN))  # tokens of every domain's training samples
+    windows = HeldOutWindows(dict.fromkeys(DOMAINS, common))
+    steps, log = run(WorstDomainEarlyStopping(windows, every=3, patience=1), lr=0.05)
+    losses = [value for _, value in log.series["worst_domain/loss"]]
+    assert steps == 12 and losses == sorted(losses, reverse=True) and len(losses) == 4
+
+
+def test_targets_decide_which_domain_is_worst() -> None:
+    targets = dict(zip(DOMAINS, (0.0, 0.0, -5.0)))
+    _, log = run(WorstDomainEarlyStopping(heldout_windows(), targets=targets, every=1), lr=0.0, steps=1)
+    windows = heldout_windows()
+    ids = windows.input_ids[windows.domain_ids == 2]
+    expected = llama()(input_ids=ids, labels=ids).loss.item() + 5
+    assert log.series["worst_domain/loss"][0][1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_patience_is_resumed(tmp_path: Path) -> None:
+    def stopper() -> WorstDomainEarlyStopping:
+        return WorstDomainEarlyStopping(heldout_windows(), every="2ba", patience=2)
+
+    run(stopper(), lr=0.0, steps=5, save_folder=str(tmp_path), save_interval="5ba")
+    steps, _ = run(stopper(), lr=0.0, load_path=str(tmp_path / "ep0-ba5-rank0.pt"))
+    assert steps == 6
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(InputError, match="patience must be >= 1"):
+        WorstDomainEarlyStopping(heldout_windows(), patience=0)
+    with pytest.raises(InputError, match=r"no target loss for the domains \['books', 'web'\]"):
+        WorstDomainEarlyStopping(heldout_windows(), targets={"code": 1.0})
+    assert np.isinf(WorstDomainEarlyStopping(heldout_windows()).best)

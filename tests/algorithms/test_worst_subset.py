@@ -1,0 +1,66 @@
+"""Training on the worst part of a batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from algorithms import DomainReweighting
+from algorithms.losses import token_losses
+from algorithms.references import FrozenModel
+from algorithms.worst_subset import WorstSubset
+from mixer.errors import DataError, InputError
+from tests.algorithms.test_domain_reweighting import distance, written_out
+from tests.algorithms.tiny import Loader, batch, gpt2, llama, t5, wrap
+from tests.algorithms.training_helpers import Gradients, Metrics, fit, parameters
+
+
+def worst(
+    part: dict[str, torch.Tensor], count: int, baseline: torch.nn.Module | None = None
+) -> dict[str, torch.Tensor]:
+    ids = part["input_ids"]
+    scores = token_losses(llama()(input_ids=ids).logits, ids).mean(1)
+    if baseline is not None:
+        scores = scores - FrozenModel(baseline).token_losses(part).mean(1)
+    rows = scores.argsort(descending=True)[:count].sort().values
+    return {name: value[rows] for name, value in part.items()}
+
+
+@pytest.mark.parametrize("baseline", [None, llama(seed=1)])
+@pytest.mark.parametrize("micro", [12, 5])
+def test_the_gradient_is_that_of_the_worst_samples(micro: int, baseline: torch.nn.Module | None) -> None:
+    seen, log = Gradients(), Metrics()
+    subset, observer = WorstSubset(keep=0.4, reference=baseline), DomainReweighting()
+    fit(observer, subset, micro=micro, steps=1, callbacks=[seen], loggers=[log])
+    kept = worst(batch(), 5, baseline)
+    weights = torch.bincount(kept["domain_ids"], minlength=3).numpy() / 5
+    assert distance(seen.steps[0], written_out(llama(), kept, weights)) < 1e-6
+    assert observer.trajectory.num_tokens.sum() == 5 * 11, "only what is trained on is counted"
+    shares = [log.series[f"worst_subset/{name}"][0] for name in Loader().domains]
+    assert [value for _, value in shares] == pytest.approx(weights.tolist()) and shares[0][0] == 0
+
+
+def test_the_evaluation_uses_no_random_numbers_and_no_dropout() -> None:
+    runs = [
+        fit(*algorithms, DomainReweighting(), model=wrap(gpt2(dropout=0.3)), steps=3, micro=4, seed=2)
+        for algorithms in ([], [WorstSubset(keep=1.0)])
+    ]
+    assert torch.equal(*(parameters(run) for run in runs))
+
+
+def test_samples_are_counted_as_the_loader_delivers_them() -> None:
+    trainer = fit(WorstSubset(keep=0.5), DomainReweighting(), steps=2)
+    assert trainer.state.timestamp.sample.value == 24, "the position to resume from is the loader's"
+
+
+def test_what_cannot_work_is_refused() -> None:
+    for keep in (0.0, 1.5):
+        with pytest.raises(InputError, match=r"in \(0, 1\]"):
+            WorstSubset(keep=keep)
+    with pytest.raises(InputError, match="is for causal models"):
+        fit(WorstSubset(), model=wrap(t5()))
+    broken = llama()
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(DataError, match="not finite at step 0"):
+        fit(WorstSubset(), model=wrap(broken))

@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from mixer.shards import open_domain
 from numpy.typing import NDArray
 
 from algorithms.losses import token_losses
+from algorithms.models import samples_per_forward
 from mixer.errors import DataError
 from mixer.manifest import Manifest
+from mixer.shards import open_domain
 
 __all__ = ["HeldOut", "heldout_losses", "heldout_samples"]
 
@@ -46,7 +47,6 @@ def heldout_losses(
     *,
     split: str = "validation",
     max_samples: int = 256,
-    batch_size: int = 32,
     on_domain: Callable[[str], None] = lambda domain: None,
 ) -> dict[str, HeldOut]:
     """Return the held-out loss of every domain under a Hugging Face causal LM.
@@ -65,7 +65,9 @@ def heldout_losses(
     was_training = model.training
     model.eval()
     losses = {}
-    for domain in Manifest.load(shards).names:
+    manifest = Manifest.load(shards)
+    batch_size = min(32, samples_per_forward(manifest.tokenizer.vocab_size, manifest.seq_len))
+    for domain in manifest.names:
         rows = heldout_samples(shards, domain, split=split, max_samples=max_samples)
         total, count = 0.0, 0
         for start in range(0, len(rows), batch_size):

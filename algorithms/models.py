@@ -20,7 +20,7 @@ from mixer.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["MODEL_SIZES", "build_model"]
+__all__ = ["MODEL_SIZES", "build_model", "samples_per_forward"]
 
 # name: width, layers, heads. Parameters without embeddings: 0.4 M, 2.4 M, 10 M, 85 M.
 MODEL_SIZES = {
@@ -29,6 +29,18 @@ MODEL_SIZES = {
     "mini": (384, 6, 8),
     "small": (768, 12, 12),
 }
+
+
+def samples_per_forward(vocab_size: int, seq_len: int, *, limit_bytes: int = 512 * 2**20) -> int:
+    """Return how many samples' logits (float32, ``seq_len`` x ``vocab_size``) fit into ``limit_bytes``; at least 1.
+
+    On small models the logits are nearly all of the memory: 32 samples of 512 tokens with 50,000 ids take 3.3 GB, and
+    their gradient and softmax as much again.
+
+    >>> samples_per_forward(50_000, 512), samples_per_forward(4_096, 128)
+    (5, 256)
+    """
+    return max(1, limit_bytes // (4 * vocab_size * seq_len))
 
 
 def build_model(size: str, *, vocab_size: int, seq_len: int, seed: int) -> PreTrainedModel:

@@ -143,7 +143,8 @@ def write_report(runs: Sequence[Path], out: Path, *, baseline: str | None = None
     domains = {tuple(sorted(read_settings(run)["shards"].items())) for run in runs}
     if len(domains) > 1:
         raise InputError(
-            f"these runs are of different shards and cannot be compared: {', '.join(map(str, runs))}. Report them one by one."
+            f"these runs are of different shards and cannot be compared: {', '.join(map(str, runs))}. "
+            "Report them one by one."
         )
     plots = {str(run): [_embed(path) for path in draw_search(run)] for run in searches}
     comparison = None

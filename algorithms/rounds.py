@@ -24,6 +24,7 @@ from rich.console import Console
 
 from algorithms.domain_reweighting import DomainReweighting
 from algorithms.heldout import HeldOutWindows
+from algorithms.models import samples_per_forward
 from algorithms.references import FrozenModel, as_reference, count_bigrams, score
 from algorithms.references.base import Reference
 from algorithms.rules import UPDATE_RULES
@@ -114,6 +115,11 @@ def find_mixture(
     asked = {"command": "optimize", "shards": fingerprints(search.manifest), **asdict(settings)}
     if begin_run(out, asked) is not None:
         return Mixture.load(Path(out) / "mixture.json")
+    if settings.proxy.global_batch_size < 2 * len(search.names):
+        console.print(
+            f"[yellow]note:[/yellow] a batch of {settings.proxy.global_batch_size} samples holds less than two of each of "
+            f"{len(search.names)} domains; their losses per step will be noisy. --batch-size {4 * len(search.names)} is safer."
+        )
     weights = dict(resolve_mixture(settings.reference_mixture, search.manifest).weights)
     verdicts: list[RoundVerdict] = []
     for number in range(1, settings.rounds + 1):
@@ -176,7 +182,8 @@ class _Search:
         if source == "train":
             return model
         self.console.print(f"[dim]{folder.name}: computing the reference's losses of every sample[/dim]")
-        return as_reference(score(self.shards, model, folder / "scores"))
+        fits = min(32, samples_per_forward(self.manifest.tokenizer.vocab_size, self.manifest.seq_len))
+        return as_reference(score(self.shards, model, folder / "scores", batch_size=fits))
 
     def _train_proxy(self, reference: Reference | None, folder: Path) -> None:
         rule, settings = self.rule, self.settings

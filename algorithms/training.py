@@ -22,10 +22,11 @@ from composer import Algorithm, Callback, Event, Logger, State, Trainer
 from composer.algorithms import GradientClipping
 from composer.models import HuggingFaceModel
 from composer.optim import CosineAnnealingWithWarmupScheduler, DecoupledAdamW
-from mixer.dataloader import MixtureLoader
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from algorithms.models import samples_per_forward
+from mixer.dataloader import MixtureLoader
 from mixer.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class TrainSettings:
 
     model: str = "nano"
     steps: int = 400
-    global_batch_size: int = 32
+    global_batch_size: int = 16
     learning_rate: float = 2e-3
     warmup: float = 0.06
     weight_decay: float = 1e-5
@@ -89,6 +90,7 @@ def train(
     stopper = _StopAfterStep()
     latest = folder / "checkpoints" / "latest-rank{rank}.pt"
     gpu = torch.cuda.is_available()
+    fits = samples_per_forward(model.config.vocab_size, loader.manifest.seq_len)
 
     def save_now(state: State, event: Event) -> bool:
         return event == Event.BATCH_CHECKPOINT and (stopper.requested or state.timestamp.batch.value % save_every == 0)
@@ -111,7 +113,7 @@ def train(
         load_path=str(latest) if Path(str(latest).format(rank=0)).exists() else None,
         device="gpu" if gpu else "cpu",
         precision="amp_bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32",
-        device_train_microbatch_size="auto" if gpu else None,
+        device_train_microbatch_size="auto" if gpu else min(loader.batch_size or 1, fits),
         progress_bar=False,
         log_to_console=False,
         auto_log_hparams=False,

@@ -47,7 +47,7 @@ def demo(out: Path, steps: int, seed: int, workers: int) -> None:
     start = time.monotonic()
     _prepare(out / "corpus", console)
     names = " ".join(f"{out}/main-{name}" for name in ("doremi", "proportional", "uniform"))
-    training = f"--steps {steps} --seed {seed} --heldout-samples 128"
+    training = f"--steps {steps} --batch-size 32 --seed {seed} --heldout-samples 128"
     mains = {"doremi": out / "search" / "mixture.json", "proportional": "proportional", "uniform": "uniform"}
     for line in (
         f"convert {out}/corpus --out {out}/shards --train-tokenizer 4096 --seq-len 128 --held-out 0.03 "

@@ -29,7 +29,7 @@ _OPTIONS = (
     ),
     click.option("--steps", default=400, show_default=True, type=click.IntRange(1), help="Optimiser steps."),
     click.option(
-        "--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Samples per step, over all ranks."
+        "--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Samples per step, over all ranks."
     ),
     click.option(
         "--lr", default=2e-3, show_default=True, type=float, help="Peak learning rate; warm-up, then cosine to a tenth."

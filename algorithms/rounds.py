@@ -117,8 +117,9 @@ def find_mixture(
         return Mixture.load(Path(out) / "mixture.json")
     if settings.proxy.global_batch_size < 2 * len(search.names):
         console.print(
-            f"[yellow]note:[/yellow] a batch of {settings.proxy.global_batch_size} samples holds less than two of each of "
-            f"{len(search.names)} domains; their losses per step will be noisy. --batch-size {4 * len(search.names)} is safer."
+            f"[yellow]note:[/yellow] a batch of {settings.proxy.global_batch_size} samples holds less than two of each "
+            f"of {len(search.names)} domains; their losses per step will be noisy. "
+            f"--batch-size {4 * len(search.names)} is safer."
         )
     weights = dict(resolve_mixture(settings.reference_mixture, search.manifest).weights)
     verdicts: list[RoundVerdict] = []

@@ -67,6 +67,7 @@ def _default_workers() -> int:
 @click.option("--seed", default=0, show_default=True, help="Of the sample that a tokenizer is trained on.")
 @click.option("--stage", help="Folder for the tokenised documents, kept for packing again.")
 @click.option("--keep-stage", is_flag=True, help="Keep the tokenised documents inside --out.")
+@click.option("--extend", is_flag=True, help="Add what is new in the inputs to finished shards, in new shards.")
 @click.option("--fresh", is_flag=True, help="Start over: delete what an earlier conversion left in --out.")
 def convert(inputs: tuple[str, ...], workers: int | None, **options: Any) -> None:
     """Convert text corpora to one set of MDS shards per domain.
@@ -81,6 +82,7 @@ def convert(inputs: tuple[str, ...], workers: int | None, **options: Any) -> Non
       mixer convert corpus/ --out shards --tokenizer tokenizer.json --seq-len 2048
       mixer convert corpus/ --out shards --train-tokenizer 8192 --seq-len 512 --workers 8
       mixer convert pile/*.jsonl.zst --out shards --tokenizer gpt-neox/ --seq-len 2048 --domain field:meta.pile_set_name
+      mixer convert corpus/ --out shards --tokenizer tokenizer.json --seq-len 2048 --extend    # files were added
       mixer convert python=/usr/lib/python3 web=crawl.parquet --out shards --tokenizer bytes --seq-len 1024 \\
             --include '*.py' --include '*.parquet' --on-bad-record skip
     """

@@ -27,6 +27,8 @@ import orjson
 import mixer
 from converters.domains import load_mapping
 from converters.engines import kept_running, run_tasks
+from converters.extending import fixed_splits, known_inputs, merged, save_inputs
+from converters.inspecting import read_index
 from converters.options import DEFAULT_EXCLUDE, PackOptions, StageOptions, size_in_bytes
 from converters.packing import check_accounting, pack_shard, pack_tasks, shard_path
 from converters.plan import Plan, difference, inputs_fingerprint, make_plan
@@ -88,6 +90,7 @@ def convert(
     stage: str | os.PathLike[str] | None = None,
     keep_stage: bool = False,
     fresh: bool = False,
+    extend: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Manifest:
     """Convert text to one set of MDS shards per domain and return the manifest.
@@ -130,6 +133,8 @@ def convert(
         seed: of the sample for ``train_tokenizer``.
         stage: folder for the tokenised documents, kept for packing again; default: inside ``out``, removed at the end.
         keep_stage: keep it inside ``out``.
+        extend: add the inputs that are new to the finished shards in ``out``, in new shards; all else must be as
+            before. Copies (``dedupe``) are looked for among the new documents only.
         fresh: start over, deleting what an earlier conversion left in ``out``.
         progress: called with ``Progress`` as work gets done.
     Raises:
@@ -150,10 +155,13 @@ def convert(
         packing=packing, tail=tail, doc_starts=doc_starts, dedupe=dedupe,
     )  # fmt: skip
     given = None if tokenizer is None else describe(tokenizer, eos)
-    plan = make_plan(inputs, stage_options, {"trained": train_tokenizer} if given is None else _identity(given))
+    base = Manifest.load(out) if extend else None
+    known = None if base is None else known_inputs(Path(out), base)
+    identity = {"trained": train_tokenizer} if given is None else _identity(given)
+    plan = make_plan(inputs, stage_options, identity, known)
     job = _Job(
         Path(out), Path(stage) if stage else Path(out) / _STAGE, plan, stage_options, pack_options, given,
-        functools.partial(run_tasks, engine, workers=workers), progress or (lambda _: None), backend,
+        functools.partial(run_tasks, engine, workers=workers), progress or (lambda _: None), backend, base,
     )  # fmt: skip
     if fresh:
         job.clear()
@@ -184,14 +192,16 @@ class _Job:
     def __init__(
         self, out: Path, stage: Path, plan: Plan, stage_options: StageOptions, pack_options: PackOptions,
         tokenizer: TokenizerInfo | None, run: Callable[..., Iterator[Any]], progress: Callable[[Progress], None],
-        backend: str,
+        backend: str, base: Manifest | None,
     ) -> None:  # fmt: skip
         if backend not in BACKENDS:
             raise InputError(f"backend {backend!r} is not one of {list(BACKENDS)}.")
         self.backend = backend
         self.out, self.stage, self.plan = out, stage, plan
         self.options, self.pack_options, self.tokenizer = stage_options, pack_options, tokenizer
-        self.run, self.progress = run, progress
+        self.run, self.progress, self.base = run, progress, base
+        if base is not None and tokenizer is None and base.tokenizer.file is not None:
+            self.tokenizer = describe(out / base.tokenizer.file)  # the one that was trained before
         self.skipped: dict[str, Counter[str]] = {}
         self.bad_records: list[dict[str, Any]] = []
         self.documents_read = 0
@@ -210,8 +220,8 @@ class _Job:
         if not names and not self.has_leftovers() and not staged:
             return
         with self.locked():
-            for name in (FILE_NAME, _QUARANTINE):
-                (self.out / name).unlink(missing_ok=True)
+            for path in (self.out / FILE_NAME, self.out / _QUARANTINE, *self.out.glob("inputs.*.jsonl")):
+                path.unlink(missing_ok=True)
             for name in (*sorted(names), _TOKENIZER, f"{_PACK}/shards"):
                 shutil.rmtree(self.out / name, ignore_errors=True)
             if staged:
@@ -228,8 +238,12 @@ class _Job:
             raise InputError(f"{self.out} is a file; --out is a folder for the shards.")
         if (self.out / FILE_NAME).exists():
             manifest = Manifest.load(self.out)
-            self._refuse_difference(manifest.converter.get("request", {}), self._request(), self.out)
-            return manifest
+            before, now = dict(manifest.converter.get("request", {})), self._request()
+            if self.base is not None:
+                before.pop("source", None)
+                now.pop("source")
+            self._refuse_difference(before, now, self.out)
+            return manifest if self.base is None or not self.plan.units else None
         if any(self.out.iterdir()) and not any((self.out / name).exists() for name in (_STAGE, _PACK)):
             raise InputError(f"{self.out} is neither empty nor a conversion that can go on; choose another --out.")
         return None
@@ -260,7 +274,8 @@ class _Job:
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         staged = {**self.plan.facts, "inputs": self.plan.inputs}
         self._same_or_new(self.stage / "plan.json", staged, self.stage)
-        self._same_or_new(self.out / _PACK / "request.json", self._request(), self.out)
+        extends = {} if self.base is None else {"extends": hashlib.sha256(self.base.to_json().encode()).hexdigest()}
+        self._same_or_new(self.out / _PACK / "request.json", {**self._request(), **extends}, self.out)
 
     def _same_or_new(self, file: Path, facts: dict[str, Any], folder: Path) -> None:
         try:
@@ -390,7 +405,10 @@ class _Job:
             keep = self.out / _PACK / "keep"
             for name, count in keep_first_copies(stage, units, keep).items():
                 self.skipped.setdefault(name, Counter())["duplicate"] += count
-        return plan_splits(stage, units, self.pack_options, scratch=scratch, keep=str(keep) if keep else None)
+        fixed = fixed_splits(self.base)
+        return plan_splits(
+            stage, units, self.pack_options, scratch=scratch, keep=str(keep) if keep else None, fixed=fixed
+        )
 
     def _pack_tasks(self, split: SplitPlan, dtype: str) -> Iterator[Any]:
         assert self.tokenizer is not None
@@ -402,14 +420,22 @@ class _Job:
             dtype=dtype,
             eos_id=self.tokenizer.eos_id,
             options=self.pack_options,
+            first_number=self._shards_before(split),
         )
+
+    def _shards_before(self, split: SplitPlan) -> int:
+        """Return how many shards of an extended split are there already."""
+        domain = None if self.base is None else self.base.domains.get(split.domain)
+        return domain.splits[split.split].num_shards if domain and split.split in domain.splits else 0
 
     def _commit_split(self, split: SplitPlan, dtype: str) -> Split:
         tasks = list(self._pack_tasks(split, dtype))
         entries = [orjson.loads(Path(task.record).read_bytes()) for task in tasks]
         check_accounting(split, entries, self.pack_options.seq_len)
         below = f"{domain_folder(split.domain)}/{split.split}"
-        index = write_index(self.out / below, entries)
+        before = self._shards_before(split)
+        old = read_index(self.out / below)[:before] if before else []
+        index = write_index(self.out / below, [*old, *entries])
         return Split(
             path=below,
             num_samples=split.num_samples,
@@ -425,8 +451,11 @@ class _Job:
     ) -> Manifest:
         tokenizer = self._copy_tokenizer()
         names = {name for name, _ in written}
-        domains = {plan.domain: self._domain(plan, written) for plan in plans if plan.domain in names}
-        facts = {
+        before = dict(self.base.domains) if self.base else {}
+        added = {plan.domain: self._domain(plan, written) for plan in plans if plan.domain in names | before.keys()}
+        domains = {**before, **{name: merged(before.get(name), domain) for name, domain in added.items()}}
+        known = [] if self.base is None else known_inputs(self.out, self.base).values()
+        facts: dict[str, Any] = {
             "name": "domain-mixer",
             "version": mixer.__version__,
             "request": self._request(),
@@ -436,28 +465,34 @@ class _Job:
             "bad_records": self.bad_records[:100],
             "warnings": warnings,
             "copies_across_splits": copies_across_splits(plans),
+            "inputs": save_inputs(self.out, [*known, *self.plan.inputs]),
         }
-        manifest = Manifest(domains, self.pack_options.seq_len, dtype, tokenizer, converter=facts)
+        if self.base is not None:
+            facts = {**self.base.converter, "inputs": facts["inputs"], "extensions": [*self._extensions(), facts]}
+        manifest = Manifest(dict(sorted(domains.items())), self.pack_options.seq_len, dtype, tokenizer, converter=facts)
         manifest.save(self.out)
         return manifest
+
+    def _extensions(self) -> list[dict[str, Any]]:
+        return list(self.base.converter.get("extensions", [])) if self.base else []
 
     def _publish_quarantine(self) -> dict[str, Any]:
         """Gather the quarantined records of all units, in input order, into one file; say where."""
         if self.options.on_bad_record != "quarantine" or not self.bad_records:
             return {}
+        name = _QUARANTINE if self.base is None else f"quarantine.{len(self._extensions()) + 1}.jsonl"
         partial = self.out / f".{_QUARANTINE}.{os.getpid()}.tmp"
         with open(partial, "wb") as file:
             for unit in self.plan.units:
                 file.write((unit_folder(self.stage, unit.number) / _QUARANTINE).read_bytes())
-        os.replace(partial, self.out / _QUARANTINE)
-        return {"quarantine": _QUARANTINE}
+        os.replace(partial, self.out / name)
+        return {"quarantine": name}
 
     def _domain(self, plan: DomainPlan, written: dict[tuple[str, str], Split]) -> Domain:
-        held_out = {} if plan.held_out.by == "nothing" else {"by": plan.held_out.by, "share": plan.held_out.share}
         return Domain(
             splits={split.split: written[plan.domain, split.split] for split in plan.splits if split.num_samples},
             text_bytes=plan.text_bytes,
-            held_out=held_out,
+            held_out=plan.held_out.facts(),
             skipped=dict(sorted(self.skipped.get(plan.domain, {}).items())),
             dropped_tokens={split.split: split.dropped_tokens for split in plan.splits},
             tokens_in={split.split: split.tokens_in for split in plan.splits},
@@ -474,7 +509,11 @@ class _Job:
         return dataclasses.replace(self.tokenizer, file=name)
 
     def clean_up(self, keep_stage: bool) -> None:
-        """Remove what only an unfinished conversion needs."""
+        """Remove what only an unfinished conversion needs, and the list of inputs that an extension replaced."""
+        named = Manifest.load(self.out).converter.get("inputs")
+        for path in self.out.glob("inputs.*.jsonl"):
+            if path.name != named:
+                path.unlink()
         shutil.rmtree(self.out / _PACK, ignore_errors=True)
         if not keep_stage:
             shutil.rmtree(self.stage, ignore_errors=True)

@@ -64,11 +64,18 @@ def samples_per_shard(dtype: str, options: PackOptions) -> int:
 
 
 def pack_tasks(
-    split: SplitPlan, *, folder: Path, records: Path, dtype: str, eos_id: int, options: PackOptions
+    split: SplitPlan,
+    *,
+    folder: Path,
+    records: Path,
+    dtype: str,
+    eos_id: int,
+    options: PackOptions,
+    first_number: int = 0,
 ) -> Iterator[PackTask]:
-    """Yield one task per shard of a split."""
+    """Yield one task per shard of a split; the shards are numbered from ``first_number``."""
     per_shard = samples_per_shard(dtype, options)
-    for number, start in enumerate(range(0, split.num_samples, per_shard)):
+    for number, start in enumerate(range(0, split.num_samples, per_shard), start=first_number):
         count = min(per_shard, split.num_samples - start)
         first = split.first_sample + start
         stream, token = _needed(split, first, count, options)

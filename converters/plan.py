@@ -59,10 +59,17 @@ def piece_bytes(piece: Piece) -> int:
     return min(piece.stop, piece.size_bytes) - piece.start
 
 
-def make_plan(inputs: Sequence[str | os.PathLike[str]], options: StageOptions, tokenizer: Mapping[str, Any]) -> Plan:
+def make_plan(
+    inputs: Sequence[str | os.PathLike[str]],
+    options: StageOptions,
+    tokenizer: Mapping[str, Any],
+    known: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Plan:
     """Find the files, fingerprint them and cut them into units.
 
-    Raises: InputError: if an input does not exist or nothing is left to convert.
+    Args:
+        known: rows of files that were converted before, by name; they are left out of the plan.
+    Raises: InputError: if an input does not exist, nothing is left to convert, or a known file has changed.
     """
     files = list(_files(inputs, options))
     if not files:
@@ -70,8 +77,11 @@ def make_plan(inputs: Sequence[str | os.PathLike[str]], options: StageOptions, t
             f"nothing to convert in {[os.fspath(item) for item in inputs]}: no file left after include"
             f" {list(options.include)} and exclude {list(options.exclude)}."
         )
-    unit_bytes = options.unit_bytes or _default_unit(sum(piece.size_bytes for piece in files))
     rows = [_fingerprint(piece) for piece in files]
+    if known:
+        new = [number for number, row in enumerate(rows) if not _is_known(row, known)]
+        files, rows = [files[number] for number in new], [rows[number] for number in new]
+    unit_bytes = options.unit_bytes or _default_unit(sum(piece.size_bytes for piece in files))
     pieces = (part for piece in files for part in _cut(piece, unit_bytes))
     units = [Unit(number, tuple(group)) for number, group in enumerate(_grouped(pieces, unit_bytes))]
     facts = {**options.facts(), "unit_bytes": unit_bytes, "tokenizer": dict(tokenizer)}
@@ -199,6 +209,16 @@ def _fingerprint(piece: Piece) -> dict[str, Any]:
         ) from error
     name = f"{piece.root}/{piece.name}".lstrip("=")
     return {"name": name, "bytes": piece.size_bytes, "version": piece.version, "hash": digest.hexdigest()}
+
+
+def _is_known(row: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> bool:
+    before = known.get(row["name"])
+    if before is not None and before["hash"] != row["hash"]:
+        raise InputError(
+            f"{row['name']} was converted before and has changed since ({before['bytes']:,} -> {row['bytes']:,} bytes)."
+            " An extension only adds: give the new text as another file, or start over with --fresh."
+        )
+    return before is not None
 
 
 def inputs_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -7,7 +7,7 @@ documents' lengths and hashes alone; no token is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,18 @@ class HeldOut:
     by: str
     share: float = 0.0
     threshold: int = 0
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the manifest says of it; ``below`` is the threshold in hex, for extensions."""
+        if self.by == "nothing":
+            return {}
+        below = {"below": f"{self.threshold:x}"} if self.by == "documents" else {}
+        return {"by": self.by, "share": self.share, **below}
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> HeldOut:
+        """Return it from the manifest."""
+        return cls(facts.get("by", "nothing"), facts.get("share", 0.0), int(facts.get("below", "0"), 16))
 
 
 class SplitPlan(NamedTuple):
@@ -127,11 +139,18 @@ def _by_domain(table: UnitTable) -> Iterator[tuple[str, NDArray[Any]]]:
 
 
 def plan_splits(
-    stage: str, units: Sequence[int], options: PackOptions, *, scratch: Path, keep: str | None = None
+    stage: str,
+    units: Sequence[int],
+    options: PackOptions,
+    *,
+    scratch: Path,
+    keep: str | None = None,
+    fixed: Mapping[str, HeldOut] | None = None,
 ) -> list[DomainPlan]:
     """Return the split plans of every domain, sorted by name.
 
     Args:
+        fixed: how domains that are extended were split; where that was not by documents, all new ones are for training.
         scratch: folder for best-fit layouts.
         keep: folder of the deduplication's files, or None.
     """
@@ -140,7 +159,7 @@ def plan_splits(
         for name, documents in _by_domain(load_kept(stage, unit, keep)):
             sums.setdefault(name, _DomainSums(options)).add(documents)
     planner = _Planner(stage, units, options, scratch, keep)
-    return [planner.domain(name, sums[name]) for name in sorted(sums)]
+    return [planner.domain(name, sums[name], (fixed or {}).get(name)) for name in sorted(sums)]
 
 
 class _Planner:
@@ -149,15 +168,15 @@ class _Planner:
     def __init__(self, stage: str, units: Sequence[int], options: PackOptions, scratch: Path, keep: str | None) -> None:
         self._stage, self._units, self._options, self._scratch, self._keep = stage, units, options, scratch, keep
 
-    def domain(self, name: str, sums: _DomainSums) -> DomainPlan:
+    def domain(self, name: str, sums: _DomainSums, fixed: HeldOut | None) -> DomainPlan:
         options = self._options
+        if fixed is not None:
+            splits = self._by_documents(name, fixed.threshold) if fixed.by == "documents" else self._all(name)
+            return DomainPlan(name, fixed, splits, sums.documents, sums.text_bytes, "")
         held_out = choose_held_out(sums.documents, sums.below, sums.smallest.tolist(), options)
-        splits: tuple[SplitPlan, ...] = ()
+        splits = ()
         if held_out.by == "documents":
-            splits = tuple(
-                self._whole(split, *self._stream(name, side, held_out.threshold))
-                for split, side in (("train", "above"), ("validation", "below"))
-            )
+            splits = self._by_documents(name, held_out.threshold)
             if not all(split.num_samples for split in splits):
                 held_out = HeldOut("samples")
         if held_out.by == "samples":
@@ -165,9 +184,16 @@ class _Planner:
             kept = sum(split.num_samples for split in splits)
             held_out = HeldOut("samples", splits[1].num_samples / kept if kept else 0.0)
         elif held_out.by == "nothing":
-            splits = (self._whole("train", *self._stream(name, "all", 0)),)
+            splits = self._all(name)
         problem = _problem(name, splits, sums.documents, options)
         return DomainPlan(name, held_out, splits, sums.documents, sums.text_bytes, problem)
+
+    def _by_documents(self, name: str, threshold: int) -> tuple[SplitPlan, ...]:
+        sides = (("train", "above"), ("validation", "below"))
+        return tuple(self._whole(split, *self._stream(name, side, threshold)) for split, side in sides)
+
+    def _all(self, name: str) -> tuple[SplitPlan, ...]:
+        return (self._whole("train", *self._stream(name, "all", 0)),)
 
     def _stream(self, name: str, side: str, threshold: int) -> tuple[Stream, int]:
         """Return a stream and how many documents it has."""

@@ -58,7 +58,7 @@ def test_text_comes_back_through_a_trained_tokenizer(tmp_path):
 def test_held_out_documents_are_those_of_smallest_hash_and_in_no_other_split(tmp_path):
     shards = converted(tmp_path, held_out=0.1)
     manifest = Manifest.load(shards)
-    assert manifest.domains["web"].held_out == {"by": "documents", "share": 0.1}
+    assert manifest.domains["web"].held_out == {"by": "documents", "share": 0.1, "below": f"{int(0.1 * 2**64):x}"}
     encoder = shards_encoder(shards, manifest)
     texts = {split: encoder.decode(stream_of(shards, "web", split).tolist()) for split in ("train", "validation")}
     held = [text for text in documents("web", 300) if text in texts["validation"]]

@@ -1,0 +1,138 @@
+"""New inputs add shards; what was there stays, byte for byte, and nothing is counted twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from converters import convert
+from converters.inspecting import read_samples
+from converters.verifying import verify
+from mixer.errors import InputError
+from mixer.manifest import Manifest
+from tests.converters.corpora import documents, tree_hash, write_corpus, write_jsonl
+
+OPTIONS: dict = {"tokenizer": "bytes", "seq_len": 64, "shard_size": 20_000, "held_out": 0.05}
+
+
+def shard_bytes(shards: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(shards)): path.read_bytes() for path in sorted(shards.rglob("*.mds*"))}
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    write_corpus(tmp_path / "corpus")
+    convert([tmp_path / "corpus"], tmp_path / "shards", **OPTIONS)
+    return tmp_path / "corpus"
+
+
+def grow(corpus: Path) -> None:
+    write_jsonl(corpus / "web" / "new.jsonl", documents("more web", 200))
+    write_jsonl(corpus / "book" / "new.jsonl", documents("more books", 3, words=900))
+    write_jsonl(corpus / "wiki" / "new.jsonl", documents("wiki", 100))
+
+
+def extend(corpus: Path, **options: object) -> Manifest:
+    return convert([corpus], corpus.parent / "shards", extend=True, **{**OPTIONS, **options})
+
+
+def test_finished_shards_stay_and_only_new_inputs_are_added(corpus, tmp_path):
+    before, old = shard_bytes(tmp_path / "shards"), Manifest.load(tmp_path / "shards")
+    grow(corpus)
+    manifest = extend(corpus)
+    after = shard_bytes(tmp_path / "shards")
+    assert {name: after[name] for name in before} == before
+    assert len(after) > len(before)
+    assert manifest.names == ("book", "code", "web", "wiki")
+    assert manifest.domains["code"] == old.domains["code"]
+    assert verify(tmp_path / "shards", deep=True) == []
+    for name, count in {"web": 500, "book": 5, "wiki": 100}.items():
+        assert sum(split.num_documents for split in manifest.domains[name].splits.values()) == count
+    assert not list((tmp_path / "shards").glob(".*"))
+    assert len(list((tmp_path / "shards").glob("inputs.*.jsonl"))) == 1
+
+
+def test_held_out_documents_are_chosen_as_before(corpus, tmp_path):
+    old = Manifest.load(tmp_path / "shards")
+    grow(corpus)
+    manifest = extend(corpus)
+    direct = convert([corpus], tmp_path / "direct", **OPTIONS)
+    assert manifest.domains["web"].held_out == old.domains["web"].held_out
+    assert manifest.split("web", "validation").num_documents == direct.split("web", "validation").num_documents
+    assert manifest.split("book", "validation") == old.split("book", "validation")  # split by samples: new ones train
+
+
+def test_new_samples_are_the_new_documents(corpus, tmp_path):
+    old = Manifest.load(tmp_path / "shards").split("book", "train").num_samples
+    grow(corpus)
+    manifest = extend(corpus)
+    rows = read_samples(tmp_path / "shards" / manifest.split("book", "train").path, "tokens", 1 << 30)
+    added = np.concatenate(rows[old:])
+    expected = b"\0".join(text.encode() for text in documents("more books", 3, words=900))
+    assert bytes(np.where(added == 256, 0, added).astype(np.uint8)) == expected[: len(added)]
+
+
+def test_extending_again_with_nothing_new_changes_nothing(corpus, tmp_path):
+    grow(corpus)
+    extend(corpus)
+    before = tree_hash(tmp_path / "shards")
+    extend(corpus)
+    assert tree_hash(tmp_path / "shards") == before
+
+
+@pytest.mark.parametrize("stop_at", range(2, 14, 2))
+def test_interrupted_extension_leaves_the_old_shards_readable_and_goes_on(corpus, tmp_path, monkeypatch, stop_at):
+    import os
+
+    grow(corpus)
+    convert([corpus], tmp_path / "twin", **OPTIONS)  # only so that both corpora exist before the kill
+    real, left = os.replace, stop_at
+
+    class Stopped(BaseException):
+        pass
+
+    def stopping(source, target):
+        nonlocal left
+        if left == 0:
+            raise Stopped
+        left -= 1
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", stopping)
+        with pytest.raises(Stopped):
+            extend(corpus)
+    assert Manifest.load(tmp_path / "shards").names == ("book", "code", "web")
+    extend(corpus, workers=2)
+    assert verify(tmp_path / "shards", deep=True) == []
+    resumed = tree_hash(tmp_path / "shards")
+    for name in ("web/new.jsonl", "book/new.jsonl", "wiki/new.jsonl"):
+        (corpus / name).rename(tmp_path / name.replace("/", "-"))
+    convert([corpus], tmp_path / "shards", fresh=True, **OPTIONS)
+    for name in ("web/new.jsonl", "book/new.jsonl", "wiki/new.jsonl"):
+        (tmp_path / name.replace("/", "-")).rename(corpus / name)
+    extend(corpus)
+    assert tree_hash(tmp_path / "shards") == resumed
+
+
+def test_changed_input_or_option_is_refused(corpus, tmp_path):
+    with pytest.raises(InputError, match="seq_len: 64 -> 32"):
+        extend(corpus, seq_len=32)
+    with (corpus / "web" / "a.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    with pytest.raises(InputError, match=r"corpus/web/a.jsonl was converted before and has changed since"):
+        extend(corpus)
+    with pytest.raises(InputError, match="no folder of shards"):
+        convert([corpus], tmp_path / "nowhere", extend=True, **OPTIONS)
+
+
+def test_extension_uses_the_tokenizer_that_was_trained_before(tmp_path):
+    write_corpus(tmp_path / "corpus")
+    options: dict = {**OPTIONS, "tokenizer": None, "train_tokenizer": 300}
+    before = convert([tmp_path / "corpus"], tmp_path / "shards", **options)
+    grow(tmp_path / "corpus")
+    after = convert([tmp_path / "corpus"], tmp_path / "shards", extend=True, **options)
+    assert after.tokenizer == before.tokenizer
+    assert after.domains["web"].splits["train"].num_samples > before.domains["web"].splits["train"].num_samples

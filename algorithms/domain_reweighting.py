@@ -579,7 +579,8 @@ def _add_labels(state: State) -> None:
             f"batches have to be mappings with 'input_ids' and 'domain_ids'; got {type(state.batch).__name__}."
         )
     if "labels" not in state.batch:
-        state.batch = {**state.batch, "labels": labels_of(state.batch)}
+        # A copy: Composer's metrics shift the labels in place, which must not reach the inputs.
+        state.batch = {**state.batch, "labels": labels_of(state.batch).clone()}
 
 
 def _domains(given: Domains | Sequence[str] | None, loader: Any) -> Domains:

@@ -75,7 +75,7 @@ class WorstSubset(Algorithm):
             self.reference.bind(getattr(state.dataloader, "domains", ()), state.dataloader)
 
     def _prune(self, state: State, logger: Logger) -> None:
-        batch = {**state.batch, "labels": labels_of(state.batch)}
+        batch = {**state.batch, "labels": labels_of(state.batch).clone()}
         rows = _gathered(batch)
         scores = np.concatenate(dist.all_gather_object(self._scores(state, batch)))
         if not np.isfinite(scores).all():

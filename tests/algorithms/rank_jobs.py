@@ -107,6 +107,21 @@ def worst_subset(folder: Path, rank: int, world_size: int) -> torch.Tensor:
 
 
 @job
+def elastic(folder: Path, rank: int, world_size: int) -> tuple[Any, torch.Tensor]:
+    """Continue, on these ranks, what one process has begun."""
+    return continued(
+        folder, steps=5, world_size=world_size, rank=rank, load_path=str(folder / "one" / "ep0-ba2-rank0.pt")
+    )
+
+
+def continued(folder: Path, steps: int, world_size: int = 1, rank: int = 0, **options: Any) -> tuple[Any, torch.Tensor]:
+    shares: dict[str, Any] = {"global_batch_size": 12, "seed": 17, "rank": rank, "world_size": world_size}
+    loader, algorithm = MixtureLoader(folder / "shards", mixture="uniform", **shares), searching()
+    trainer = fit(algorithm, loader=loader, micro=3, steps=steps, **options)
+    return algorithm.trajectory, parameters(trainer)
+
+
+@job
 def gathered(folder: Path, rank: int, world_size: int) -> list[Any]:
     """What the ranks disagree on would show here."""
     algorithm = searching()

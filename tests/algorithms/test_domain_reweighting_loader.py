@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from composer import Trainer
+from composer import Evaluator, Trainer
+from composer.metrics import LanguageCrossEntropy
+from composer.models import HuggingFaceModel
 
 from algorithms import DomainReweighting, doremi, group_dro
 from algorithms.domain_reweighting import _domains
@@ -17,7 +19,7 @@ from mixer import Manifest, Mixture
 from mixer.dataloader import MixtureLoader
 from mixer.errors import InputError
 from tests.algorithms.tiny import VOCAB, gpt2, llama, wrap
-from tests.algorithms.training_helpers import fit, parameters
+from tests.algorithms.training_helpers import Metrics, fit, make_trainer, parameters
 from tests.helpers import write_shards
 
 
@@ -75,6 +77,29 @@ def test_loader_rule_and_model_resume_together_to_the_bit(make: Any, shards: Pat
         assert torch.equal(resumed, expected)
         assert resumed_loader.state_dict() == loader.state_dict()
         np.testing.assert_array_equal(algorithm.trajectory.weights, whole.trajectory.weights)
+
+
+def test_fit_called_twice_neither_repeats_nor_skips_samples(shards: Path) -> None:
+    once, twice = make_loader(shards), make_loader(shards)
+    expected = parameters(fit(DomainReweighting(doremi(), reference=llama(seed=1)), loader=once, steps=6))
+    trainer = make_trainer(DomainReweighting(doremi(), reference=llama(seed=1)), loader=twice, steps=2)
+    trainer.fit()
+    trainer.fit(duration="4ba")
+    assert torch.equal(parameters(trainer), expected)
+    assert twice.state_dict() == once.state_dict()
+
+
+def test_composers_own_metrics_see_labels_in_training_and_evaluation(shards: Path) -> None:
+    model, log = llama(), Metrics()
+    wrapped = HuggingFaceModel(model, use_logits=True, shift_labels=True, metrics=[LanguageCrossEntropy()])
+    held_out = MixtureLoader(shards, mixture="uniform", global_batch_size=6, split="validation")
+    evaluator = Evaluator(label="held-out", dataloader=held_out, subset_num_batches=1)
+    options = {"eval_dataloader": evaluator, "eval_interval": "2ba", "loggers": [log]}
+    fit(DomainReweighting(), model=wrapped, loader=make_loader(shards), steps=2, micro=5, lr=0.0, **options)
+    part = next(iter(make_loader(shards)))["input_ids"]
+    first = dict(log.series["metrics/train/LanguageCrossEntropy"])
+    assert next(iter(first.values())).item() == pytest.approx(model(input_ids=part, labels=part).loss.item(), rel=1e-5)
+    assert np.isfinite(log.series["metrics/held-out/LanguageCrossEntropy"][0][1].item())
 
 
 def test_the_very_next_batch_is_drawn_by_new_weights(shards: Path) -> None:

@@ -26,6 +26,7 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ranks")
     write_shards(path / "shards", {"books": 7, "code": 50, "web": 200}, seq_len=12, vocab_size=VOCAB, rows=row)
+    rank_jobs.continued(path, steps=2, save_folder=str(path / "one"), save_interval="2ba")
     return path
 
 
@@ -98,3 +99,10 @@ def test_the_worst_part_of_a_batch_is_the_same_on_two_ranks(ranks: Any) -> None:
     alone = rank_jobs.worst_subset(Path(), 0, 1)
     for rank in ranks:
         assert distance(rank["worst_subset"], alone) < 1e-6
+
+
+def test_what_one_process_began_two_ranks_continue(ranks: Any, folder: Path) -> None:
+    trajectory, expected = rank_jobs.continued(folder, steps=5)
+    for rank in ranks:
+        np.testing.assert_allclose(rank["elastic"][0].weights, trajectory.weights, rtol=1e-6)
+        assert distance(rank["elastic"][1], expected) < 1e-6

@@ -27,6 +27,7 @@ COMMANDS = {
     "stats": ("converters.cli", "stats", "Document lengths, bytes per token, duplicates, entropies; plot."),
     "train-tokenizer": ("converters.cli", "train_tokenizer", "A byte-level BPE on a seeded sample of the corpus."),
     "weigh": ("mixer.commands", "weigh", "Weights from sizes alone: uniform, proportional, temperature, unimax."),
+    "simulate": ("mixer.commands", "simulate", "What a mixture will draw, batch by batch, without reading data."),
     "score": ("algorithms.commands.score", "score", "A reference's losses of every sample, computed once."),
     "optimize": (
         "algorithms.commands.optimize",

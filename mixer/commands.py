@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-__all__ = ["weigh"]
+__all__ = ["simulate", "weigh"]
 
 
 @click.command(short_help="Weights from sizes alone: uniform, proportional, temperature, unimax.")
@@ -138,5 +138,77 @@ def _table(plan: Any, tokens: Any, budget: int | None) -> Any:
         f"worth: unique tokens of the same value, {short(plan.effective.sum())} in all (Muennighoff et al. 2023)."
         + (f" {plan.note}." if plan.note else "")
     )
+    table.caption_justify = "left"
+    return table
+
+
+@click.command(short_help="What a mixture will draw, batch by batch, without reading data.")
+@click.argument("shards", type=click.Path(path_type=Path))
+@click.option(
+    "--mixture",
+    default="proportional",
+    show_default=True,
+    help="A mixture file (also one with stages), or 'proportional' or 'uniform'.",
+)
+@click.option("--batches", default=1000, show_default=True, help="Batches to plan.")
+@click.option("--batch-size", default=64, show_default=True, help="Samples in the global batch.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--max-epochs", type=float, help="Read no domain more often than this.")
+@click.option("--on-exhausted", default="repeat", show_default=True, type=click.Choice(["repeat", "drop", "stop"]))
+@click.option("--plot", type=click.Path(path_type=Path), help="Write weights and epochs over batches as a PNG.")
+@click.option("--force", is_flag=True, help="Use a mixture made for other shards or another tokenizer.")
+def simulate(
+    shards: Path,
+    mixture: str,
+    batches: int,
+    batch_size: int,
+    seed: int,
+    max_epochs: float | None,
+    on_exhausted: str,
+    plot: Path | None,
+    force: bool,
+) -> None:
+    """Plan the batches of a run over SHARDS and show what they hold: shares, epochs, worst distance from the target.
+
+    \b
+    Examples:
+      mixer simulate shards --mixture m.json --batches 1000
+      mixer simulate shards --mixture staged.json --batches 20000 --plot schedule.png
+      mixer simulate shards --mixture uniform --max-epochs 4 --on-exhausted drop
+    """
+    from rich.console import Console
+
+    from mixer.folders import load_manifest
+    from mixer.setup import mixer_for, resolve_curriculum
+    from mixer.simulation import draw_plot
+    from mixer.simulation import simulate as run
+
+    manifest = load_manifest(shards)
+    stages = resolve_curriculum(mixture, manifest, force=force)
+    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "max_epochs": max_epochs, "on_exhausted": on_exhausted}
+    mixer = mixer_for(manifest, stages, **options)
+    found = run(mixer, batches)
+    console = Console()
+    console.print(_simulation_table(found, batch_size))
+    if found.end:
+        console.print(f"[yellow]Ends after {mixer.step:,} of {batches:,} batches:[/yellow] {found.end}")
+    if plot is not None:
+        draw_plot(found, str(plot), mixer.num_samples)
+        console.print(f"[green]Wrote[/green] {plot}")
+
+
+def _simulation_table(run: Any, batch_size: int) -> Any:
+    from rich.table import Table
+
+    total = max(int(run.drawn[-1].sum()), 1)
+    table = Table(title=f"{run.steps[-1]:,} batches of {batch_size:,}: {total:,} samples", title_justify="left")
+    table.add_column("domain")
+    for column in ("weight now", "samples", "share", "epochs", "first batch", "worst error"):
+        table.add_column(column, justify="right")
+    for i, name in enumerate(run.names):
+        drawn, first = int(run.drawn[-1, i]), int(run.first_step[i])
+        row = (f"{run.weights[-1, i]:.4f}", f"{drawn:,}", f"{drawn / total:.4f}", f"{run.epochs[i]:.3f}")
+        table.add_row(name, *row, "never" if first < 0 else f"{first:,}", f"{run.worst_error[i]:.2f}")
+    table.caption = "worst error: largest distance from the target at any batch, in samples."
     table.caption_justify = "left"
     return table

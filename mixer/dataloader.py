@@ -19,19 +19,18 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from mixer.budget import Plan, plan_budget
 from mixer.cache import RemoteCache
-from mixer.curriculum import CurriculumStage, load_curriculum
-from mixer.dataset import MixtureDataset, mixer_for
+from mixer.dataset import MixtureDataset
 from mixer.errors import DataError, ExhaustedError, InputError
 from mixer.folders import load_manifest
 from mixer.manifest import Manifest
 from mixer.mixer import Mixer, RunEnded, Snapshot, Weights
-from mixer.mixture import Mixture
 from mixer.plan_ahead import PlanSampler, as_is
-from mixer.static_weights import proportional, uniform
+from mixer.setup import MixtureLike, mixer_for, resolve_curriculum, resolve_mixture
 from mixer.units import parse_bytes, short
 
-__all__ = ["MixtureLoader"]
+__all__ = ["MixtureLoader", "resolve_mixture"]
 
 Batch = dict[str, torch.Tensor]
 _READ_AHEAD = 8
@@ -72,7 +71,7 @@ class MixtureLoader(DataLoader[Any]):
         self,
         shards: str | os.PathLike[str],
         *,
-        mixture: str | os.PathLike[str] | Mapping[str, float] | Mixture = "proportional",
+        mixture: MixtureLike = "proportional",
         global_batch_size: int,
         split: str = "train",
         seed: int = 0,
@@ -99,15 +98,14 @@ class MixtureLoader(DataLoader[Any]):
         self.curriculum = resolve_curriculum(mixture, self.manifest, split=split, force=force)
         self.mixture = self.curriculum[0].mixture
         self.mixer: Mixer = mixer_for(
-            dataset,
-            weights=self.mixture.weights,
+            self.manifest,
+            self.curriculum,
+            split=split,
             batch_size=global_batch_size,
             seed=seed,
             max_epochs=max_epochs,
             on_exhausted=on_exhausted,
         )
-        for stage in self.curriculum[1:]:
-            self._schedule_stage(stage)
         dataset._loader, dataset.transform = self, transform
         if cache is not None:
             self._check_limit(dataset, cache)
@@ -134,14 +132,6 @@ class MixtureLoader(DataLoader[Any]):
             drop_last=True,
             **options,
         )
-
-    def _schedule_stage(self, stage: CurriculumStage) -> None:
-        """Put a stage of the mixture file into the mixer's schedule, where it is part of the state."""
-        if stage.in_tokens:
-            length = self.manifest.seq_len
-            self.mixer.schedule_at(-(-stage.start // length), stage.mixture.weights, ramp=stage.ramp // length)
-        else:
-            self.mixer.schedule(stage.start, stage.mixture.weights, ramp=stage.ramp)
 
     def _check_limit(self, dataset: MixtureDataset, cache: RemoteCache) -> None:
         """Refuse a cache that cannot hold what is read at one time: every batch would fetch shards anew."""
@@ -292,6 +282,17 @@ class MixtureLoader(DataLoader[Any]):
         self._ended, self._delivered = "", self.mixer.snapshot()
         self._generation += 1
 
+    def plan(self, budget_tokens: float) -> Plan:
+        """Return what a run of so many tokens would read of each domain by the present weights, in tokens.
+
+        Epochs by domain, which are held at ``max_epochs`` and where their weight goes, what the repeated data is worth,
+        and whether the run ends early; scheduled changes of weights are not part of it (``mixer simulate`` follows
+        them).
+        """
+        sizes = np.array([self.num_samples[name] for name in self.domains], np.float64) * self.manifest.seq_len
+        weights, mixer = self.mixer.weights_at(self._now), self.mixer
+        return plan_budget(self.domains, weights, sizes, budget_tokens, mixer.max_epochs, mixer.on_exhausted)
+
     def stats(self) -> dict[str, Any]:
         """Return what was delivered so far, by domain: target and realised share, samples, tokens, epochs."""
         now, limits, weights = self._now, self.mixer.sample_limits, self.weights
@@ -312,61 +313,6 @@ class MixtureLoader(DataLoader[Any]):
         if self.reader.cache is not None:
             stats["cache"] = self.reader.cache.stats()
         return stats
-
-
-def resolve_mixture(
-    mixture: str | os.PathLike[str] | Mapping[str, float] | Mixture,
-    manifest: Manifest,
-    *,
-    split: str = "train",
-    force: bool = False,
-) -> Mixture:
-    """Return a checked mixture for these shards from any form that a loader accepts; of stages, the first.
-
-    Raises: InputError: if it does not fit the shards, or gives a weight to a domain without samples in the split.
-    """
-    return resolve_curriculum(mixture, manifest, split=split, force=force)[0].mixture
-
-
-def resolve_curriculum(
-    mixture: str | os.PathLike[str] | Mapping[str, float] | Mixture,
-    manifest: Manifest,
-    *,
-    split: str = "train",
-    force: bool = False,
-) -> list[CurriculumStage]:
-    """Return the checked stages of a mixture: one, unless it is a file with several."""
-    num_samples = {
-        name: domain.splits[split].num_samples if split in domain.splits else 0
-        for name, domain in manifest.domains.items()
-    }
-    sizes = np.array([num_samples[name] for name in manifest.names], np.float64)
-    if not sizes.any():
-        raise InputError(
-            f"no domain has a sample in split {split!r}. Convert with a held-out share, or use another split."
-        )
-    if isinstance(mixture, str) and mixture in ("proportional", "uniform"):
-        values = proportional(sizes) if mixture == "proportional" else uniform(len(sizes))
-        found = Mixture(dict(zip(manifest.names, values.tolist())), {"rule": mixture})
-    elif isinstance(mixture, Mixture | Mapping):
-        found = mixture if isinstance(mixture, Mixture) else Mixture(mixture)
-    else:
-        stages = load_curriculum(mixture)
-        return [
-            stage._replace(mixture=_fitting(stage.mixture, manifest, num_samples, split, force)) for stage in stages
-        ]
-    return [CurriculumStage(_fitting(found, manifest, num_samples, split, force), 0, 0, False)]
-
-
-def _fitting(mixture: Mixture, manifest: Manifest, num_samples: Mapping[str, int], split: str, force: bool) -> Mixture:
-    found = mixture.check(manifest, force=force)
-    empty = [name for name, weight in found.weights.items() if weight > 0 and not num_samples[name]]
-    if empty:
-        raise InputError(
-            f"domains without a sample in split {split!r} cannot have a weight: {empty[:8]}. Give them weight 0, or"
-            " convert them with a held-out share."
-        )
-    return found
 
 
 def _cache(shards: str | os.PathLike[str], remote: str | None, cache_limit: int | str | None) -> RemoteCache | None:

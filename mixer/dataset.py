@@ -20,7 +20,7 @@ from mixer.cache import RemoteCache
 from mixer.errors import DataError, InputError
 from mixer.folders import load_manifest
 from mixer.manifest import Manifest
-from mixer.mixer import Draws, Mixer
+from mixer.mixer import Draws
 from mixer.order import Order
 from mixer.shards import DomainShards, Verify, View, open_domain
 
@@ -85,10 +85,6 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
     @property
     def num_samples(self) -> dict[str, int]:
         return {name: 0 if shards is None else len(shards) for name, shards in zip(self.domains, self.shards)}
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        return {name: "" if shards is None else shards.fingerprint for name, shards in zip(self.domains, self.shards)}
 
     def grow(self, grown: Mapping[str, tuple[int, list[tuple[int, int]]]]) -> None:
         """Take up how domains grew in the epochs they are in; see ``Order.grow``."""
@@ -205,8 +201,3 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._loader.load_state_dict(state)
-
-
-def mixer_for(dataset: MixtureDataset, **options: Any) -> Mixer:
-    """Return a mixer over a dataset's domains."""
-    return Mixer(dataset.num_samples, fingerprints=dataset.fingerprints, **options)

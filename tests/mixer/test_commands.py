@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from mixer import InputError, Mixture
 from mixer.budget import REPETITION_DECAY, effective_size, plan_budget
-from mixer.commands import weigh
+from mixer.commands import simulate, weigh
 from mixer.units import parse_bytes, parse_count
 from tests.helpers import write_shards
 
@@ -123,3 +125,52 @@ def test_numbers_that_are_none_are_refused(text):
         parse_count(text)
     with pytest.raises(InputError, match="20GB"):
         parse_bytes(text)
+
+
+# --- simulate ------------------------------------------------------------------------------------------------------
+
+
+def simulated(*arguments):
+    return CliRunner().invoke(simulate, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def test_simulation_shows_what_the_loader_then_delivers(shards, tmp_path):
+    from mixer import MixtureLoader
+
+    result = simulated(
+        shards, "--mixture", "uniform", "--batches", 20, "--batch-size", 12, "--plot", tmp_path / "s.png"
+    )
+    assert result.exit_code == 0 and (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    loader = MixtureLoader(shards, mixture="uniform", global_batch_size=12)
+    for _, _ in zip(range(20), loader):
+        pass
+    for name, one in loader.stats()["domains"].items():
+        (line,) = [line for line in result.output.splitlines() if f" {name} " in line]
+        assert f" {one['samples']} " in line and f"{one['epochs']:.3f}" in line
+
+
+def test_simulation_reads_no_shard_and_says_where_a_run_ends(tmp_path):
+    root = write_shards(tmp_path, {"book": 3, "web": 400})
+    for path in root.rglob("*.mds"):
+        path.unlink()
+    result = simulated(root, "--mixture", "uniform", "--batch-size", 10, "--max-epochs", 2, "--on-exhausted", "stop")
+    assert "Ends after 1 of 1,000 batches: used up: 'book' after 2 epochs" in " ".join(result.output.split())
+
+
+def test_simulation_of_stages_shows_the_weights_in_force(shards, tmp_path):
+    stages = [{"from_step": 0, "mixture": "a.json"}, {"from_step": 5, "weights": {"book": 0, "code": 1, "web": 0}}]
+    Mixture({"book": 0, "code": 0, "web": 1}).save(tmp_path / "a.json")
+    (tmp_path / "m.json").write_text(json.dumps({"stages": stages}))
+    result = simulated(shards, "--mixture", tmp_path / "m.json", "--batches", 8, "--batch-size", 10)
+    lines = {line.split()[1]: line for line in result.output.splitlines() if line.startswith("│")}
+    assert " 30 " in lines["code"] and " 50 " in lines["web"] and "never" in lines["book"]
+    assert "1.0000" in lines["code"]
+
+
+def test_loader_plans_a_budget_in_tokens(shards):
+    from mixer import MixtureLoader
+
+    loader = MixtureLoader(shards, mixture="uniform", global_batch_size=12, max_epochs=4, on_exhausted="drop")
+    plan = loader.plan(4000)
+    np.testing.assert_allclose(plan.epochs[0], 4)
+    assert plan.capped.tolist() == [True, False, False] and abs(plan.amounts.sum() - 4000) < 1e-6

@@ -1,0 +1,83 @@
+"""What a mixture will draw, batch by batch, without reading data: the mixer's plan is all it takes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixer.errors import ExhaustedError
+from mixer.mixer import Mixer, RunEnded
+
+__all__ = ["Simulation", "draw_plot", "simulate"]
+
+
+class Simulation(NamedTuple):
+    """Per domain (D,) and over time (n,) of a simulated run.
+
+    Attributes:
+        names: domains.
+        steps: (n,) batches planned at each of the kept points, at most 1,000 of them, evenly spaced.
+        drawn, weights: (n, D) samples drawn up to there, and weights in force there.
+        epochs: (D,) at the end.
+        worst_error: (D,) largest distance from the target at any batch, in samples.
+        first_step: (D,) first batch with a sample of the domain, or -1.
+        end: why the run ended early, or "".
+    """
+
+    names: tuple[str, ...]
+    steps: NDArray[np.int64]
+    drawn: NDArray[np.int64]
+    weights: NDArray[np.float64]
+    epochs: NDArray[np.float64]
+    worst_error: NDArray[np.float64]
+    first_step: NDArray[np.int64]
+    end: str
+
+
+def simulate(mixer: Mixer, num_batches: int) -> Simulation:
+    """Plan ``num_batches`` batches, or fewer if the run ends, and return what they hold. ``mixer`` moves on.
+
+    >>> run = simulate(Mixer({"code": 10, "web": 90}, weights=[0.5, 0.5], batch_size=4), 10)
+    >>> run.drawn[-1].tolist(), run.epochs.tolist()
+    ([20, 20], [2.0, 0.2222222222222222])
+    """
+    size, every, end = len(mixer.names), max(num_batches // 1000, 1), ""
+    worst, first = np.zeros(size), np.full(size, -1, np.int64)
+    kept: list[tuple[int, Any, Any]] = []
+    for step in range(num_batches):
+        weights = mixer.weights
+        try:
+            draws = mixer.next_batch()
+        except (RunEnded, ExhaustedError) as error:
+            end = str(error)
+            break
+        np.maximum(worst, np.abs(mixer.credit), out=worst)
+        first[(first < 0) & (draws.counts > 0)] = step
+        if step % every == every - 1 or step == num_batches - 1:
+            kept.append((mixer.step, mixer.drawn, weights))
+    if not kept or kept[-1][0] != mixer.step:
+        kept.append((mixer.step, mixer.drawn, mixer.weights))
+    steps, drawn, in_force = (np.array(column) for column in zip(*kept))
+    epochs = mixer.positions / np.maximum(mixer.num_samples, 1)
+    return Simulation(mixer.names, steps, drawn, in_force, epochs, worst, first, end)
+
+
+def draw_plot(run: Simulation, path: str, num_samples: NDArray[np.int64]) -> None:
+    """Write a picture: the weights in force, and the epochs of every domain, over the batches."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
+    for i, name in enumerate(run.names):
+        above.plot(run.steps, run.weights[:, i], label=name)
+        below.plot(run.steps, run.drawn[:, i] / max(num_samples[i], 1), label=name)
+    above.set(ylabel="weight", title="weights in force")
+    below.set(ylabel="epochs", xlabel="batches", yscale="symlog", title="times each domain has been read")
+    if len(run.names) <= 24:
+        above.legend(fontsize="small", ncols=2)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

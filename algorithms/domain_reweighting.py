@@ -33,6 +33,7 @@ from algorithms.domain_gradients import measure_gradients, measured_parameters
 from algorithms.forward import evaluate_windows, evaluation_mode, losses_on, model_inputs
 from algorithms.heldout import HeldOutWindows
 from algorithms.intervals import interval, is_due
+from algorithms.loader_facts import domains_of, rounded, sampling_weights, shards_provenance
 from algorithms.losses import (
     DomainLosses,
     Normalization,
@@ -45,11 +46,10 @@ from algorithms.losses import (
 from algorithms.random_state import random_state, restore_random_state
 from algorithms.references import Reference, as_reference
 from algorithms.references.frozen import is_encoder_decoder, language_model, logits_of, unwrapped
-from algorithms.rules.base import Domains, UpdateRule, as_domains, state_from_dict, state_to_dict
+from algorithms.rules.base import Domains, UpdateRule, state_from_dict, state_to_dict
 from algorithms.signals import Signals
 from algorithms.trajectory import Rows, Trajectory
 from mixer.errors import DataError, InputError
-from mixer.manifest import Manifest
 from mixer.mixture import Mixture
 
 __all__ = ["DomainReweighting"]
@@ -194,10 +194,10 @@ class DomainReweighting(Algorithm):
         """
         names = self.domains
         if self.rule is None:
-            drawn = _sampling_weights(self._loader)
+            drawn = sampling_weights(self._loader)
             if drawn is None:
                 raise InputError("without a rule, and with a loader that has no weights, there is no mixture.")
-            facts = {"rule": None, **_shards_provenance(self._loader)}
+            facts = {"rule": None, **shards_provenance(self._loader)}
             return Mixture(dict(zip(names, drawn.tolist())), {**facts, **provenance})
         facts = {
             "rule": self.rule.name,
@@ -207,7 +207,7 @@ class DomainReweighting(Algorithm):
             "apply": self.target,
             "reference": None if self.reference is None else self.reference.fingerprint,
             **({"normalization": self.normalization} if self.target == "loss" else {}),
-            **_shards_provenance(self._loader),
+            **shards_provenance(self._loader),
         }
         return Mixture(dict(zip(names, self.rule.result(self._state).tolist())), {**facts, **provenance})
 
@@ -253,7 +253,7 @@ class DomainReweighting(Algorithm):
             self._measure_reference(state)
 
     def _begin(self, state: State) -> None:
-        domains = _domains(self._given_domains, state.dataloader)
+        domains = domains_of(self._given_domains, state.dataloader)
         model = language_model(state.model)
         self._is_wrapped = isinstance(unwrapped(state.model), HuggingFaceModel)
         self._is_encoder_decoder = is_encoder_decoder(model)
@@ -283,12 +283,12 @@ class DomainReweighting(Algorithm):
 
     def _agree_on_weights(self) -> None:
         """Refuse to start where loader and rule each say something else."""
-        drawn = _sampling_weights(self._loader)
+        drawn = sampling_weights(self._loader)
         assert self.rule is not None and self.weights is not None
         if drawn is not None and not np.allclose(drawn, self.weights, rtol=1e-6, atol=1e-9):
             raise InputError(
-                f"the loader draws by {_rounded(self.domains, drawn)}, the rule {self.rule.name!r} starts from "
-                f"{_rounded(self.domains, self.weights)}, and one of the two would be ignored. Give the loader the "
+                f"the loader draws by {rounded(self.domains, drawn)}, the rule {self.rule.name!r} starts from "
+                f"{rounded(self.domains, self.weights)}, and one of the two would be ignored. Give the loader the "
                 "rule's as mixture, or by set_weights."
             )
 
@@ -363,7 +363,7 @@ class DomainReweighting(Algorithm):
             state.batch = {**state.batch, **self.reference.columns(state.batch)}
         self._whole_batch, self._batch_tokens = state.batch, losses.num_tokens
         weights = self.weights if self.target == "loss" else None
-        self._drawn_by = _sampling_weights(self._loader)
+        self._drawn_by = sampling_weights(self._loader)
         self._coefficients = losses.coefficients(weights, self._drawn_by)
 
     def _before_train_batch(self, state: State, logger: Logger) -> None:
@@ -583,38 +583,6 @@ def _add_labels(state: State) -> None:
         state.batch = {**state.batch, "labels": labels_of(state.batch).clone()}
 
 
-def _domains(given: Domains | Sequence[str] | None, loader: Any) -> Domains:
-    names = None if getattr(loader, "domains", None) is None else tuple(loader.domains)
-    if given is not None:
-        domains = as_domains(given)
-        if names not in (None, domains.names):
-            raise InputError(
-                f"the domains given are {list(domains.names)}, the loader's are {list(names or ())}; domain_ids index "
-                "the loader's. Leave the argument out."
-            )
-        return domains
-    if names is None:
-        raise InputError(
-            f"{type(loader).__name__} does not say what its domains are: "
-            "give DomainReweighting(..., domains=[names in the order of domain_ids])."
-        )
-    manifest, shares = getattr(loader, "manifest", None), _sampling_weights(loader)
-    sizes = None if manifest is None else [_num_tokens(manifest, name) for name in names]
-    return as_domains(names, sizes, None if shares is None else shares.tolist())
-
-
-def _num_tokens(manifest: Manifest, name: str) -> int:
-    split = manifest.domains[name].splits.get("train")
-    return 0 if split is None else split.num_tokens
-
-
-def _sampling_weights(loader: Any) -> NDArray[np.float64] | None:
-    names, weights = getattr(loader, "domains", None), getattr(loader, "weights", None)
-    if names is None or weights is None:
-        return None
-    return np.array([weights[name] for name in names] if isinstance(weights, Mapping) else weights, dtype=np.float64)
-
-
 def _loss_metrics(domains: Sequence[str], signals: Signals, skipped: NDArray[np.int64]) -> dict[str, float]:
     metrics = {}
     for index, name in enumerate(domains):
@@ -627,16 +595,3 @@ def _loss_metrics(domains: Sequence[str], signals: Signals, skipped: NDArray[np.
         if signals.reference_loss is not None:
             metrics[f"domain_excess/{name}"] = float((signals.loss[index] - signals.reference_loss[index]) / count)
     return metrics
-
-
-def _rounded(domains: Sequence[str], weights: NDArray[np.float64]) -> dict[str, float]:
-    return {name: round(float(weight), 6) for name, weight in zip(domains, weights)}
-
-
-def _shards_provenance(loader: Any) -> dict[str, Any]:
-    manifest = getattr(loader, "manifest", None)
-    if manifest is None:
-        return {}
-    splits = {name: manifest.domains[name].splits.get("train") for name in manifest.names}
-    shards = {name: split.fingerprint for name, split in splits.items() if split is not None}
-    return {"tokenizer": manifest.tokenizer.fingerprint, "shards": shards}

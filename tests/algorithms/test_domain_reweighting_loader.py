@@ -13,7 +13,7 @@ from composer.metrics import LanguageCrossEntropy
 from composer.models import HuggingFaceModel
 
 from algorithms import DomainReweighting, doremi, group_dro
-from algorithms.domain_reweighting import _domains
+from algorithms.loader_facts import domains_of
 from algorithms.rules import UPDATE_RULES
 from mixer import Manifest, Mixture
 from mixer.dataloader import MixtureLoader
@@ -144,7 +144,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_every_rule_trains(name: str, shards: Path) -> None:
     rule, loader = UPDATE_RULES[name](**SETTINGS.get(name, {})), make_loader(shards)
     if rule.applies == "sampling":
-        loader.set_weights(rule.weights(rule.init(_domains(None, loader))))
+        loader.set_weights(rule.weights(rule.init(domains_of(None, loader))))
     algorithm = DomainReweighting(rule, reference=llama(seed=1), heldout=shards, every=1)
     fit(algorithm, loader=loader, steps=3, micro=5)
     assert algorithm.weights is not None and algorithm.weights.sum() == pytest.approx(1)

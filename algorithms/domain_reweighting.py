@@ -29,8 +29,7 @@ from composer.utils import dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from algorithms.domain_gradients import measure_gradients, measured_parameters
-from algorithms.forward import evaluate_windows, evaluation_mode, losses_on, model_inputs
+from algorithms.forward import evaluate_windows, gradients_on, model_inputs, reference_on_windows
 from algorithms.heldout import HeldOutWindows
 from algorithms.intervals import interval, is_due
 from algorithms.loader_facts import domains_of, rounded, sampling_weights, shards_provenance
@@ -250,7 +249,10 @@ class DomainReweighting(Algorithm):
         if self.rule and self.target == "sampling":
             self._agree_on_weights()
         if self.heldout is not None:
-            self._measure_reference(state)
+            self.heldout.check(self.domains)
+            wanted = self.reference if "heldout" in self.needs else None
+            # The windows stay the same, so one pass of the reference serves the whole run.
+            self._heldout_reference = reference_on_windows(state, wanted, self.heldout)
 
     def _begin(self, state: State) -> None:
         domains = domains_of(self._given_domains, state.dataloader)
@@ -292,49 +294,30 @@ class DomainReweighting(Algorithm):
                 "rule's as mixture, or by set_weights."
             )
 
-    def _measure_reference(self, state: State) -> None:
-        """The reference's losses on the held-out windows do not change: one pass serves the whole run."""
-        assert self.heldout is not None
-        self.heldout.check(self.domains)
-        reference = self.reference
-        self._heldout_reference = None
-        if reference is not None and reference.for_any_batch and "heldout" in self.needs:
-            with get_precision_context(state.precision, state.precision_config):
-                self._heldout_reference, _ = self.heldout.evaluate(
-                    lambda batch: reference.token_losses(state.device.batch_to_device(batch)),
-                    dist.get_global_rank(),
-                    dist.get_world_size(),
-                )
-
-    def _with_heldout(self, signals: Signals, state: State) -> Signals:
-        if self.heldout is None or "heldout" not in self.needs:
-            return signals
-        losses, tokens = evaluate_windows(state, self.heldout)
-        return signals._replace(
-            heldout_loss=losses, heldout_tokens=tokens, heldout_reference_loss=self._heldout_reference
-        )
-
-    def _with_gradients(self, signals: Signals, state: State) -> Signals:
-        if not self.needs & {"gradients", "gradient_variance"}:
-            return signals
-        model, shift = unwrapped(state.model), self._started().shift
-
-        def losses(part: dict[str, Any]) -> tuple[Tensor, Tensor]:
-            found = losses_on(state, model, part, shift=shift)
-            return found, loss_mask(part["labels"], shift=shift).to(found.device)
-
-        with evaluation_mode(model):
-            sums = measure_gradients(
-                losses,
+    def _with_extras(self, signals: Signals, state: State) -> Signals:
+        """Add what is measured at updates only."""
+        if "heldout" in self.needs:
+            assert self.heldout is not None
+            losses, tokens = evaluate_windows(state, self.heldout)
+            found = {
+                "heldout_loss": losses,
+                "heldout_tokens": tokens,
+                "heldout_reference_loss": self._heldout_reference,
+            }
+            signals = signals._replace(**found)
+        if self.needs & {"gradients", "gradient_variance"}:
+            sums = gradients_on(
+                state,
                 self._whole_batch,
-                torch.from_numpy(self._batch_tokens),
-                measured_parameters(model, self.gradients_of),
-                rows_at_once=int(state.device_train_microbatch_size or len(self._whole_batch["labels"])),
+                self._batch_tokens,
+                of=self.gradients_of,
                 variance="gradient_variance" in self.needs,
+                shift=self._started().shift,
             )
-        return signals._replace(
-            gradient_products=sums.products, gradient_counts=sums.counts, gradient_variance=sums.variance
-        )
+            signals = signals._replace(
+                gradient_products=sums.products, gradient_counts=sums.counts, gradient_variance=sums.variance
+            )
+        return signals
 
     def _before_dataloader(self, state: State, logger: Logger) -> None:
         if self._loaded_rng is None:
@@ -456,7 +439,7 @@ class DomainReweighting(Algorithm):
             shares = signals.num_tokens / max(signals.num_tokens.sum(), 1.0)
             self._trajectory.append(step, shares, signals)
             return {}
-        signals = self._with_gradients(self._with_heldout(signals, state), state)
+        signals = self._with_extras(signals, state)
         self._state, self.weights = self.rule.update(self._state, signals)
         self._num_updates += 1
         self._trajectory.append(step, self.weights, signals)

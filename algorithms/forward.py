@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from composer.core import State, get_precision_context
 from composer.models import HuggingFaceModel
 from composer.utils import dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from algorithms.domain_gradients import GradientSums, measure_gradients, measured_parameters
 from algorithms.heldout import HeldOutWindows
-from algorithms.losses import token_losses
+from algorithms.losses import loss_mask, token_losses
+from algorithms.references.base import Reference
 from algorithms.references.frozen import is_encoder_decoder, language_model, logits_of, unwrapped
 
-__all__ = ["evaluate_windows", "evaluation_mode", "losses_on", "model_inputs"]
+__all__ = [
+    "evaluate_windows",
+    "evaluation_mode",
+    "gradients_on",
+    "losses_on",
+    "model_inputs",
+    "reference_on_windows",
+]
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,4 +70,43 @@ def evaluate_windows(state: State, windows: HeldOutWindows) -> tuple[Any, Any]:
     with evaluation_mode(state.model):
         return windows.evaluate(
             lambda batch: losses_on(state, state.model, batch), dist.get_global_rank(), dist.get_world_size()
+        )
+
+
+def reference_on_windows(state: State, reference: Reference | None, windows: HeldOutWindows) -> Any:
+    """Return the sums (D,) of the reference's losses on the windows; None without one that knows them."""
+    if reference is None or not reference.for_any_batch:
+        return None
+
+    def losses(batch: dict[str, Tensor]) -> Tensor:
+        with get_precision_context(state.precision, state.precision_config):
+            return reference.token_losses(state.device.batch_to_device(batch))
+
+    return windows.evaluate(losses, dist.get_global_rank(), dist.get_world_size())[0]
+
+
+def gradients_on(
+    state: State,
+    batch: Mapping[str, Any],
+    num_tokens: NDArray[np.float64],
+    *,
+    of: str | Callable[[str], bool],
+    variance: bool,
+    shift: bool,
+) -> GradientSums:
+    """Return the inner products of the domains' gradients on ``batch``, see ``measure_gradients``."""
+    model = unwrapped(state.model)
+
+    def losses(part: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        found = losses_on(state, model, part, shift=shift)
+        return found, loss_mask(part["labels"], shift=shift).to(found.device)
+
+    with evaluation_mode(model):
+        return measure_gradients(
+            losses,
+            batch,
+            torch.from_numpy(num_tokens),
+            measured_parameters(model, of),
+            rows_at_once=int(state.device_train_microbatch_size or len(batch["labels"])),
+            variance=variance,
         )

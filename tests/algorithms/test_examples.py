@@ -46,7 +46,7 @@ def make_loader(shards: Path, batch_size: int = 12) -> MixtureLoader:
 
 
 def test_the_plain_loop_finds_them_and_continues(shards: Path, expected: np.ndarray, tmp_path: Path) -> None:
-    example = load("plain_loop")
+    example = load("reweighting_plain_loop")
     found = example.train(llama(), make_loader(shards), llama(seed=1), steps=6, lr=0.1)
     np.testing.assert_allclose(list(found.values()), expected, rtol=1e-9)
     kept = tmp_path / "run.pt"
@@ -68,7 +68,7 @@ def test_the_plain_loop_runs_as_a_program(shards: Path, tmp_path: Path) -> None:
         "--steps",
         "2",
     ]
-    result = CliRunner().invoke(load("plain_loop").main, arguments, catch_exceptions=False)
+    result = CliRunner().invoke(load("reweighting_plain_loop").main, arguments, catch_exceptions=False)
     assert result.exit_code == 0 and (tmp_path / "run" / "mixture.json").exists()
 
 
@@ -89,7 +89,7 @@ def hugging_face(shards: Path, out: Path, steps: int, parts: int, rule: Any = No
         disable_tqdm=True,
         seed=1,
     )
-    return load("hugging_face_trainer").ReweightingTrainer(
+    return load("reweighting_hugging_face").ReweightingTrainer(
         model=model,
         args=arguments,
         optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)),
@@ -121,7 +121,7 @@ def test_hugging_faces_trainer_accumulates_exactly_and_continues(shards: Path, t
 def lightning(shards: Path, out: Path, steps: int, rule: Any = None, checkpoint: Path | None = None) -> Any:
     import pytorch_lightning as pl
 
-    example, loader = load("lightning_callback"), make_loader(shards)
+    example, loader = load("reweighting_lightning"), make_loader(shards)
     reweighting = example.Reweighting(loader, rule or doremi(), llama(seed=1))
     trainer = pl.Trainer(
         max_steps=steps,

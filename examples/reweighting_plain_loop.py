@@ -1,7 +1,7 @@
 """DoReMi's proxy in a training loop of your own: gradient accumulation, several ranks, exact resume.
 
-python examples/plain_loop.py shards --reference reference/model --out run
-torchrun --nproc-per-node 2 examples/plain_loop.py shards --reference reference/model --out run
+python examples/reweighting_plain_loop.py shards --reference reference/model --out run
+torchrun --nproc-per-node 2 examples/reweighting_plain_loop.py shards --reference reference/model --out run
 """
 
 from __future__ import annotations

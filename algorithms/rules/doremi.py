@@ -14,8 +14,9 @@ sampling prior; the proxy loss is one mean over all tokens (weight of d proporti
 ranks other than 0 multiply by a_{t-1}.
 
 ``variant="recommended"`` is the paper's form with eta = 0.1 and c = 1e-4. With eta = 1 every domain's weight swings
-through values near 1; with eta = 0.1 the average comes out similar and about ten times steadier. The pull to uniform
-depends on c / eta only, so c must shrink with eta to mean the same.
+through values near 1; with eta = 0.1 the average comes out similar with a sixth of the movement per step (measured on
+small language models, tests/algorithms/test_rules_language_model.py). The pull to uniform depends on c / eta only, so c
+must shrink with eta to mean the same.
 """
 
 from __future__ import annotations

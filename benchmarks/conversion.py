@@ -13,6 +13,7 @@ imports, one thread. Every run is repeated and the median shown. Results also go
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import statistics
@@ -98,11 +99,14 @@ def runs(folder: Path, tokenizer: str) -> dict[str, Any]:
         return measured(CONVERT, corpus, out, tokenizer, json.dumps({**base, **options}))
 
     stage = str(folder / "stage")
+    fast = importlib.util.find_spec("gigatoken") is not None
     return {
         "tokenizer alone": lambda: measured(BARE, tokenizer, corpus),
         "convert, 1 worker": lambda: conversion(stage=stage),
         "convert, 2 workers": lambda: conversion(workers=2),
         "pack again, other length": lambda: conversion(stage=stage, seq_len=1024),
+        "pack again, best fit": lambda: conversion(stage=stage, packing="best_fit"),
+        **({"convert by gigatoken, 1 worker": lambda: conversion(backend="gigatoken")} if fast else {}),
     }
 
 

@@ -263,7 +263,7 @@ def _arrow_errors(path: str) -> Iterator[None]:
     try:
         with naming(path):
             yield
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise damaged(path, error) from error
 
 
@@ -321,17 +321,39 @@ def read_arrow(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
 
 
 def _arrow_rows(batch: Any, at: int) -> Iterator[Row | Bad]:
+    import pyarrow
+
+    # Damaged offsets would make Arrow read outside its memory, so nothing is touched before they are checked.
     try:
-        rows = batch.to_pylist()
-    except UnicodeDecodeError:  # somewhere in the batch: find it row by row
-        for number in range(batch.num_rows):
-            try:
-                yield Row(batch.slice(number, 1).to_pylist()[0], at + number)
-            except UnicodeDecodeError as error:
-                yield Bad("utf8", f"not valid UTF-8: {error.reason}", at + number, 0, bytes(error.object))
-    else:
-        for number, row in enumerate(rows):
-            yield Row(row, at + number)
+        batch.validate(full=True)
+    except pyarrow.ArrowInvalid as error:
+        if "UTF8" not in str(error):
+            raise
+        for number in range(batch.num_rows):  # a text in the batch is not valid: find it row by row
+            yield _arrow_row(batch.slice(number, 1), at + number)
+        return
+    for number, row in enumerate(batch.to_pylist()):
+        yield Row(row, at + number)
+
+
+def _arrow_row(batch: Any, at: int) -> Row | Bad:
+    import pyarrow
+
+    try:
+        batch.validate(full=True)
+    except pyarrow.ArrowInvalid as error:
+        if "UTF8" not in str(error):
+            raise
+        texts = [(name, column) for name, column in zip(batch.schema.names, batch.columns) if _is_text(column.type)]
+        raw = {name: column.cast(pyarrow.large_binary()).to_pylist()[0] for name, column in texts}
+        return Bad("utf8", f"not valid UTF-8: {error}", at, 0, repr(raw).encode())
+    return Row(batch.to_pylist()[0], at)
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow
+
+    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
 
 
 # --- web archives --------------------------------------------------------------------------------------------------

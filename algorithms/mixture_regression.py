@@ -29,6 +29,7 @@ __all__ = [
     "KernelLaw",
     "LogLinearLaw",
     "Runs",
+    "cross_validated",
     "descend",
     "fit_kernel",
     "fit_log_linear",
@@ -218,6 +219,27 @@ def search(
         draws[row] = project(draws[row], lower, upper)
     best = np.argsort(objective(law(draws)), kind="stable")[:num_best]
     return project(draws[best].mean(axis=0), lower, upper)
+
+
+def cross_validated(fit: Callable[[Matrix, Matrix], Law], runs: Runs, num_parts: int = 5) -> float:
+    """Return the mean rank correlation of predicted and real losses on runs that were left out of the fit.
+
+    Every ``num_parts``-th run is left out in turn; NaN where the parts have fewer than 3 runs.
+
+    >>> truth = LogLinearLaw(np.log([2.0]), np.array([[0.5], [-1.0], [0.2]]))
+    >>> mixtures = np.random.default_rng(0).dirichlet(np.ones(3), 40)
+    >>> round(cross_validated(fit_log_linear, Runs(mixtures, truth(mixtures), ("a", "b", "c"), ("loss",))), 6)
+    1.0
+    """
+    part = np.arange(len(runs.mixtures)) % num_parts
+    if len(part) < 3 * num_parts:
+        return float("nan")
+    correlations = []
+    for left_out in range(num_parts):
+        train, test = part != left_out, part == left_out
+        predicted = fit(runs.mixtures[train], runs.losses[train])(runs.mixtures[test])
+        correlations += [spearman(a, b) for a, b in zip(predicted.T, runs.losses[test].T)]
+    return float(np.mean(correlations))
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float:

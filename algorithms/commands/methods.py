@@ -83,5 +83,5 @@ def _print_one(name: str) -> None:
     row, factory = describe(name), UPDATE_RULES[name]
     about = (inspect.getdoc(inspect.getmodule(factory)) or "", (inspect.getdoc(factory) or "").split(">>>")[0].strip())
     settings = [f"  --set {setting}=..." for setting in row["required"]]
-    settings += [f"  --set {setting}={json.dumps(value)}" for setting, value in row["settings"].items()]
+    settings += [f"  --set {setting}={value}" for setting, value in row["settings"].items()]
     click.echo("\n\n".join([f"{name}: {row['optimises']}", *about, "\n".join(["settings", *settings])]))

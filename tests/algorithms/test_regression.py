@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from algorithms.commands.regress import regress
 from algorithms.mixture_regression import (
     LogLinearLaw,
     Runs,
@@ -16,8 +18,9 @@ from algorithms.mixture_regression import (
     spearman,
 )
 from mixer.errors import InputError
+from mixer.mixture import Mixture
 from mixer.projection import project
-from tests.helpers import data_folder
+from tests.helpers import data_folder, write_shards
 
 
 def random_law(seed, num_domains=6, num_losses=4):
@@ -159,3 +162,51 @@ def test_tables_of_different_runs_are_refused_and_printed_weights_normalised(tmp
         read_runs(tmp_path / "w.csv", tmp_path / "broken.csv")
     with pytest.raises(InputError, match="cannot read the runs"):
         read_runs(tmp_path / "absent.csv", tmp_path / "l.csv")
+
+
+# ---------------------------------------------------------------- the command
+
+
+def write_runs(folder, law, num_runs=40, names=("code", "law", "web")):
+    mixtures = np.random.default_rng(3).dirichlet(np.ones(len(names)), num_runs)
+    losses = law(mixtures)
+    for file, header, rows in (
+        ("w.csv", [f"train_{name}" for name in names], mixtures),
+        ("l.csv", ["a", "b"], losses),
+    ):
+        lines = [
+            ",".join(["run", *header]),
+            *(f"{i}," + ",".join(map(repr, row.tolist())) for i, row in enumerate(rows)),
+        ]
+        (folder / file).write_text("\n".join(lines) + "\n")
+    return [str(folder / "w.csv"), str(folder / "l.csv"), "--strip", "train_", "--out", str(folder / "m.json")]
+
+
+def test_the_command_writes_the_best_mixture_with_its_provenance(tmp_path):
+    law = LogLinearLaw(np.log([1.0, 1.0]), np.array([[-1.0, 0.0], [0.0, -1.0], [1.0, 1.0]]))
+    result = CliRunner().invoke(regress, write_runs(tmp_path, law), catch_exceptions=False)
+    mixture = Mixture.load(tmp_path / "m.json")
+    assert list(mixture.weights) == ["code", "law", "web"]
+    np.testing.assert_allclose(list(mixture.weights.values()), [0.5, 0.5, 0.0], atol=1e-3)
+    assert mixture.provenance["rank_correlation"] > 0.999 and mixture.provenance["runs"] == 40
+    assert "runs left out in turn: 1.000" in result.output
+
+
+def test_the_command_caps_domains_by_what_the_shards_hold(tmp_path):
+    law = LogLinearLaw(np.log([1.0, 1.0]), np.array([[-1.0, -1.0], [0.0, -0.5], [1.0, 1.0]]))
+    arguments = write_runs(tmp_path, law)
+    write_shards(tmp_path / "shards", {"code": 10, "law": 100, "web": 100}, seq_len=16)
+    caps = ["--shards", str(tmp_path / "shards"), "--budget", "1000", "--max-epochs", "2"]
+    CliRunner().invoke(regress, arguments + caps, catch_exceptions=False)
+    assert Mixture.load(tmp_path / "m.json").weights["code"] == pytest.approx(2 * 160 / 1000, abs=1e-6)
+    with pytest.raises(InputError, match="belong together"):
+        CliRunner().invoke(regress, [*arguments, "--max-epochs", "2"], catch_exceptions=False)
+    with pytest.raises(InputError, match=r"the table has the domains \['train_code'"):
+        CliRunner().invoke(regress, arguments[:2] + arguments[4:] + caps, catch_exceptions=False)
+
+
+def test_the_worst_loss_needs_the_law_whose_least_is_known(tmp_path):
+    law = LogLinearLaw(np.log([1.0, 1.0]), np.array([[-1.0, 0.0], [0.0, -1.0], [1.0, 1.0]]))
+    with pytest.raises(InputError, match="--objective worst needs the log-linear law"):
+        arguments = [*write_runs(tmp_path, law), "--law", "kernel", "--objective", "worst"]
+        CliRunner().invoke(regress, arguments, catch_exceptions=False)

@@ -1,0 +1,120 @@
+"""``mixer regress``: the best mixture by a law fitted to a table of finished runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from algorithms.mixture_regression import Runs, cross_validated, descend, fit_kernel, fit_log_linear, read_runs, search
+from mixer.errors import InputError
+from mixer.manifest import Manifest
+from mixer.mixture import Mixture
+from mixer.units import parse_count
+
+__all__ = ["propose", "regress"]
+
+Vector = NDArray[np.float64]
+
+
+@click.command(short_help="Weights from a table of finished runs, within bounds.")
+@click.argument("mixtures", type=click.Path(path_type=Path))
+@click.argument("losses", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The mixture file to write.")
+@click.option("--law", type=click.Choice(["log-linear", "kernel"]), default="log-linear", show_default=True)
+@click.option(
+    "--objective",
+    type=click.Choice(["average", "worst"]),
+    default="average",
+    show_default=True,
+    help="The mean loss, or the worst excess of a loss over the least it could be.",
+)
+@click.option("--floor", type=float, default=0.0, help="Give every domain at least this share.")
+@click.option("--ceiling", type=float, default=1.0, help="Give no domain more than this share.")
+@click.option("--shards", type=click.Path(path_type=Path), help="Sizes of the domains, for --max-epochs.")
+@click.option("--max-epochs", type=float, help="Read no domain more often; needs --shards and --budget.")
+@click.option("--budget", help="Tokens of the main run, such as 50M.")
+@click.option("--strip", default="", help="A prefix of the table's domain names to leave out.")
+@click.option("--seed", type=int, default=17, show_default=True, help="For the search of the kernel law.")
+def regress(mixtures: Path, losses: Path, out: Path, shards: Path | None, budget: str | None, **options: Any) -> None:
+    """Fit losses as a function of weights over finished runs, and write the mixture that the fit says is best.
+
+    MIXTURES and LOSSES are CSV files with a header and one row per run, in the same order; the first column names the
+    run, the others are domains and metrics.
+
+    \b
+    Examples:
+      mixer regress mixtures.csv losses.csv --out mixture.json
+      mixer regress mixtures.csv losses.csv --objective worst --floor 0.002 --out mixture.json
+      mixer regress mixtures.csv losses.csv --shards shards --budget 50M --max-epochs 4 --out mixture.json
+    """
+    runs, strip = read_runs(mixtures, losses), options.pop("strip")
+    runs = runs._replace(domains=tuple(name.removeprefix(strip) for name in runs.domains))
+    caps = _caps(runs, shards, options.pop("max_epochs"), budget)
+    weights, facts = propose(runs, upper=np.minimum(options.pop("ceiling"), caps), **options)
+    Mixture(dict(zip(runs.domains, weights.tolist())), {"method": "regress", **facts}).save(out)
+    console = Console()
+    console.print(_table(runs, weights, facts))
+    console.print(
+        f"Rank correlation of predicted and real losses, runs left out in turn: {facts['rank_correlation']:.3f}. "
+        f"Frozen: {out}",
+        soft_wrap=True,
+    )
+
+
+def propose(
+    runs: Runs, law: str, objective: str, floor: float, upper: Vector, seed: int
+) -> tuple[Vector, dict[str, Any]]:
+    """Return the proposed mixture (D,), and what there is to know about how good it is."""
+    if law == "kernel" and objective == "worst":
+        raise InputError("--objective worst needs the log-linear law, whose least losses are known exactly.")
+    uniform = np.full(len(runs.domains), 1.0 / len(runs.domains))
+    fit: Any = fit_log_linear if law == "log-linear" else fit_kernel
+    fitted = fit(runs.mixtures, runs.losses)
+    if law == "log-linear":
+        weights = descend(fitted, "worst" if objective == "worst" else "average", lower=floor, upper=upper)  # type: ignore[arg-type]
+    else:
+        weights = search(fitted, uniform, np.random.default_rng(seed), lower=floor, upper=upper)
+    return weights, {
+        "law": law,
+        "objective": objective,
+        "runs": len(runs.mixtures),
+        "metrics": list(runs.metrics),
+        "rank_correlation": cross_validated(fit, runs),
+        "best_run_mean_loss": float(runs.losses.mean(axis=1).min()),
+        "predicted_mean_loss": float(fitted(weights[None]).mean()),
+        "predicted_mean_loss_of_uniform": float(fitted(uniform[None]).mean()),
+    }
+
+
+def _caps(runs: Runs, shards: Path | None, max_epochs: float | None, budget: str | None) -> Vector:
+    given = (shards is not None, max_epochs is not None, budget is not None)
+    if not any(given):
+        return np.ones(len(runs.domains))
+    if shards is None or max_epochs is None or budget is None:
+        raise InputError("--shards, --max-epochs and --budget belong together: caps are max_epochs * tokens / budget.")
+    manifest = Manifest.load(shards)
+    unknown = sorted(set(runs.domains) - set(manifest.names))
+    if unknown:
+        raise InputError(f"the table has the domains {unknown}, the shards {list(manifest.names)}; --strip a prefix?")
+    sizes = np.array([manifest.split(name, "train").num_tokens for name in runs.domains], dtype=np.float64)
+    return max_epochs * sizes / parse_count(budget, "a number of tokens")
+
+
+def _table(runs: Runs, weights: Vector, facts: dict[str, Any]) -> Table:
+    best = runs.mixtures[np.argmin(runs.losses.mean(axis=1))]
+    table = Table(title=f"{facts['runs']} runs, {facts['law']} law, {facts['objective']} loss")
+    for title in ("domain", "best run", "proposal"):
+        table.add_column(title, justify="left" if title == "domain" else "right")
+    for index in np.argsort(-weights, kind="stable"):
+        table.add_row(runs.domains[index], f"{best[index]:.4f}", f"{weights[index]:.4f}")
+    table.add_section()
+    table.add_row("mean loss, real", f"{facts['best_run_mean_loss']:.4f}", "")
+    table.add_row("mean loss, predicted", "", f"{facts['predicted_mean_loss']:.4f}")
+    table.add_row("  of the uniform mixture", "", f"{facts['predicted_mean_loss_of_uniform']:.4f}")
+    return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -30,7 +31,7 @@ class FrozenModel(Reference):
     Args:
         model: a Hugging Face causal or encoder-decoder model, Composer's ``HuggingFaceModel`` around one, or any module
             with ``forward(input_ids)`` that returns logits (B, T, V); or the path of a Hugging Face folder or of a
-            Composer checkpoint.
+            Composer checkpoint, whole or sharded.
         dtype: convert the weights, for example to ``torch.bfloat16``; losses stay float32.
         sharded: spread the weights over the ranks (FSDP2) instead of keeping all of them on each. Every rank then has
             to ask for losses equally often: the same number of micro-batches.
@@ -174,7 +175,7 @@ def fingerprint_of(model: nn.Module) -> str:
 
 
 def load_model(path: str | Path) -> Any:
-    """Return the model in a Hugging Face folder, or the one inside a Composer checkpoint file.
+    """Return the model in a Hugging Face folder, or the one inside a Composer checkpoint: a file, or a sharded folder.
 
     Raises: InputError: if there is none.
     """
@@ -182,11 +183,22 @@ def load_model(path: str | Path) -> Any:
     if (path / "config.json").is_file():
         return _from_folder(path)
     if path.is_file():
-        return _from_checkpoint(path)
+        return _from_checkpoint(path, path)
+    if (path / ".metadata").is_file():
+        return _from_sharded_checkpoint(path)
     raise InputError(
         f"no reference model at {path}: expected a Hugging Face folder with config.json and weights, or a Composer "
-        "checkpoint file (.pt)."
+        "checkpoint (a .pt file, or the folder of a sharded one)."
     )
+
+
+def _from_sharded_checkpoint(path: Path) -> nn.Module:
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "whole.pt"
+        dcp_to_torch_save(path, whole)
+        return _from_checkpoint(whole, path)
 
 
 def _from_folder(path: Path) -> nn.Module:
@@ -200,17 +212,20 @@ def _from_folder(path: Path) -> nn.Module:
         raise InputError(f"cannot load the reference model in {path}: {' '.join(str(error).split())}.") from error
 
 
-def _from_checkpoint(path: Path) -> nn.Module:
+def _from_checkpoint(path: Path, shown: Path) -> nn.Module:
     from composer.models import HuggingFaceModel
     from composer.utils.checkpoint import safe_torch_load
 
     try:
         checkpoint = safe_torch_load(str(path))
         saved = checkpoint["state"]["integrations"]["huggingface"]
-        model = HuggingFaceModel.load_huggingface_model_from_saved_state(saved, checkpoint, None, None)
+        # Not the class it was saved with: under FSDP2 that is one which torch has made on the spot.
+        is_seq2seq = saved["model"]["config"]["content"].get("is_encoder_decoder", False)
+        kind = "transformers.AutoModelForSeq2SeqLM" if is_seq2seq else "transformers.AutoModelForCausalLM"
+        model = HuggingFaceModel.load_huggingface_model_from_saved_state(saved, checkpoint, kind, None)
     except (KeyError, TypeError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
         raise InputError(
-            f"{path} is not a Composer checkpoint of a HuggingFaceModel ({type(error).__name__}: {error}). "
+            f"{shown} is not a Composer checkpoint of a HuggingFaceModel ({type(error).__name__}: {error}). "
             "Give a Hugging Face folder instead."
         ) from error
     weights = {name.removeprefix("model."): value for name, value in checkpoint["state"]["model"].items()}

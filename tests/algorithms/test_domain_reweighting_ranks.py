@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from algorithms.references import FrozenModel, as_reference
 from tests.algorithms import rank_jobs
 from tests.algorithms.ranks import JOBS, run_ranks
 from tests.algorithms.test_domain_reweighting_loader import row
-from tests.algorithms.tiny import VOCAB
+from tests.algorithms.tiny import VOCAB, Loader, batch
+from tests.algorithms.training_helpers import fit
 from tests.helpers import write_shards
 
 
@@ -106,3 +108,11 @@ def test_what_one_process_began_two_ranks_continue(ranks: Any, folder: Path) -> 
     for rank in ranks:
         np.testing.assert_allclose(rank["elastic"][0].weights, trajectory.weights, rtol=1e-6)
         assert distance(rank["elastic"][1], expected) < 1e-6
+
+
+def test_a_sharded_checkpoint_is_a_reference(ranks: Any, folder: Path) -> None:
+    """Two steps under FSDP2, against the same two steps in one process."""
+    trained = fit(rank_jobs.searching(), loader=Loader(padded=True), micro=2, steps=2).state.model.model
+    expected, part = FrozenModel(trained).token_losses(batch()), batch()
+    found = as_reference(folder / "fsdp2" / "ep0-ba2").token_losses(part)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

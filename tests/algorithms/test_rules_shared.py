@@ -16,7 +16,7 @@ from algorithms.rules.catalogue import CATALOGUE
 from algorithms.rules.steps import normalized
 from algorithms.signals import Signals
 from mixer.errors import InputError
-from tests.algorithms.rule_cases import domains_for, equal_signals, make, names_for, permuted, random_signals
+from tests.algorithms.rule_cases import REQUIRED, domains_for, equal_signals, make, names_for, permuted, random_signals
 from tests.helpers import assert_resumes
 
 EVERY = pytest.mark.parametrize("name", list(UPDATE_RULES))
@@ -295,6 +295,61 @@ def test_the_catalogue_has_one_line_for_every_rule(name):
     entry = CATALOGUE[name]
     assert all(entry) and all("\n" not in text for text in entry)
     assert list(CATALOGUE) == list(UPDATE_RULES)
+
+
+# Rules whose scores are compared with each other only, so that nats added to all of them change nothing.
+SHIFT_INVARIANT = (
+    "hardest",
+    "easiest",
+    "group_dro",
+    "agnostic",
+    "mero",
+    "dro_lm",
+    "topic_cvar",
+    "divergence_ball",
+    "wasserstein",
+    "on_demand",
+    "validation_feedback",
+    "skill_it",
+    "aioli",
+)
+
+
+@pytest.mark.parametrize("name", SHIFT_INVARIANT)
+def test_nats_added_to_every_loss_change_nothing(name):
+    rule, domains = make(name), domains_for(name)
+
+    def shifted(step, size):
+        signals = signals_of(step, size)
+        return signals._replace(
+            loss=signals.loss + 3 * signals.num_tokens,
+            reference_loss=signals.reference_loss + 5 * signals.num_tokens,
+            heldout_loss=signals.heldout_loss + 3 * signals.heldout_tokens,
+        )
+
+    np.testing.assert_allclose(run(rule, domains, signals=shifted)[1], run(rule, domains)[1], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name", ["doremi", "modified_doremi", "hardest", "easiest", "on_demand", "sheared_llama", "doge", "pike"]
+)
+def test_smoothing_leaves_every_domain_its_share(name):
+    required = REQUIRED[name](names_for(name)) if name in REQUIRED else {}
+    rule, domains = UPDATE_RULES[name](smoothing=0.05, **required), domains_for(name)
+    size = len(domains.names)
+
+    def one_takes_all(step, size):
+        huge = np.where(np.arange(size) == 0, 1e6, 0.0)
+        return random_signals(step, size)._replace(
+            loss=huge,
+            clipped_excess=huge,
+            heldout_loss=huge,
+            reference_loss=huge[::-1],
+            gradient_products=np.diag(huge),
+        )
+
+    _, path = run(rule, domains, 5, one_takes_all)
+    assert np.all(path >= 0.05 / size - 1e-15) and path.min() == pytest.approx(0.05 / size)
 
 
 def test_floors_that_sum_to_more_than_one_are_refused():

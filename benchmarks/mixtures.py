@@ -1,11 +1,13 @@
 """Does a found mixture beat the fixed ones? Held-out losses over several seeds, on the same shards and budget.
 
     python -m benchmarks.mixtures demo-run/shards --seeds 3 --steps 240
-    python -m benchmarks.mixtures shards --method group_dro --method doremi --seeds 3
+    python -m benchmarks.mixtures shards --method group_dro --method doremi:uniform --seeds 3
 
-For every seed: each method's search (reference and proxy), then one main run per mixture, the found ones and the
-baselines uniform, size-proportional and temperature (tau = 2). Prints mean ± standard deviation over the seeds per
-domain, the average and the worst domain, and writes benchmarks/results/mixtures.json. Interrupted runs continue.
+A method is the name of an update rule, or NAME:MIXTURE with what its reference is trained on (by default
+size-proportional). For every seed: each method's search (reference and proxy), then one main run per mixture, the found
+ones and the baselines uniform, size-proportional and temperature (tau = 2). Prints mean ± standard deviation over the
+seeds per domain, the average and the worst domain, and writes benchmarks/results/mixtures.json. Interrupted runs
+continue.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from mixer.static_weights import proportional, temperature, uniform
 
 @click.command()
 @click.argument("shards", type=click.Path(path_type=Path))
-@click.option("--method", "methods", multiple=True, default=("doremi",), show_default=True)
+@click.option("--method", "methods", multiple=True, default=("doremi", "doremi:uniform"), show_default=True)
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--steps", default=240, show_default=True)
 @click.option("--batch-size", default=32, show_default=True)
@@ -46,11 +48,16 @@ def main(shards: Path, methods: tuple[str, ...], seeds: int, steps: int, batch_s
         settings = TrainSettings(steps=steps, global_batch_size=batch_size, seed=seed)
         mixtures = _baselines(manifest)
         for method in methods:
-            rule = {"variant": "recommended"} if method == "doremi" else {}
-            search = SearchSettings(method=method, rule=rule, proxy=settings)
-            mixtures[method] = find_mixture(shards, search, out / f"seed-{seed}" / method, console)
+            name, _, reference = method.partition(":")
+            search = SearchSettings(
+                method=name,
+                rule={"variant": "recommended"} if name == "doremi" else {},
+                proxy=settings,
+                reference_mixture=reference or "proportional",
+            )
+            mixtures[method] = find_mixture(shards, search, out / f"seed-{seed}" / method.replace(":", "-"), console)
         for name, mixture in mixtures.items():
-            folder = out / f"seed-{seed}" / f"main-{name}"
+            folder = out / f"seed-{seed}" / f"main-{name.replace(':', '-')}"
             result = train_on(shards, mixture, settings, folder, label=f"seed {seed} {name}", console=console)
             losses.setdefault(name, []).append([result["heldout"][domain]["loss"] for domain in manifest.names])
             weights.setdefault(name, []).append([mixture.weights[domain] for domain in manifest.names])

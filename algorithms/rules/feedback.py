@@ -60,9 +60,9 @@ class FeedbackState(NamedTuple):
 
 
 def validation_feedback(
-    mode: str = "target",
+    mode: str | None = None,
     eta: float = 1.0,
-    targets: Mapping[str, float] | str = "best",
+    targets: Mapping[str, float] | str | None = None,
     smoothing: float = 1e-3,
     tau: float = 1.0,
     newest: float = 0.5,
@@ -72,7 +72,7 @@ def validation_feedback(
     """Return validation feedback.
 
     Args:
-        mode: "level", "target" or "progress".
+        mode: "level", "target" or "progress"; by default "target" where targets are given, else "level".
         eta: step size of "target"; sharpness of "progress", per nat of progress between updates.
         targets: of "target": nats per token by name, "reference" or "best".
         smoothing: c, the share of the prior in the weights.
@@ -89,7 +89,9 @@ def validation_feedback(
     [0.75, 0.25]
     """
     settings = dict(locals())
-    choice(mode, "mode", ("level", "target", "progress"))
+    reading = choice(mode or ("level" if targets is None else "target"), "mode", ("level", "target", "progress"))
+    if (reading == "target") != (targets is not None):
+        raise InputError(f'mode "target" and targets belong together; got mode {reading!r} and targets {targets!r}.')
     eta, tau = number(eta, "eta", low=0), number(tau, "tau", low=1e-9)
     smoothing, newest = number(smoothing, "smoothing", low=0, high=1), number(newest, "newest", low=0, high=1)
     if isinstance(targets, str):
@@ -98,7 +100,7 @@ def validation_feedback(
     def init(domains: Domains | Sequence[str]) -> FeedbackState:
         known = as_domains(domains)
         zeros = np.zeros(len(known.names))
-        fixed = zeros if isinstance(targets, str) else by_name(targets, known, "targets")
+        fixed = by_name(targets, known, "targets") if isinstance(targets, Mapping) else zeros
         added = number(adjustment, "adjustment") / np.sqrt(np.maximum(known.num_tokens, 1.0))
         return FeedbackState(begin(known.prior, known.prior), fixed, added, zeros, zeros, zeros)
 
@@ -106,10 +108,10 @@ def validation_feedback(
         fresh, present = heldout(signals, state.loss.size)
         if not present.any():
             return state, weights_of(state.ascent.log_weights)
-        if mode == "target":
+        if targets is not None:
             new = _towards_targets(state, fresh, present, signals, targets, clip, eta, smoothing)
         else:
-            new = _tilt(state, fresh, present, mode, 1 / tau if mode == "level" else eta, smoothing, newest)
+            new = _tilt(state, fresh, present, reading, 1 / tau if reading == "level" else eta, smoothing, newest)
         return new, weights_of(new.ascent.log_weights)
 
     return _rule("validation_feedback", settings, init, update, result="average")

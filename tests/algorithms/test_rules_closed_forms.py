@@ -492,6 +492,13 @@ def test_each_reading_of_validation_feedback_has_its_closed_form():
     np.testing.assert_allclose(weights, [0.75, 0.25], atol=1e-8)  # C / sqrt(4) = log 3
 
 
+def test_targets_and_the_mode_that_reads_them_belong_together():
+    assert validation_feedback().settings["mode"] is None
+    for settings in ({"mode": "target"}, {"mode": "level", "targets": "best"}):
+        with pytest.raises(InputError, match='mode "target" and targets belong together'):
+            validation_feedback(**settings)
+
+
 def test_sheared_llama_ignores_domains_below_target_unless_told_not_to():
     loss, targets = [1.0, 2.0 + np.log(3)], {"a": 2.0, "b": 2.0}
     clipped, free = sheared_llama(targets, smoothing=0), sheared_llama(targets, smoothing=0, clip=False)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from algorithms.early_stopping import WorstDomainEarlyStopping
     from algorithms.heldout import HeldOutWindows
     from algorithms.losses import DomainLosses, token_losses
+    from algorithms.mixture_monitor import MixtureMonitor
     from algorithms.references import FrozenModel, Reference, as_reference
     from algorithms.rules.base import Domains, UpdateRule
     from algorithms.rules.doremi import doremi
@@ -28,6 +29,7 @@ _HOMES = {
     "DomainLosses": "algorithms.losses",
     "DomainReweighting": "algorithms.domain_reweighting",
     "HeldOutWindows": "algorithms.heldout",
+    "MixtureMonitor": "algorithms.mixture_monitor",
     "WorstDomainEarlyStopping": "algorithms.early_stopping",
     "WorstSubset": "algorithms.worst_subset",
     "Domains": "algorithms.rules.base",
@@ -47,6 +49,7 @@ __all__ = [
     "Domains",
     "FrozenModel",
     "HeldOutWindows",
+    "MixtureMonitor",
     "Reference",
     "Signals",
     "UpdateRule",

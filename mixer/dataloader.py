@@ -293,6 +293,13 @@ class MixtureLoader(DataLoader[Any]):
         weights, mixer = self.mixer.weights_at(self._now), self.mixer
         return plan_budget(self.domains, weights, sizes, budget_tokens, mixer.max_epochs, mixer.on_exhausted)
 
+    def metrics(self, prefix: str = "mixture/") -> dict[str, float]:
+        """Return the numbers of ``stats`` as one flat dict, for any logger."""
+        stats = self.stats()
+        flat = {f"{prefix}{domain}/{name}": float(v) for domain, by in stats["domains"].items() for name, v in
+        by.items()} flat |= {f"{prefix}cache/{name}": float(value) for name, value in stats.get("cache", {}).items()}
+        return flat | {f"{prefix}waited_seconds": stats["waited_seconds"]}
+
     def stats(self) -> dict[str, Any]:
         """Return what was delivered so far, by domain: target and realised share, samples, tokens, epochs."""
         now, limits, weights = self._now, self.mixer.sample_limits, self.weights

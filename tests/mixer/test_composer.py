@@ -13,6 +13,7 @@ from mixer import MixtureLoader
 from tests.helpers import assert_same, write_shards
 
 composer = pytest.importorskip("composer", exc_type=ImportError)
+from algorithms import MixtureMonitor  # noqa: E402
 
 
 class Tiny(composer.ComposerModel):
@@ -43,7 +44,7 @@ class Recorder(composer.Callback):
         state.dataloader.set_weights([1, 1, state.timestamp.batch.value])
 
 
-def train(shards, folder, duration, load=None, **options):
+def train(shards, folder, duration, load=None, callbacks=(), **options):
     recorder = Recorder()
     loader = MixtureLoader(shards, mixture="uniform", global_batch_size=12, seed=3)
     trainer = composer.Trainer(
@@ -51,7 +52,7 @@ def train(shards, folder, duration, load=None, **options):
         train_dataloader=loader,
         optimizers=None,
         max_duration=duration,
-        callbacks=[recorder],
+        callbacks=[recorder, *callbacks],
         device="cpu",
         progress_bar=False,
         save_folder=str(folder) if folder else None,
@@ -96,6 +97,26 @@ def test_dataset_state_in_a_checkpoint_loads_with_weights_only(shards, tmp_path)
 def test_microbatches_follow_from_the_loaders_batch_size(shards):
     batches, _, _ = train(shards, None, "2ba", microbatch=4)
     assert [len(batch["input_ids"]) for batch in batches] == [12, 12]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_second_fit_in_the_same_or_a_resumed_run_goes_on_without_a_gap(shards, tmp_path):
+    whole, _, _ = train(shards, None, "7ba")
+    found, _, trainer = train(shards, tmp_path, "3ba", callbacks=[MixtureMonitor()])
+    trainer.fit(duration="2ba")
+    assert_same(found, whole[:5])
+    found, _, trainer = train(shards, None, "5ba", load=tmp_path / "3.pt", callbacks=[MixtureMonitor()])
+    trainer.fit(duration="2ba")
+    assert_same(found, whole[3:7])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_monitor_logs_the_loaders_metrics_at_the_step_of_the_loss(shards):
+    memory = composer.loggers.InMemoryLogger()
+    _, loader, _ = train(shards, None, "4ba", callbacks=[MixtureMonitor(every=2)], loggers=[memory])
+    steps, values = zip(*[(time.batch.value, value) for time, value in memory.data["mixture/web/samples"]])
+    assert len(values) == 2 and values[-1] == loader.stats()["domains"]["web"]["samples"]
+    assert memory.data["mixture/book/weight"][-1][1] == loader.metrics()["mixture/book/weight"]
 
 
 def rank_main(rank, world, shards, port, folder, load):

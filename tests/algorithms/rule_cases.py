@@ -34,11 +34,41 @@ QUICK: dict[str, dict[str, Any]] = {
 }
 
 
+# Other settings that change what a rule computes, as "name:what is different".
+VARIANTS: dict[str, dict[str, Any]] = {
+    "doremi:official": {"variant": "official", "vocab_size": 1000},
+    "doremi:recommended": {"variant": "recommended"},
+    "doremi:domain clip": {"clip": "domain"},
+    "doremi:no clip": {"clip": "none"},
+    "group_dro:official": {"variant": "official", "adjustment": 2.0},
+    "group_dro:automatic": {"automatic": True},
+    "agnostic:box": {"eta": 0.2, "lower": 0.05, "upper": 0.5},
+    "mero:best": {"risk": "best"},
+    "mero:given": {"risk": {"code": 1.0, "law": 2.0, "math": 0.5, "news": 1.5, "web": 2.5}},
+    "divergence_ball:kl": {"ball": "kl", "radius": 0.2, "min_ratio": 0.0},
+    "divergence_ball:cvar": {"ball": "cvar", "radius": 0.5, "smoothing": 1.0},
+    "divergence_ball:baseline": {"baseline": "reference"},
+    "validation_feedback:best": {"targets": "best"},
+    "validation_feedback:reference": {"targets": "reference", "clip": True, "adjustment": 3.0},
+    "validation_feedback:progress": {"mode": "progress"},
+    "modified_doremi:no clip": {"clip": False, "targets": {"web": 1.5}},
+    "odm:official": {"variant": "official"},
+    "skill_it:graph": {"graph": {"code": {"math": 0.5}, "web": {"news": 1.0}}, "variant": "official"},
+    "aioli:memory": {"sweeps": 1, "period": 8, "memory": 0.1},
+    "ado:official": {"warmup": 10, "refit_every": 5, "ignore": 0, "variant": "official"},
+    "doge:official": {"variant": "official", "targets": ["law", "web"]},
+    "pike:tilt": {"tilt": 2.0},
+    "jtt:none": {"baseline": "none"},
+}
+
+
 def hash_of(name: str) -> int:
     return sum(map(ord, name))
 
 
 def make(name: str, names: Sequence[str] = NAMES) -> UpdateRule:
+    if name in VARIANTS:
+        return UPDATE_RULES[name.partition(":")[0]](**VARIANTS[name])
     settings = dict(QUICK.get(name, {}))
     if name in REQUIRED:
         settings.update(REQUIRED[name](tuple(names)))

@@ -185,7 +185,12 @@ def simulate(
 
     manifest = load_manifest(shards)
     stages = resolve_curriculum(mixture, manifest, force=force)
-    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "max_epochs": max_epochs, "on_exhausted": on_exhausted}
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "seed": seed,
+        "max_epochs": max_epochs,
+        "on_exhausted": on_exhausted,
+    }
     mixer = mixer_for(manifest, stages, **options)
     found = run(mixer, batches)
     console = Console()

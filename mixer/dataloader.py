@@ -296,8 +296,9 @@ class MixtureLoader(DataLoader[Any]):
     def metrics(self, prefix: str = "mixture/") -> dict[str, float]:
         """Return the numbers of ``stats`` as one flat dict, for any logger."""
         stats = self.stats()
-        flat = {f"{prefix}{domain}/{name}": float(v) for domain, by in stats["domains"].items() for name, v in
-        by.items()} flat |= {f"{prefix}cache/{name}": float(value) for name, value in stats.get("cache", {}).items()}
+        domains = stats["domains"].items()
+        flat = {f"{prefix}{domain}/{name}": float(value) for domain, row in domains for name, value in row.items()}
+        flat |= {f"{prefix}cache/{name}": float(value) for name, value in stats.get("cache", {}).items()}
         return flat | {f"{prefix}waited_seconds": stats["waited_seconds"]}
 
     def stats(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ documents' lengths and hashes alone; no token is read.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from mixer.errors import InputError
 
 __all__ = ["DomainPlan", "HeldOut", "SplitPlan", "choose_held_out", "held_out_samples", "plan_splits"]
 
+_SIDES = ("all", "above", "below")
 _LARGEST_FLOOR = 0.1  # the floor for tiny domains never takes more than a tenth
 
 
@@ -132,6 +134,10 @@ class _DomainSums:
         both = np.union1d(self.smallest, documents["hash"].astype(np.uint64))
         self.smallest = both[: self._options.min_held_out]
 
+    def held_out(self) -> HeldOut:
+        """Return how a domain with these totals is split."""
+        return choose_held_out(self.documents, self.below, self.smallest.tolist(), self._options)
+
 
 def _by_domain(table: UnitTable) -> Iterator[tuple[str, NDArray[Any]]]:
     for number, name in enumerate(table.names):
@@ -158,29 +164,51 @@ def plan_splits(
     for unit in units:
         for name, documents in _by_domain(load_kept(stage, unit, keep)):
             sums.setdefault(name, _DomainSums(options)).add(documents)
-    planner = _Planner(stage, units, options, scratch, keep)
-    return [planner.domain(name, sums[name], (fixed or {}).get(name)) for name in sorted(sums)]
+    held_out = {name: (fixed or {}).get(name) or total.held_out() for name, total in sums.items()}
+    planner = _Planner(options, scratch, _both_sides(stage, units, keep, held_out))
+    return [planner.domain(name, sums[name], held_out[name], name in (fixed or {})) for name in sorted(sums)]
+
+
+def _both_sides(
+    stage: str, units: Sequence[int], keep: str | None, held_out: Mapping[str, HeldOut]
+) -> dict[tuple[str, str], tuple[Stream, int]]:
+    """Return, by domain and side of its threshold, the stream and how many documents it has. Reads each unit once."""
+    tokens: dict[tuple[str, str], list[tuple[int, int]]] = {(name, side): [] for name in held_out for side in _SIDES}
+    counts: Counter[tuple[str, str]] = Counter()
+    for unit in units:
+        for name, documents in _by_domain(load_kept(stage, unit, keep)):
+            below = documents["hash"] < np.uint64(min(held_out[name].threshold, HASHES - 1))
+            for side, mask in (("all", slice(None)), ("above", ~below), ("below", below)):
+                chosen = documents["tokens"][mask]
+                if len(chosen):
+                    tokens[name, side].append((unit, int(chosen.sum())))
+                    counts[name, side] += len(chosen)
+    return {
+        (name, side): (Stream(stage, name, side, held_out[name].threshold, keep, tuple(rows)), counts[name, side])
+        for (name, side), rows in tokens.items()
+    }
 
 
 class _Planner:
-    """Plans one domain after another. Reads the tables of its units once per stream."""
+    """Turns one domain's streams after another into splits."""
 
-    def __init__(self, stage: str, units: Sequence[int], options: PackOptions, scratch: Path, keep: str | None) -> None:
-        self._stage, self._units, self._options, self._scratch, self._keep = stage, units, options, scratch, keep
+    def __init__(
+        self, options: PackOptions, scratch: Path, streams: Mapping[tuple[str, str], tuple[Stream, int]]
+    ) -> None:
+        self._options, self._scratch, self._streams = options, scratch, streams
 
-    def domain(self, name: str, sums: _DomainSums, fixed: HeldOut | None) -> DomainPlan:
+    def domain(self, name: str, sums: _DomainSums, held_out: HeldOut, is_fixed: bool) -> DomainPlan:
         options = self._options
-        if fixed is not None:
-            splits = self._by_documents(name, fixed.threshold) if fixed.by == "documents" else self._all(name)
-            return DomainPlan(name, fixed, splits, sums.documents, sums.text_bytes, "")
-        held_out = choose_held_out(sums.documents, sums.below, sums.smallest.tolist(), options)
+        if is_fixed:
+            splits = self._by_documents(name) if held_out.by == "documents" else self._all(name)
+            return DomainPlan(name, held_out, splits, sums.documents, sums.text_bytes, "")
         splits = ()
         if held_out.by == "documents":
-            splits = self._by_documents(name, held_out.threshold)
+            splits = self._by_documents(name)
             if not all(split.num_samples for split in splits):
                 held_out = HeldOut("samples")
         if held_out.by == "samples":
-            splits = self._last_samples(*self._stream(name, "all", 0))
+            splits = self._last_samples(*self._streams[name, "all"])
             kept = sum(split.num_samples for split in splits)
             held_out = HeldOut("samples", splits[1].num_samples / kept if kept else 0.0)
         elif held_out.by == "nothing":
@@ -188,19 +216,12 @@ class _Planner:
         problem = _problem(name, splits, sums.documents, options)
         return DomainPlan(name, held_out, splits, sums.documents, sums.text_bytes, problem)
 
-    def _by_documents(self, name: str, threshold: int) -> tuple[SplitPlan, ...]:
+    def _by_documents(self, name: str) -> tuple[SplitPlan, ...]:
         sides = (("train", "above"), ("validation", "below"))
-        return tuple(self._whole(split, *self._stream(name, side, threshold)) for split, side in sides)
+        return tuple(self._whole(split, *self._streams[name, side]) for split, side in sides)
 
     def _all(self, name: str) -> tuple[SplitPlan, ...]:
-        return (self._whole("train", *self._stream(name, "all", 0)),)
-
-    def _stream(self, name: str, side: str, threshold: int) -> tuple[Stream, int]:
-        """Return a stream and how many documents it has."""
-        stream = Stream(self._stage, name, side, threshold, self._keep)
-        lengths = {unit: stream.lengths(unit) for unit in self._units}
-        units = tuple((unit, int(array.sum())) for unit, array in lengths.items() if len(array))
-        return stream._replace(units=units), sum(map(len, lengths.values()))
+        return (self._whole("train", *self._streams[name, "all"]),)
 
     def _whole(self, split: str, stream: Stream, documents: int) -> SplitPlan:
         samples, dropped, padding, layout = self._cut(split, stream)

@@ -10,8 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from algorithms.rules import UPDATE_RULES
-from algorithms.rules.catalogue import CATALOGUE
+from algorithms.rules import CATALOGUE, UPDATE_RULES
 from mixer.errors import InputError
 
 __all__ = ["describe", "methods"]
@@ -56,7 +55,9 @@ def describe(name: str) -> dict[str, Any]:
     parameters = inspect.signature(UPDATE_RULES[name]).parameters.values()
     return {
         "name": name,
-        **CATALOGUE[name]._asdict(),
+        "optimises": CATALOGUE[name].optimises,
+        "cost": CATALOGUE[name].cost,
+        "paper": CATALOGUE[name].paper,
         "needs": sorted(rule.needs),
         "applies": rule.applies,
         "required": [p.name for p in parameters if p.default is p.empty],

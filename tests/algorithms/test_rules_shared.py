@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from algorithms.rules import UPDATE_RULES, state_from_dict, state_to_dict
+from algorithms.rules import CATALOGUE, UPDATE_RULES, state_from_dict, state_to_dict
 from algorithms.rules.base import as_domains
 from algorithms.rules.bounds import bounded
-from algorithms.rules.catalogue import CATALOGUE
 from algorithms.rules.steps import normalized
 from algorithms.signals import Signals
 from mixer.errors import InputError
@@ -302,10 +301,10 @@ def test_a_missing_or_non_finite_signal_is_named(name):
 
 
 @EVERY
-def test_the_catalogue_has_one_line_for_every_rule(name):
+def test_the_catalogue_says_one_line_of_everything(name):
     entry = CATALOGUE[name]
-    assert all(entry) and all("\n" not in text for text in entry)
-    assert list(CATALOGUE) == list(UPDATE_RULES)
+    assert all(text and "\n" not in text for text in (entry.optimises, entry.cost, entry.paper))
+    assert entry.make.__name__ == name
 
 
 # Rules whose scores are compared with each other only, so that nats added to all of them change nothing.

@@ -3,7 +3,7 @@
     s_t[d] = mean loss of d - r[d]            q_t ~ q_{t-1} * exp(eta / sqrt(t) * s_t)          result: mean of q_1..q_t
 
 A domain of high entropy has a high r and no longer takes all weight, as it does in Group DRO: the theory behind
-subtracting a reference. Agarwal and Zhang 2022, arXiv:2202.01889; Zhang and Tu 2023, arXiv:2306.00026, who estimate the
+subtracting a reference. Agarwal and Zhang 2022, arXiv:2202.05436; Zhang and Tu 2023, arXiv:2306.00026, who estimate the
 r[d] by one side run of stochastic descent per domain and use anytime steps of order 1 / sqrt(t), as here.
 
 r comes from ``risk``: "reference" takes Signals.reference_loss, from whatever plays the specialists' part; "best" takes

@@ -373,11 +373,13 @@ class DomainReweighting(Algorithm):
         state.batch = {**state.batch, "labels": self._micro.labels}
         loss = token_losses(logits_of(state.outputs), self._micro.labels, shift=self._started().shift)
         self._micro = self._micro._replace(token_loss=loss)
+        # What HuggingFaceModel.loss returns, and callbacks read: the mean, as the model itself would have computed it.
+        mean = loss.sum() / self._micro.mask.sum().clamp(min=1)
         outputs: Any = state.outputs
         if isinstance(outputs, Mapping):
-            outputs["loss"] = loss  # type: ignore[index]  # what HuggingFaceModel.loss returns
+            outputs["loss"] = mean  # type: ignore[index]
         else:
-            state.outputs = (loss, *outputs)
+            state.outputs = (mean, *outputs)
 
     def _before_backward(self, state: State, logger: Logger) -> None:
         losses, micro = self._started(), self._micro

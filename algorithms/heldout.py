@@ -22,7 +22,7 @@ from torch import Tensor
 
 from algorithms.losses import IGNORED, all_reduce, domain_sums, loss_mask
 from mixer.errors import DataError, InputError
-from mixer.manifest import Manifest
+from mixer.folders import load_manifest
 
 __all__ = ["HeldOutWindows"]
 
@@ -102,5 +102,5 @@ class HeldOutWindows:
 def _read(shards: Path, split: str, count: int) -> dict[str, NDArray[np.int64]]:
     from algorithms.evaluation import heldout_samples
 
-    names = Manifest.load(shards).names
+    names = load_manifest(shards).names
     return {name: heldout_samples(shards, name, split=split, max_samples=count) for name in names}

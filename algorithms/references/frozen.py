@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -78,6 +78,15 @@ class FrozenModel(Reference):
         parts = _losses_in_parts(self.model, inputs, labels)
         self._in_parts = bool(torch.allclose(parts, whole, rtol=1e-3, atol=1e-3))
         return parts if self._in_parts else whole
+
+    def bind(self, domains: Sequence[str], loader: Any = None) -> None:
+        known = getattr(getattr(self.model, "config", None), "vocab_size", None)
+        used = loader.manifest.tokenizer.vocab_size if hasattr(loader, "manifest") else 0
+        if known is not None and known < used:
+            raise InputError(
+                f"the reference has a vocabulary of {known} ids, the shards use {used}. Give a reference that was "
+                "trained with the tokenizer of these shards."
+            )
 
     def to(self, device: torch.device | str) -> FrozenModel:
         self.model.to(device)

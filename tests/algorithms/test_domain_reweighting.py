@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from composer import Callback, State
 from composer.core import DataSpec, Precision
 from composer.loggers import Logger
+from composer.metrics import LanguageCrossEntropy
 from composer.models import ComposerModel, HuggingFaceModel
 
 from algorithms import DomainReweighting, doremi, group_dro
@@ -160,6 +161,28 @@ def test_without_a_rule_training_is_what_composer_would_do() -> None:
     assert distance(parameters(watched), parameters(plain)) < 1e-7
     assert np.nansum(observer.trajectory.num_tokens) == 3 * 12 * 11
     assert list(observer.mixture().weights.values()) == [1 / 3] * 3, "what the loader draws by"
+
+
+def test_models_that_return_tuples_work_with_composers_metrics() -> None:
+    model, log, seen = llama(), Metrics(), Gradients()
+    model.config.return_dict = False
+    wrapped = HuggingFaceModel(model, use_logits=True, shift_labels=True, metrics=[LanguageCrossEntropy()])
+    fit(DomainReweighting(constant()), model=wrapped, micro=4, steps=1, callbacks=[seen], loggers=[log])
+    assert distance(seen.steps[0], written_out(llama(), batch())) < 1e-6
+    part = batch()["input_ids"]
+    expected = llama()(input_ids=part, labels=part).loss.item()
+    assert log.series["metrics/train/LanguageCrossEntropy"][0][1].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_callbacks_see_the_plain_mean_loss_after_the_forward() -> None:
+    class Watch(Callback):
+        def after_loss(self, state: State, logger: Logger) -> None:
+            self.loss = state.loss.item()  # type: ignore[union-attr]
+
+    watch = Watch()
+    fit(DomainReweighting(constant()), steps=1, micro=12, callbacks=[watch])
+    part = batch()["input_ids"]
+    assert watch.loss == pytest.approx(llama()(input_ids=part, labels=part).loss.item(), rel=1e-6)
 
 
 def test_logged_total_is_the_weighted_loss_and_series_share_their_steps() -> None:

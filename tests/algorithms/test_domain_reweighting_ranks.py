@@ -49,6 +49,13 @@ def test_gradient_on_two_ranks_is_that_of_one(ranks: Any, alone: Any) -> None:
         assert rank["ddp"]["loss"] == pytest.approx(alone["loss"], rel=1e-6)
 
 
+def test_four_ranks_do_what_one_does(alone: Any, tmp_path: Path) -> None:
+    for rank in run_ranks(["ddp"], 4, tmp_path):
+        for ours, expected in zip(rank["ddp"]["gradients"], alone["gradients"], strict=True):
+            assert distance(ours, expected) < 1e-6
+        np.testing.assert_allclose(rank["ddp"]["weights"], alone["weights"], rtol=1e-6)
+
+
 def test_weights_on_two_ranks_are_those_of_one(ranks: Any, alone: Any) -> None:
     for rank in ranks:
         np.testing.assert_array_equal(rank["ddp"]["tokens"], alone["tokens"])

@@ -12,7 +12,7 @@ is faster than any hand-over from another process, and nothing planned ahead has
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -49,6 +49,8 @@ class MixtureLoader(DataLoader[Any]):
         rank, world_size: which share of every global batch to deliver; default torch.distributed's, else torchrun's.
         num_workers: processes that run ``transform``. Without one none is started: reading in the training process is
             faster than any hand-over from another.
+        columns: other columns of the shards to deliver beside the tokens: tensors where all values have one shape, else
+            lists; ``mixer.boundaries`` turns ``doc_starts`` into position ids.
         transform: from a batch of this rank to what is delivered; must be importable (it is pickled) for processes.
         read_ahead: batches that may be planned before they are delivered. A change of weights holds after that many:
             none without processes, 8 with any number of them. Give it to have the same samples with and without.
@@ -86,6 +88,7 @@ class MixtureLoader(DataLoader[Any]):
         force: bool = False,
         pin_memory: bool = False,
         dtype: Literal["int64", "stored"] = "int64",
+        columns: Sequence[str] = (),
         transform: Callable[[Batch], Any] | None = None,
         read_ahead: int | None = None,
     ) -> None:
@@ -93,7 +96,7 @@ class MixtureLoader(DataLoader[Any]):
         self.rank, self.world_size = _rank_and_world(rank, world_size)
         share = _share(global_batch_size, self.world_size)
         self.manifest: Manifest = load_manifest(shards, cache)
-        dataset = MixtureDataset(shards, split, seed, verify, self.manifest, dtype, cache)
+        dataset = MixtureDataset(shards, split, seed, verify, self.manifest, dtype, cache, columns)
         self.domains, self.num_samples, self.split = dataset.domains, dataset.num_samples, split
         self.curriculum = resolve_curriculum(mixture, self.manifest, split=split, force=force)
         self.mixture = self.curriculum[0].mixture

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, get_worker_info
 
+from mixer import mds
 from mixer.cache import RemoteCache
 from mixer.errors import DataError, InputError
 from mixer.folders import load_manifest
@@ -38,6 +39,7 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
         split, seed, verify: as for ``MixtureLoader``.
         manifest: of ``root``.
         dtype: of ``input_ids``: "int64", or "stored" for that of the shards.
+        columns: other columns of the shards to deliver too.
 
     ``dataset[(domain_id, sample_id)]`` is one sample; ``dataset.read(domain_ids, sample_ids)`` many at once.
     """
@@ -51,6 +53,7 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
         manifest: Manifest | None = None,
         dtype: Literal["int64", "stored"] = "int64",
         cache: RemoteCache | None = None,
+        columns: Sequence[str] = (),
     ) -> None:
         if dtype not in ("int64", "stored"):
             raise InputError(f"dtype must be 'int64' or 'stored'; got {dtype!r}.")
@@ -71,6 +74,10 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
         ]
         self.dtype = np.dtype(self.manifest.dtype)
         self.seq_len = self.manifest.seq_len
+        self.columns = tuple(columns)
+        for shards in self.shards:
+            if shards is not None and self.columns:
+                _check_columns(shards, self.columns)
         sizes = [shards.shard_sizes if shards is not None else np.zeros(0, np.int64) for shards in self.shards]
         # All shards of all domains in one row, so that one search finds the shards of a whole batch.
         self._domain_shards = np.cumsum([0] + [len(size) for size in sizes])
@@ -188,7 +195,19 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
             "domain_ids": torch.from_numpy(domain_ids),
             "sample_ids": torch.from_numpy(sample_ids),
         }
+        if self.columns:
+            batch |= self._other_columns(domain_ids, sample_ids)
         return batch if self.transform is None else self.transform(batch)
+
+    def _other_columns(self, domain_ids: Ids, sample_ids: Ids) -> dict[str, Any]:
+        """Return the other columns, decoded sample by sample: tensors where all values have one shape, else lists."""
+        found: list[list[Any]] = []
+        for domain, sample in zip(domain_ids.tolist(), sample_ids.tolist()):
+            shards = self._of(domain)
+            shard = int(shards.firsts.searchsorted(sample, side="right")) - 1
+            row = sample - int(shards.firsts[shard])
+            found.append(mds.sample_values(shards.view(shard).data, row, shards.columns, self.columns))
+        return {name: _stacked(list(values)) for name, values in zip(self.columns, zip(*found))}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_views": {}, "_ahead": np.full(len(self.domains), -1, np.int64), "_loader": None}
@@ -201,3 +220,21 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._loader.load_state_dict(state)
+
+
+def _check_columns(shards: DomainShards, wanted: Sequence[str]) -> None:
+    missing = [name for name in wanted if name not in shards.columns]
+    unsafe = [name for name in wanted if shards.columns.get(name) == "pkl"]
+    if missing or unsafe:
+        why = f"has no columns {missing}" if missing else f"stores {unsafe} as pickle, which would run code when read"
+        raise InputError(f"domain {shards.domain!r} {why}; its columns are {dict(shards.columns)}. Ask for others.")
+
+
+def _stacked(values: list[Any]) -> Any:
+    """Return one tensor where that is possible; unsigned integers become int64, as torch knows few of them."""
+    if all(isinstance(value, bool | int | float) for value in values):
+        return torch.tensor(values)
+    if not all(isinstance(v, np.ndarray) and v.shape == values[0].shape and v.dtype == values[0].dtype for v in values):
+        return values
+    table = np.stack(values)
+    return torch.from_numpy(table.astype(np.int64) if table.dtype.kind == "u" and table.dtype != np.uint8 else table)

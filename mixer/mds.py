@@ -31,12 +31,14 @@ __all__ = [
     "column_spans",
     "compress",
     "compression_extension",
+    "decode_value",
     "encode_shard",
     "encoded_size",
     "hash_hex",
     "hasher",
     "ndarray_prefix",
     "parse_header",
+    "sample_values",
     "shard_entry",
     "shard_overhead",
     "token_encoding",
@@ -250,6 +252,52 @@ def ndarray_prefix(encoding: str, value: bytes) -> tuple[int, str | None, tuple[
         shape = tuple(np.frombuffer(value[at + 1 : end], kind).tolist())
         at = end
     return at, dtype, shape
+
+
+def decode_value(encoding: str, value: bytes) -> Any:
+    """Return a value from its bytes; kinds that are not known here by streaming's own decoding, pickle by none.
+
+    >>> decode_value("str", b"text"), decode_value("uint16", bytes(2)), decode_value("ndarray:int32:2", bytes(8))
+    ('text', 0, array([0, 0], dtype=int32))
+    """
+    kind = encoding.partition(":")[0]
+    if kind == "ndarray":
+        start, dtype, shape = ndarray_prefix(encoding, value)
+        return np.frombuffer(value, dtype, offset=start).reshape(shape or -1).copy()
+    if kind == "int" or kind in _SCALARS:
+        return np.frombuffer(value, "int64" if kind == "int" else kind)[0].item()
+    if encoding in _DECODERS:
+        return _DECODERS[encoding](value)
+    from mixer.streaming_door import decode
+
+    return decode(encoding, value)
+
+
+_DECODERS: dict[str, Callable[[bytes], Any]] = {
+    "bytes": bytes,
+    "str": lambda value: value.decode("utf-8"),
+    "json": json.loads,
+    "str_int": int,
+    "str_float": float,
+    "str_decimal": lambda value: Decimal(value.decode("utf-8")),
+}
+
+
+def sample_values(shard: memoryview, row: int, columns: Mapping[str, str], wanted: Sequence[str]) -> list[Any]:
+    """Return one sample's values of the wanted columns, decoded. The shard's offsets must have been checked."""
+    begin, end = np.frombuffer(shard[4 + 4 * row : 12 + 4 * row], "<u4").tolist()
+    names = sorted(columns)
+    sizes = [encoded_size(columns[name]) for name in names]
+    varying = sizes.count(None)
+    announced = iter(np.frombuffer(shard[begin : begin + 4 * varying], "<u4").tolist())
+    at, spans = begin + 4 * varying, {}
+    for name, size in zip(names, sizes):
+        width = next(announced) if size is None else size
+        spans[name] = (at, at + width)
+        at += width
+    if at != end:
+        raise DataError(f"sample {row} has columns of {at - begin:,} bytes in {end - begin:,}; the shard is damaged")
+    return [decode_value(columns[name], bytes(shard[slice(*spans[name])])) for name in wanted]
 
 
 def hash_hex(algorithm: str, data: Any) -> str:

@@ -249,6 +249,8 @@ class DomainReweighting(Algorithm):
         if self.rule and self.target == "sampling":
             self._agree_on_weights()
         if self.heldout is not None:
+            if self._is_encoder_decoder:
+                raise InputError("held-out windows are for causal models; this one is an encoder-decoder model.")
             self.heldout.check(self.domains)
             wanted = self.reference if "heldout" in self.needs else None
             # The windows stay the same, so one pass of the reference serves the whole run.

@@ -232,7 +232,7 @@ def all_reduce(tensor: Tensor) -> Tensor:
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return tensor
     # NCCL moves GPU tensors only; counts are made on the CPU.
-    total = tensor.cuda() if dist.get_backend() == "nccl" else tensor.clone()
+    total = tensor.cuda() if dist.get_backend() == "nccl" and not tensor.is_cuda else tensor.clone()
     dist.all_reduce(total)
     return total.to(tensor.device)
 

@@ -75,6 +75,8 @@ class FrozenModel(Reference):
         self._in_parts = False
         if not self._shift or not _has_plain_head(self.model):
             return whole
+        if getattr(self.model.base_model(**inputs), "last_hidden_state", None) is None:
+            return whole
         parts = _losses_in_parts(self.model, inputs, labels)
         self._in_parts = bool(torch.allclose(parts, whole, rtol=1e-3, atol=1e-3))
         return parts if self._in_parts else whole

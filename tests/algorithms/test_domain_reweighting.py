@@ -515,6 +515,8 @@ def test_an_encoder_decoder_model_is_reweighted_on_its_labels() -> None:
     )
     sum(w * losses[part["domain_ids"] == d].mean() for d, w in enumerate(WEIGHTS)).backward()
     assert distance(seen.steps[0], flat(p.grad for p in model.parameters())) < 1e-6
+    with pytest.raises(InputError, match="held-out windows are for causal models"):
+        fit(DomainReweighting(constant(), heldout=heldout_windows()), model=HuggingFaceModel(t5()), loader=Pairs())
     with pytest.raises(InputError, match="an encoder-decoder model needs 'labels'"):
         fit(DomainReweighting(constant()), model=HuggingFaceModel(t5()))
 

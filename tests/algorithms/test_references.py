@@ -131,3 +131,14 @@ def test_models_that_change_their_logits_are_run_whole() -> None:
     capped = FrozenModel(announced)
     capped.token_losses(batch())
     assert capped._in_parts is False
+
+
+def test_models_whose_inner_model_hides_its_states_are_run_whole() -> None:
+    class Closed(type(llama())):  # type: ignore[misc]
+        @property
+        def base_model(self) -> Any:
+            return lambda **inputs: (self.model(**inputs).last_hidden_state,)
+
+    reference = FrozenModel(Closed(llama().config))
+    assert torch.equal(reference.token_losses(batch()), reference.token_losses(batch()))
+    assert reference._in_parts is False

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -202,6 +205,28 @@ def test_full_disk_while_decompressing_is_one_sentence_and_leaves_nothing(tmp_pa
     with pytest.raises(DataError, match=r"cannot write the decompressed shard .*No space left on device.*Free space"):
         DomainShards("web", "train", tmp_path).read(np.arange(3))
     assert not list(tmp_path.glob(".*"))
+
+
+LITTLE_ROOM = """
+import resource, signal, sys
+import numpy as np
+from pathlib import Path
+from mixer.errors import DataError
+from mixer.shards import DomainShards
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # the kernel refuses to write more
+try:
+    DomainShards("web", "train", Path(sys.argv[1])).read(np.arange(3))
+except DataError as error:
+    print(error)
+"""
+
+
+def test_file_that_cannot_grow_while_decompressing_is_one_sentence_and_leaves_no_part(tmp_path):
+    mds_folder(tmp_path, ROWS, compression="zstd")
+    done = subprocess.run([sys.executable, "-c", LITTLE_ROOM, tmp_path], capture_output=True, text=True)
+    assert re.match(r"domain 'web': cannot write the decompressed shard .*File too large", done.stdout), done.stderr
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".zstd", ".zstd", ".zstd"]
 
 
 def test_sample_of_another_length_is_found(tmp_path):

@@ -38,7 +38,7 @@ from mixer.manifest import TokenizerInfo
 __all__ = ["DOCUMENT", "INTENDED", "Document", "StageTask", "documents_of", "read_unit", "stage_unit", "unit_folder"]
 
 DOCUMENT = np.dtype([("tokens", "<u4"), ("bytes", "<u4"), ("hash", "<u8")])
-_BATCH_CHARACTERS = 1 << 20
+_BATCH_CHARACTERS = 1 << 18
 _BUFFER_CHARACTERS = 8 << 20
 _NAMED_BAD_RECORDS = 20
 INTENDED = ("dropped", "empty")  # left out by rule: counted, never a failure

@@ -150,7 +150,9 @@ def torchdata_nodes(data: Path, batch: int, workers: int) -> Iterator[Any]:
         nodes[name] = MapStyleWrapper(map_dataset=table, sampler=RandomSampler(table))
     mixed = MultiNodeWeightedSampler(nodes, WEIGHTS, stop_criteria="CYCLE_FOREVER")
     stack = Mapper(Batcher(mixed, batch), lambda rows: torch.from_numpy(np.stack(rows).astype(np.int64)))
-    return iter(Loader(stack))
+    loader = Loader(stack)
+    while True:
+        yield from loader
 
 
 def hugging_face(data: Path, batch: int, workers: int) -> Iterator[Any]:
@@ -163,12 +165,36 @@ def hugging_face(data: Path, batch: int, workers: int) -> Iterator[Any]:
         yield from DataLoader(mixed, batch_size=batch, num_workers=workers)
 
 
+def _npy_rows(path: str) -> Iterator[Any]:
+    import torch
+
+    for row in np.load(path, mmap_mode="r"):
+        yield torch.from_numpy(row.copy())
+
+
+def litdata(data: Path, batch: int, workers: int) -> Iterator[Any]:
+    """LitData's own chunks of tokens, combined by weight; it ends with its first domain and is begun again."""
+    from litdata import CombinedStreamingDataset, StreamingDataLoader, StreamingDataset, TokensLoader, optimize
+
+    parts = []
+    for name in SHARES:
+        out = data / "litdata" / name
+        if not (out / "index.json").exists():
+            source = [str(data / "npy" / f"{name}.npy")]
+            optimize(_npy_rows, source, str(out), chunk_bytes="64MB", num_workers=1, item_loader=TokensLoader(SEQ_LEN))
+        parts.append(StreamingDataset(str(out), item_loader=TokensLoader(SEQ_LEN), shuffle=True, drop_last=False))
+    combined = CombinedStreamingDataset(parts, weights=list(WEIGHTS.values()), iterate_over_all=False, seed=0)
+    while True:
+        yield from StreamingDataLoader(combined, batch_size=batch, num_workers=workers)
+
+
 LOADERS: dict[str, tuple[Callable[[Path, int, int], Iterator[Any]], str]] = {
     "mixer": (mixer, "mixer"),
     "mixer, stored dtype": (mixer_stored, "mixer"),
     "bare memmap gather": (memmap_gather, "numpy"),
     "memmap in a DataLoader": (memmap_dataloader, "torch"),
     "torchdata.nodes over memmaps": (torchdata_nodes, "torchdata"),
+    "LitData combined": (litdata, "litdata"),
     "Hugging Face interleave": (hugging_face, "datasets"),
     "streaming": (streaming, "streaming"),
 }

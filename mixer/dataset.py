@@ -120,12 +120,13 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
         target, width, views = memoryview(out.data).cast("B"), out.strides[0], self._views
         samples = self._domain_firsts[domain_ids] + sample_ids
         shards = self._firsts.searchsorted(samples, side="right") - 1
-        missing = [shard for shard in dict.fromkeys(shards.tolist()) if shard not in views]
-        if missing:
-            self._get_views(missing)
-        at = 0
-        for shard, row in zip(shards.tolist(), (samples - self._firsts[shards]).tolist()):
-            data, first, stride, starts = views[shard]
+        at, wanted = 0, shards.tolist()
+        for shard, row in zip(wanted, (samples - self._firsts[shards]).tolist()):
+            try:
+                data, first, stride, starts = views[shard]
+            except KeyError:  # rare: look for all that this batch lacks at once
+                self._get_views([other for other in dict.fromkeys(wanted) if other not in views])
+                data, first, stride, starts = views[shard]
             start = first + row * stride if starts is None else starts[row]
             target[at : at + width] = data[start : start + width]
             at += width

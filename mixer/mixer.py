@@ -21,7 +21,7 @@ from mixer.allocation import allocate, allocate_independently
 from mixer.errors import InputError
 from mixer.exhaustion import EXHAUSTION, Exhausted, RunEnded
 from mixer.order import WINDOW_SAMPLES
-from mixer.randomness import key, permutation
+from mixer.randomness import key, permutations
 
 __all__ = ["Draws", "Mixer", "RunEnded", "Snapshot", "Stage"]
 
@@ -128,6 +128,7 @@ class Mixer:
         self._drawn = np.zeros(len(self.names), np.int64)
         # name → (epoch, [(position in it, samples before)]) of domains that grew in the epoch they are in.
         self.grown: dict[str, tuple[int, list[tuple[int, int]]]] = {}
+        self._order_of_batches: tuple[int, Ids] = (0, np.zeros((0, 0), np.int64))
         self._ids = np.arange(len(self.names), dtype=np.int64)
 
     # --- planning --------------------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ class Mixer:
         counts, credit = self._allocate(weights)
         firsts = self._positions
         # Listed domain by domain, then put into an order that is random but the same on every rank.
-        places = permutation(key(self.seed, "batch", self.step), self.batch_size)
+        places = self._places()
         ids = np.repeat(self._ids, counts)
         offsets = firsts - counts.cumsum() + counts
         positions = offsets[ids]
@@ -153,6 +154,15 @@ class Mixer:
         self._credit, self._positions, self._drawn = credit, firsts + counts, self._drawn + counts
         self.step += 1
         return draws
+
+    def _places(self) -> Ids:
+        """Return the order of this batch; those of some hundred batches are made at once, which costs little more."""
+        first, made = self._order_of_batches
+        if not 0 <= self.step - first < len(made):
+            steps = range(self.step, self.step + max(4096 // self.batch_size, 1))
+            made = permutations([key(self.seed, "batch", step) for step in steps], self.batch_size)
+            first, _ = self._order_of_batches = (self.step, made)
+        return made[self.step - first]
 
     def snapshot(self) -> Snapshot:
         """Return the counters as they are; cheap, because planning replaces arrays and never changes them."""

@@ -8,12 +8,13 @@ used.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["key", "permutation", "random_bits"]
+__all__ = ["key", "permutation", "permutations", "random_bits"]
 
 Words = NDArray[np.uint64]
 _WEYL, _MIX1, _MIX2 = (np.uint64(word) for word in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -30,9 +31,12 @@ def key(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def random_bits(seed_key: int, count: int) -> Words:
-    """Return ``count`` well-mixed words (splitmix64, Steele et al. 2014, of the counters 1 … count)."""
-    words = _counters(count) + np.uint64(seed_key) if count <= 4096 else _make_counters(count) + np.uint64(seed_key)
+def random_bits(seed_key: int | Words, count: int) -> Words:
+    """Return ``count`` well-mixed words: splitmix64 (Steele et al. 2014) of the counters 1 … count.
+
+    Keys of shape (k, 1) give k rows (k, count), each as its key alone would.
+    """
+    words = (_counters(count) if count <= 4096 else _make_counters(count)) + np.asarray(seed_key, np.uint64)
     scratch = words >> _S30
     words ^= scratch
     words *= _MIX1
@@ -52,14 +56,19 @@ def permutation(seed_key: int, count: int) -> NDArray[np.int64]:
     >>> sorted(permutation(7, 5).tolist())
     [0, 1, 2, 3, 4]
     """
+    return permutations([seed_key], count)[0]
+
+
+def permutations(seed_keys: Sequence[int], count: int) -> NDArray[np.int64]:
+    """Return ``permutation(key, count)`` of every key, as rows (k, count); many cost little more than one."""
     if count <= 1:
-        return np.zeros(count, np.int64)
+        return np.zeros((len(seed_keys), count), np.int64)
     mask = np.uint64((1 << (count - 1).bit_length()) - 1)
-    words = random_bits(seed_key, count)
+    words = random_bits(np.array(seed_keys, np.uint64)[:, None], count)
     words |= mask
     words ^= mask
     words |= np.arange(count, dtype=np.uint64)
-    words.sort()
+    words.sort(axis=1)
     words &= mask
     return words.view(np.int64)
 

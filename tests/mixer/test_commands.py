@@ -58,7 +58,6 @@ def test_every_method_writes_its_weights(shards, tmp_path, options, weights):
         (("--method", "unimax"), "--budget"),
         (("--method", "uniform", "--max-epochs", "4"), "--budget"),
         (("--method", "unimax", "--budget", "fifty", "--max-epochs", "1"), "'fifty' is not a number of tokens"),
-        (("--method", "unimax", "--budget", "1M", "--max-epochs", "1"), "more than the domains hold"),
         (("--method", "uniform", "--floor", "0.5"), "book 0.5"),
         (("--method", "temperature", "--tau", "0"), "temperature must be > 0"),
     ],
@@ -66,6 +65,14 @@ def test_every_method_writes_its_weights(shards, tmp_path, options, weights):
 def test_impossible_requests_are_refused(shards, options, text):
     with pytest.raises(InputError, match=text):
         run(shards, *options)
+
+
+def test_a_budget_beyond_all_epochs_gives_the_weights_of_the_largest_that_fits(shards, tmp_path):
+    result = run(shards, "--method", "unimax", "--budget", "1M", "--max-epochs", "4", "--out", tmp_path / "m.json")
+    mixture = Mixture.load(tmp_path / "m.json")
+    np.testing.assert_allclose(list(mixture.weights.values()), np.array([3, 150, 400]) / 553)
+    assert mixture.provenance["settings"]["asked_budget"] == 1_000_000
+    assert "1,000,000 tokens cannot be drawn in 4 epochs" in " ".join(result.output.split())
 
 
 def test_missing_folder_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Anything in any order: weights, restarts on other ranks and batch sizes, ramps, caps; against a model of ten lines."""
+"""Anything in any order: weights, restarts on other ranks and batch sizes, ramps, caps, against a ten-line model."""
 
 from __future__ import annotations
 

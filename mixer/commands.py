@@ -53,11 +53,19 @@ def weigh(
     names = manifest.names
     tokens = np.array([manifest.split(name, "train").num_tokens for name in names], np.float64)
     wanted = None if budget is None else parse_count(budget, "a number of tokens")
-    weights, settings = _weights(names, tokens, method, wanted, max_epochs, tau, floor, ceiling)
+    fits = wanted if wanted is None or max_epochs is None else min(wanted, int(tokens.sum() * max_epochs))
+    weights, settings = _weights(names, tokens, method, fits, max_epochs, tau, floor, ceiling)
     limits = np.full(len(names), np.inf if max_epochs is None else max_epochs)
     plan = plan_budget(names, weights, tokens, wanted or float(tokens.sum()), limits)
     console = Console()
     console.print(_table(plan, tokens, wanted))
+    if fits != wanted:
+        settings["asked_budget"] = wanted
+        Console(stderr=True).print(
+            f"[yellow]warning:[/yellow] {wanted:,} tokens cannot be drawn in {max_epochs:g} epochs: {fits:,} is all "
+            f"there is, and the weights are for that. A run of {wanted:,} reads everything "
+            f"{wanted / tokens.sum():.1f} times."
+        )
     if out is not None:
         _mixture(manifest, weights, method, settings).save(out)
         console.print(f"[green]Wrote[/green] {out}")

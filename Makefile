@@ -18,7 +18,7 @@ install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 13), "needs Python 3.11 or 3.12, got " + sys.version; import venv; venv.create("$(VENV)", with_pip=True)'
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[composer,dev]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[composer,dev,ray]'
 	touch $@
 
 # The mixer and converters alone, without Composer, on the newest torch.

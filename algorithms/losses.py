@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from algorithms.signals import HISTOGRAM_EDGES, Signals
 from mixer.errors import DataError, InputError
@@ -86,15 +87,46 @@ def token_losses(logits: Tensor, labels: Tensor, *, shift: bool = True) -> Tenso
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    def losses(rows: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(rows.float(), targets, reduction="none", ignore_index=IGNORED)
+    """Return the loss of each row (N,) of logits (N, V), in float32."""
+    return _CrossEntropy.apply(logits, labels) if logits.requires_grad else _losses(logits, labels)
 
-    if logits.requires_grad:
-        return losses(logits, labels)
-    # Nothing is kept for a backward pass: in parts that stay in the cache this takes a quarter of the time.
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy that keeps the logits for its backward pass, which exist anyway, and no float32 copy of them.
+
+    Rows are taken in parts that stay in a processor's cache; that alone saves three quarters of the time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, labels)
+        return _losses(logits, labels)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, labels = ctx.saved_tensors
+        gradient = gradient.masked_fill(labels == IGNORED, 0.0)[:, None]
+        out, targets = torch.empty_like(logits), labels.clamp(min=0)[:, None]
+        for rows in _parts(logits):
+            change = F.softmax(logits[rows].float(), dim=1)
+            change.scatter_add_(1, targets[rows], torch.full_like(gradient[rows], -1.0))
+            out[rows] = change.mul_(gradient[rows])
+        return out, None
+
+
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    parts = (
+        F.cross_entropy(logits[rows].float(), labels[rows], reduction="none", ignore_index=IGNORED)
+        for rows in _parts(logits)
+    )
+    return torch.cat(list(parts))
+
+
+def _parts(logits: Tensor) -> list[slice]:
     elements = 1 << 20 if logits.device.type == "cpu" else 1 << 26
     size = max(1, elements // logits.shape[-1])
-    return torch.cat([losses(rows, targets) for rows, targets in zip(logits.split(size), labels.split(size))])
+    return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 
 def loss_mask(labels: Tensor, *, shift: bool = True) -> Tensor:

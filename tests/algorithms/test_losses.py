@@ -48,6 +48,36 @@ def test_token_losses_of_half_precision_logits_are_computed_in_float32() -> None
     assert torch.equal(token_losses(logits, labels), token_losses(logits.float(), labels))
 
 
+@pytest.mark.parametrize("rows_in_a_part", [1, 3, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_token_losses_is_that_of_cross_entropy(
+    rows_in_a_part: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = lambda logits: [slice(i, i + rows_in_a_part) for i in range(0, len(logits), rows_in_a_part)]  # noqa: E731
+    monkeypatch.setattr("algorithms.losses._parts", parts)
+    logits = (5 * torch.randn(3, 5, 7, generator=CPU)).to(dtype).requires_grad_()
+    labels, weights = torch.randint(0, 7, (3, 5), generator=CPU), torch.rand(3, 4, generator=CPU)
+    labels[1, 3] = -100
+    flat = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="none")
+    expected_losses = flat.view(3, 4)
+    (expected,) = torch.autograd.grad((expected_losses * weights).sum(), logits)
+    losses = token_losses(logits, labels)
+    (found,) = torch.autograd.grad((losses * weights).sum(), logits)
+    torch.testing.assert_close(losses, expected_losses)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(token_losses(logits.detach(), labels), losses), "a proxy and an equal reference have no excess"
+
+
+def test_a_forbidden_token_spoils_only_its_own_loss() -> None:
+    logits = torch.randn(1, 3, 4, generator=CPU)
+    logits[0, 0, 2] = float("-inf")
+    logits.requires_grad_()
+    losses = token_losses(logits, torch.tensor([[0, 2, 1]]))
+    assert losses[0, 0] == float("inf") and losses[0, 1].isfinite()
+    torch.where(losses.isfinite(), losses, 0.0).sum().backward()
+    assert logits.grad is not None and logits.grad.isfinite().all()
+
+
 def test_token_losses_are_those_that_hugging_face_averages() -> None:
     model, ids = llama(), batch()["input_ids"]
     outputs = model(input_ids=ids, labels=ids)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -256,3 +259,13 @@ def test_loss_mask_follows_the_labels() -> None:
     labels = torch.tensor([[1, -100, 3]])
     assert loss_mask(labels).tolist() == [[False, True]]
     assert loss_mask(labels, shift=False).tolist() == [[True, False, True]]
+
+
+def test_a_plain_loop_needs_neither_composer_nor_transformers() -> None:
+    code = (
+        "import sys\n"
+        "from algorithms import DomainLosses, FrozenModel, HeldOutWindows, as_reference, doremi\n"
+        "heavy = {'composer', 'transformers', 'streaming'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

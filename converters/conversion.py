@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
@@ -167,7 +168,7 @@ def convert(
         job.clear()
     manifest = job.finished()
     if manifest is None or job.has_leftovers():
-        with job.locked(), kept_running(engine, workers):
+        with _naming_full_disk(job.out), job.locked(), kept_running(engine, workers):
             manifest = job.finished()  # another process may have finished it just now
             if manifest is None:
                 job.begin()
@@ -175,6 +176,19 @@ def convert(
                 manifest = job.pack()
             job.clean_up(keep_stage or stage is not None)
     return manifest
+
+
+@contextlib.contextmanager
+def _naming_full_disk(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(
+            f"no space left while converting into {out} ({error}). Finished work is kept: free some space and run the"
+            " same command again."
+        ) from error
 
 
 def _identity(tokenizer: TokenizerInfo) -> dict[str, Any]:

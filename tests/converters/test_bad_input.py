@@ -226,7 +226,7 @@ def test_full_disk_is_reported_and_leaves_nothing_that_looks_finished(tmp_path, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("converters.packing.os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DataError, match=r"no space left while converting into .*shards.*run the same command again"):
         shards_of(tmp_path)
     assert not list(tmp_path.rglob("index.json"))
     monkeypatch.undo()

@@ -6,6 +6,7 @@ so any process can read any part of the plan.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -216,11 +217,16 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
     # --- Composer's protocol: it saves and restores the dataset, not the loader -------------------------------------
 
     def state_dict(self, num_samples: int | None = None, from_beginning: bool = True) -> dict[str, Any]:
-        """Return the loader's state. Composer gives the samples trained on; the loader knows its position."""
-        return self._loader.state_dict()
+        """Return the loader's state. Composer gives the samples trained on; the loader knows its position.
+
+        It is one JSON string: sharded checkpoints load only the keys that the restoring run has too, and would leave out
+        what was scheduled, or a domain, without a word.
+        """
+        return {"loader": json.dumps(self._loader.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._loader.load_state_dict(state)
+        """Continue from ``state_dict``, of this dataset or of its loader."""
+        self._loader.load_state_dict(json.loads(state["loader"]) if "loader" in state else state)
 
 
 def _check_columns(shards: DomainShards, wanted: Sequence[str]) -> None:

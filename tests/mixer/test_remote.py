@@ -168,10 +168,10 @@ print(loader.stats()["cache"]["fetched_files"])
 """
 
 
-def test_ranks_of_a_node_share_the_cache_without_fetching_twice(source, tmp_path):
+def test_ranks_of_a_node_share_the_cache_without_fetching_twice(zipped, tmp_path):
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", READ, tmp_path / "cache", source, str(rank)],
+            [sys.executable, "-c", READ, tmp_path / "cache", zipped, str(rank)],
             cwd=Path(__file__).parents[2],
             stdout=subprocess.PIPE,
             text=True,

@@ -219,7 +219,8 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
     def state_dict(self, num_samples: int | None = None, from_beginning: bool = True) -> dict[str, Any]:
         """Return the loader's state. Composer gives the samples trained on; the loader knows its position.
 
-        It is one JSON string: sharded checkpoints load only the keys that the restoring run has too, and would leave out
+        It is one JSON string: sharded checkpoints load only the keys that the restoring run has too, and would leave
+            out
         what was scheduled, or a domain, without a word.
         """
         return {"loader": json.dumps(self._loader.state_dict())}

@@ -152,7 +152,7 @@ def convert(
     )  # fmt: skip
     pack_options = PackOptions(
         seq_len=seq_len, held_out=held_out, min_held_out=min_held_out, allow_empty=allow_empty,
-        shard_bytes=size_in_bytes(shard_size, "shard_size"), compression=compression, hashes=tuple(hashes),
+        shard_bytes=size_in_bytes(shard_size, "shard_size"), compression=compression, hashes=tuple(sorted(set(hashes))),
         packing=packing, tail=tail, doc_starts=doc_starts, dedupe=dedupe,
     )  # fmt: skip
     given = None if tokenizer is None else describe(tokenizer, eos)

@@ -120,3 +120,12 @@ def test_copies_of_held_out_documents_in_other_domains_are_counted(tmp_path):
 def test_unknown_packing_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"packing 'tetris' is not one of \['concat', 'best_fit'\]"):
         converted(tmp_path, packing="tetris")
+
+
+def test_several_hashes_in_any_order_are_recorded_sorted(tmp_path):
+    import json
+
+    shards = converted(tmp_path, hashes=["xxh64", "sha1", "xxh64"])
+    entry = json.loads((shards / "web" / "train" / "index.json").read_text())["shards"][0]
+    assert entry["hashes"] == ["sha1", "xxh64"]
+    assert verify(shards, deep=True) == []

@@ -36,7 +36,6 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
 
     Args:
         root: folder of shards.
-        domains: names, in the order of their ids; those without a sample in this split may be left unread.
         split, seed, verify: as for ``MixtureLoader``.
         manifest: of ``root``.
         dtype: of ``input_ids``: "int64", or "stored" for that of the shards.

@@ -29,6 +29,7 @@ $(STANDALONE)/installed: pyproject.toml
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check --quiet .
 
 types: $(VENV)/installed
 	$(VENV)/bin/mypy

@@ -1,4 +1,4 @@
-"""Measurements, one file each; ``python -m benchmarks`` runs the quick ones in turn. Results also go to results/*.json."""
+"""Measurements, one file each; ``python -m benchmarks`` runs the quick ones in turn. Results go to results/ too."""
 
 from pathlib import Path
 

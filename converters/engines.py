@@ -167,9 +167,7 @@ def _in_folder(folder: str, function: Callable[[Task], Result], task: Task) -> R
 ENGINES: dict[str, Callable[..., Iterator[Any]]] = {"local": local, "ray": ray}
 
 
-def run_tasks(
-    engine: str, function: Callable[[Task], Result], tasks: Iterable[Task], workers: int
-) -> Iterator[Result]:
+def run_tasks(engine: str, function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
     """Run ``function`` over ``tasks`` by the named engine.
 
     >>> sorted(run_tasks("local", abs, [-2, 1], workers=1))

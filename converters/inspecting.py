@@ -128,9 +128,7 @@ def shards_encoder(folder: str | os.PathLike[str], manifest: Manifest) -> Encode
     return load_encoder(manifest.tokenizer.kind, None if file is None else str(Path(folder) / file))
 
 
-def decoded_samples(
-    folder: str | os.PathLike[str], *, domain: str, split: str = "train", count: int = 1
-) -> list[str]:
+def decoded_samples(folder: str | os.PathLike[str], *, domain: str, split: str = "train", count: int = 1) -> list[str]:
     """Return the first samples of a domain as text, end-of-text tokens spelled out."""
     manifest = Manifest.load(folder)
     encoder = shards_encoder(folder, manifest)

@@ -1,8 +1,8 @@
 """What the text of a record is: one field, several joined, or a template.
 
-    text                         the field of that name (dotted paths reach into nested records)
-    title,abstract,body          these fields, joined by a blank line
-    # {title}\\n\\n{meta.author}    a template: fields in braces, {{ and }} for braces
+text                         the field of that name (dotted paths reach into nested records)
+title,abstract,body          these fields, joined by a blank line
+# {title}\\n\\n{meta.author}    a template: fields in braces, {{ and }} for braces
 """
 
 from __future__ import annotations

@@ -156,5 +156,3 @@ def _check_bytes(check: _ShardCheck, path: Path, stored: Mapping[str, Any]) -> I
     if largest >= check.vocab_size:
         what = f"holds token id {largest:,}, the vocabulary has {check.vocab_size:,}"
         yield Finding(str(path), what, "convert again with the right tokenizer")
-
-

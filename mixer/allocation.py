@@ -6,9 +6,8 @@ a domain of weight 1e-4 appears on schedule, and nothing depends on luck.
 
 How near: for weights that do not aim at the allocation, less than 1.5 samples for each domain at every batch (0.6–1.4
 measured over fixed, random, alternating and drifting weights with 3 to 1,000 domains). No rule that must act before it
-knows
-the later weights can promise that against an opponent who moves weight onto the domains that were just passed over: he
-reaches 1/2 + 1/3 + … + 1/D at batch size 1.
+knows the later weights can promise that against an opponent who moves weight onto the domains that were just passed
+over: he reaches 1/2 + 1/3 + … + 1/D at batch size 1.
 """
 
 from __future__ import annotations

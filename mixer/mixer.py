@@ -1,9 +1,9 @@
 """Decide what every batch is made of, from counters alone: no data, no files, no random state.
 
     mixer = Mixer({"code": 50_000, "web": 900_000}, weights=[0.3, 0.7], batch_size=64, seed=17)
-    draws = mixer.next_batch()         # the global batch; rank r of n reads draws.domain_ids[r::n],
-    draws.positions[r::n] mixer.set_weights({"code": 0.5, "web": 0.5})        # decides the very next batch
-    state = mixer.state_dict()         # a few numbers per domain; any rank's is every rank's
+    draws = mixer.next_batch()                         # the global batch; rank r of n reads every n-th row from r on
+    mixer.set_weights({"code": 0.5, "web": 0.5})       # decides the very next batch
+    state = mixer.state_dict()                         # a few numbers per domain; any rank's is every rank's
 
 A draw is (domain, position in that domain's endless order); ``mixer.order`` says which sample lies there.
 """
@@ -340,9 +340,10 @@ class Mixer:
             weights = column("weight", 0.0, np.float64)
             stages = [Stage(**{**s, "weights": np.array(s["weights"], np.float64)}) for s in state["scheduled"]]
             scale = state["batch_size"] / self.batch_size
-            self._weights, self._stages = weights, [
-                _moved(s, state["step"], int(drawn.sum()), scale, self.batch_size) for s in stages
-            ]
+            self._weights, self._stages = (
+                weights,
+                [_moved(s, state["step"], int(drawn.sum()), scale, self.batch_size) for s in stages],
+            )
         self.grown = {}
         for i, name in enumerate(self.names):
             if name in saved:

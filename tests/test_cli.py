@@ -61,7 +61,9 @@ def test_ctrl_c_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypatc
     assert "The same command continues" in error
 
 
-@pytest.mark.parametrize("command", [["inspect"], ["weigh", "--method", "uniform"], ["train", "--out", "x"], ["optimize", "--out", "x"]])
+@pytest.mark.parametrize(
+    "command", [["inspect"], ["weigh", "--method", "uniform"], ["train", "--out", "x"], ["optimize", "--out", "x"]]
+)
 def test_a_missing_folder_is_one_clear_line(
     command: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-QUICK = ("loader", "startup", "conversion")
+QUICK = ("loader", "startup", "conversion", "training_overhead")
 
 for name in QUICK:
     print(f"\n$ python -m benchmarks.{name}", flush=True)

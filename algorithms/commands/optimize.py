@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from algorithms.commands.options import parse_count, parse_settings, training_options
+from algorithms.commands.options import parse_settings, training_options
 
 __all__ = ["optimize"]
 
@@ -98,6 +98,7 @@ def optimize(
     from algorithms.rounds import SearchSettings, find_mixture
     from algorithms.training import TrainSettings
     from mixer.errors import InputError
+    from mixer.units import parse_count
 
     if (options["max_epochs"] is None) != (budget is None):
         raise InputError("--max-epochs and --budget belong together: a cap in epochs needs the tokens of the main run.")
@@ -107,7 +108,7 @@ def optimize(
         method=method,
         rule=parse_settings(rule),
         proxy=TrainSettings(model=model, steps=steps, global_batch_size=batch_size, learning_rate=lr, seed=seed),
-        budget_tokens=parse_count(budget) if budget else None,
+        budget_tokens=parse_count(budget, "a number of tokens") if budget else None,
         heldout_samples=heldout_samples,
         **options,
     )

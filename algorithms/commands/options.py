@@ -10,7 +10,7 @@ import click
 
 from mixer.errors import InputError
 
-__all__ = ["parse_count", "parse_settings", "training_options"]
+__all__ = ["parse_settings", "training_options"]
 
 
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,19 +61,3 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             settings[key] = value
     return settings
-
-
-def parse_count(text: str) -> int:
-    """Return a whole number written plainly or with K, M, B or T (powers of 1000).
-
-    >>> parse_count("50M"), parse_count("1.5B"), parse_count("1000")
-    (50000000, 1500000000, 1000)
-    """
-    factor = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}.get(text[-1:].upper())
-    try:
-        value = float(text[:-1]) * factor if factor else float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < float("inf"):
-        raise InputError(f"expected a positive count such as 50M or 1.5B; got {text!r}.")
-    return round(value)

@@ -406,7 +406,7 @@ class DomainLosses:
         if self.on_nonfinite == "fail":
             raise DataError(
                 f"{_describe(self.domains, bad, signals)}. Lower the learning rate, clip gradients, or look at the "
-                "last samples; on_nonfinite='skip' leaves such a domain out of the update instead."
+                "last samples; in Python, on_nonfinite='skip' leaves such a domain out of the update instead."
             )
         self.num_nonfinite = self.num_nonfinite + bad
         # Domains are the first axis of every field.

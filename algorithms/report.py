@@ -127,6 +127,8 @@ def comparison_table(runs: Sequence[Path]) -> Table:
             mark = "bold green" if len(results) > 1 and result[key] == low else "bold"
             cells += ["", f"[{mark}]{result[key]:.3f}[/{mark}]"]
         table.add_row(f"[bold]{key}[/bold]", "", *cells)
+    if _unequal(runs):
+        table.caption = f"[yellow]{_unequal(runs)}[/yellow]"
     return table
 
 
@@ -177,6 +179,7 @@ def write_report(runs: Sequence[Path], out: Path, *, baseline: str | None = None
                 for name in (read_result(mains[0])["heldout"] if mains else ())
             },
             comparison=comparison,
+            unequal=_unequal(mains),
         )
     )
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -187,11 +190,22 @@ def write_report(runs: Sequence[Path], out: Path, *, baseline: str | None = None
 def _baseline(runs: Sequence[Path], asked: str | None) -> str:
     names = [_name(run, runs) for run in runs]
     if asked is not None:
-        wanted = Path(asked).name
-        if wanted not in names:
+        same = [run for run in runs if run.resolve() == Path(asked).resolve() or _name(run, runs) == asked]
+        if not same:
             raise InputError(f"no run {asked!r} to compare with; there are {', '.join(names)}.")
-        return wanted
+        return _name(same[0], runs)
     return next((name for name in names if "proportional" in name), names[0])
+
+
+def _unequal(runs: Sequence[Path]) -> str:
+    """Say in what the trainings of ``runs`` differ beside the mixture, or ""."""
+    settings = [read_settings(run) for run in runs]
+    differing = []
+    for key in ("model", "steps", "global_batch_size", "learning_rate", "seed", "heldout_samples"):
+        values = sorted({str(one.get(key)) for one in settings})
+        if len(values) > 1:
+            differing.append(f"{key} {' / '.join(values)}")
+    return f"Not on equal terms: these runs differ in {', '.join(differing)}." if differing else ""
 
 
 def _last_round(out: Path) -> Path:

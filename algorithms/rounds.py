@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from composer.core import TimeUnit
 from rich.console import Console
 
-from algorithms.domain_reweighting import DomainReweighting
+from algorithms.domain_reweighting import COSTLY, DomainReweighting
 from algorithms.heldout import HeldOutWindows
+from algorithms.intervals import interval
 from algorithms.models import samples_per_forward
 from algorithms.references import FrozenModel, as_reference, count_bigrams, score
 from algorithms.references.base import Reference
@@ -34,10 +36,10 @@ from algorithms.rules.stopping import RoundVerdict, extrapolate, round_verdict, 
 from algorithms.runs import begin_run, finish_run
 from algorithms.training import TrainSettings
 from algorithms.training_run import fingerprints, train_on
-from mixer.dataloader import resolve_mixture
 from mixer.errors import InputError
 from mixer.manifest import Manifest
 from mixer.mixture import Mixture
+from mixer.setup import resolve_curriculum
 
 __all__ = ["SearchSettings", "find_mixture", "make_rule"]
 
@@ -112,6 +114,7 @@ def find_mixture(
 ) -> Mixture:
     """Return the mixture found, after writing everything about it into ``out``; finished parts are not done again."""
     search = _Search(shards, Manifest.load(shards), make_rule(settings), settings, console)
+    search.check()
     asked = {"command": "optimize", "shards": fingerprints(search.manifest), **asdict(settings)}
     if begin_run(out, asked) is not None:
         return Mixture.load(Path(out) / "mixture.json")
@@ -121,21 +124,28 @@ def find_mixture(
             f"of {len(search.names)} domains; their losses per step will be noisy. "
             f"--batch-size {4 * len(search.names)} is safer."
         )
-    weights = dict(resolve_mixture(settings.reference_mixture, search.manifest).weights)
+    weights = _first_weights(settings, search.manifest)
     verdicts: list[RoundVerdict] = []
     for number in range(1, settings.rounds + 1):
         mixture, errors = search.round(weights, Path(out) / f"round-{number}")
         before, after = (np.array([values[name] for name in search.names]) for values in (weights, mixture.weights))
         verdicts.append(round_verdict(before, after, errors * np.sqrt(2), settings.tolerance))
         weights = dict(mixture.weights)
-        mixture.save(Path(out) / "mixture.json")
         if verdicts[-1].stop:
             break
+    mixture.save(Path(out) / "mixture.json")
     changes = [verdict.largest_change for verdict in verdicts]
     noise = [verdict.noise for verdict in verdicts]
     outcome = {"rounds": len(changes), "largest_change": changes, "noise": noise, "stopped": verdicts[-1].reason}
     finish_run(out, {**outcome, "weights": dict(mixture.weights)})
     return mixture
+
+
+def _first_weights(settings: SearchSettings, manifest: Manifest) -> dict[str, float]:
+    stages = resolve_curriculum(settings.reference_mixture, manifest)
+    if len(stages) > 1:
+        raise InputError(f"{settings.reference_mixture} has {len(stages)} stages; a reference trains on one mixture.")
+    return dict(stages[0].mixture.weights)
 
 
 @dataclass(frozen=True)
@@ -155,6 +165,25 @@ class _Search:
     @property
     def domains(self) -> Domains:
         return as_domains(self.names, [self.manifest.split(name, "train").num_tokens for name in self.names])
+
+    def check(self) -> None:
+        """Refuse, before anything is trained, what would fail only afterwards.
+
+        Raises: InputError: for an interval without an update, floors that do not fit, a reference that is nowhere.
+        """
+        settings = self.settings
+        _first_weights(settings, self.manifest)
+        every = interval(settings.every or ("20ba" if self.rule.needs & COSTLY else "1ba"))
+        if every.unit == TimeUnit.BATCH and every.value > settings.proxy.steps:
+            raise InputError(
+                f"no update would happen in {settings.proxy.steps} steps with one every {every.value}: take more "
+                "steps, or a shorter --every."
+            )
+        if settings.floor * len(self.names) > 1:
+            raise InputError(f"a floor of {settings.floor} for {len(self.names)} domains is more than 1 in all.")
+        self.rule.weights(self.rule.init(self.domains))
+        if "reference" in self.rule.needs and settings.reference not in ("train", "cached", "bigram"):
+            as_reference(settings.reference)
 
     def round(self, weights: Mapping[str, float], folder: Path) -> tuple[Mixture, Any]:
         """Return the mixture of one round whose reference trains on ``weights``, and its standard errors (D,)."""

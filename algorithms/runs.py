@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from mixer.errors import InputError
 
 __all__ = ["begin_run", "finish_run", "read_result", "read_settings"]
@@ -20,34 +22,79 @@ __all__ = ["begin_run", "finish_run", "read_result", "read_settings"]
 def begin_run(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """Claim ``folder`` for ``settings``; return the result if this very run is already finished, else None.
 
-    Raises: InputError: if the folder holds a run with other settings, or files that are no run.
+    The claim is a lock as well, until ``finish_run`` or the end of the process. A claim under which nothing was done
+    yet gives way to another.
+
+    Raises: InputError: if the folder holds a run with other settings or files that are no run, or if another process
+        works in it.
     """
     path = Path(folder)
     asked = json.loads(json.dumps(dict(settings)))
-    if (path / "run.json").is_file():
+    content = _content(path)
+    if "run.json" not in content and content:
+        raise InputError(f"{path} is not empty and holds no run; choose another --out.")
+    if "run.json" in content:
         found = read_settings(path)
-        differences = [
-            f"{key}: {found.get(key)!r} there, {asked.get(key)!r} asked"
-            for key in sorted({*found, *asked})
-            if found.get(key) != asked.get(key)
-        ]
-        if differences:
+        if found != asked and len(content) > 1:
             raise InputError(
-                f"{path} holds a run with other settings ({'; '.join(differences)}). "
+                f"{path} holds a run with other settings: {_difference(found, asked)}. "
                 f"Choose another --out, or remove {path} to start anew."
             )
-        return read_result(path) if (path / "result.json").is_file() else None
-    if path.exists() and any(path.iterdir()):
-        raise InputError(f"{path} is not empty and holds no run; choose another --out.")
+        if found == asked and "result.json" in content:
+            return read_result(path)
     path.mkdir(parents=True, exist_ok=True)
+    _lock(path)
     _write(path / "run.json", asked)
     return None
 
 
+def _content(path: Path) -> set[str]:
+    """Names in a folder, without what a lock or a process killed while writing leaves behind."""
+    if not path.is_dir():
+        return set()
+    return {child.name for child in path.iterdir() if child.name != ".lock" and not child.name.endswith(".tmp")}
+
+
+_LOCKS: dict[Path, FileLock] = {}
+
+
+def _lock(path: Path) -> None:
+    """Keep other processes out; of several ranks, rank 0 holds the lock for all."""
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    lock = _LOCKS.setdefault(path.resolve(), FileLock(path / ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(f"another process works in {path}. Wait for it, or choose another --out.") from error
+
+
+def _difference(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """Say what differs, setting by setting; of another command only that."""
+    if found.get("command") != asked.get("command"):
+        return f"it was made by `mixer {found.get('command')}`, not by `mixer {asked.get('command')}`"
+    before, now = _flat(found), _flat(asked)
+    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    shown = [f"{name}: {before.get(name)!r} there, {now.get(name)!r} asked" for name in names[:6]]
+    return "; ".join(shown) + (f"; and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
 def finish_run(folder: str | os.PathLike[str], result: Mapping[str, Any]) -> dict[str, Any]:
     """Write ``result.json`` and return its content as it will be read back."""
-    _write(Path(folder) / "result.json", result)
-    return read_result(folder)
+    path = Path(folder)
+    _write(path / "result.json", result)
+    lock = _LOCKS.pop(path.resolve(), None)
+    if lock is not None:
+        lock.release()
+        (path / ".lock").unlink(missing_ok=True)
+    return read_result(path)
 
 
 def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:

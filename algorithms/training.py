@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -27,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from algorithms.models import samples_per_forward
 from mixer.dataloader import MixtureLoader
-from mixer.errors import InputError
+from mixer.errors import ExhaustedError, InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,6 +79,8 @@ def train(
 ) -> None:
     """Train ``model`` in place for ``settings.steps`` steps; continue from ``folder/checkpoints`` where there are any.
 
+    It ends earlier where the loader does (``on_exhausted="stop"``); ``loader.ended`` then says why.
+
     Raises:
         KeyboardInterrupt: after Ctrl-C, once the running step is finished and a checkpoint is written.
         DataError: from a loss that is not finite or a shard that is damaged.
@@ -93,7 +96,9 @@ def train(
     fits = samples_per_forward(model.config.vocab_size, loader.manifest.seq_len)
 
     def save_now(state: State, event: Event) -> bool:
-        return event == Event.BATCH_CHECKPOINT and (stopper.requested or state.timestamp.batch.value % save_every == 0)
+        done = state.timestamp.batch.value
+        due = stopper.requested or done % save_every == 0 or done == settings.steps
+        return event == Event.BATCH_CHECKPOINT and due
 
     trainer = Trainer(
         model=composer_model,
@@ -120,9 +125,19 @@ def train(
         seed=settings.seed,
     )
     try:
-        trainer.fit()
+        if trainer.state.timestamp < trainer.state.max_duration:
+            trainer.fit()
+        else:
+            # Stopped after its last step: nothing to train, but the algorithms still have to take up their state.
+            trainer.engine.run_event(Event.FIT_START)
+    except ExhaustedError:
+        # Composer asks for another epoch after the loader has ended, which the loader refuses.
+        if loader.mixer.on_exhausted != "stop":
+            raise
     finally:
         trainer.close()
+    if stopper.requested:
+        raise KeyboardInterrupt
 
 
 class _StopAfterStep(Callback):
@@ -144,6 +159,7 @@ class _StopAfterStep(Callback):
         if self.requested:
             signal.default_int_handler(number, frame)
         self.requested = True
+        print("\nfinishing this step, then stopping; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         if self.requested:
@@ -161,7 +177,7 @@ class _ProgressBar(Callback):
         self._label, self._steps = label, steps
         self._tokens_per_step = loader.global_batch_size * loader.manifest.seq_len
         self._bar = Progress(
-            TextColumn("{task.description:<24}"),
+            TextColumn("{task.description:<24}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),

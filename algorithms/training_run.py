@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from algorithms.domain_reweighting import DomainReweighting
 from algorithms.evaluation import HeldOut, heldout_losses
+from algorithms.evaluation import heldout_samples as _heldout_samples
 from algorithms.models import build_model
 from algorithms.runs import begin_run, finish_run
 from algorithms.training import TrainSettings, train
@@ -42,26 +44,41 @@ def train_on(
     console: Console,
     heldout_samples: int = 256,
     save_every: int = 50,
+    curriculum: str | None = None,
     **loader_options: Any,
 ) -> dict[str, Any]:
     """Train one model on ``mixture`` and return its result: held-out losses, realised shares, epochs.
 
-    ``algorithm`` defaults to counting the per-domain losses without changing anything. Already finished: only the
-    result is read. Interrupted: goes on from the last checkpoint.
+    ``algorithm`` defaults to counting the per-domain losses without changing anything. ``curriculum`` is the path of a
+    mixture file with stages, of which ``mixture`` is the first. Already finished: only the result is read.
+    Interrupted: goes on from the last checkpoint.
     """
     manifest = Manifest.load(shards)
+    for name in manifest.names:
+        # Missing or damaged held-out samples should be known before hours of training, not after.
+        _heldout_samples(shards, name, max_samples=heldout_samples)
     algorithm = algorithm or DomainReweighting()
-    result = begin_run(folder, _asked(manifest, mixture, settings, algorithm, loader_options))
+    asked = _asked(manifest, mixture, settings, algorithm, loader_options) | {"heldout_samples": heldout_samples}
+    if curriculum is not None:
+        asked["curriculum"] = json.loads(Path(curriculum).read_text(encoding="utf-8"))
+    result = begin_run(folder, asked)
     if result is not None:
-        console.print(f"[dim]{label}: finished before, kept ({folder})[/dim]")
+        console.print(f"{label}: finished before, kept ({folder})", style="dim", markup=False)
         return result
     loader = MixtureLoader(
-        shards, mixture=mixture, global_batch_size=settings.global_batch_size, seed=settings.seed, **loader_options
+        shards,
+        mixture=mixture if curriculum is None else curriculum,
+        global_batch_size=settings.global_batch_size,
+        seed=settings.seed,
+        force="forced" in mixture.provenance,
+        **loader_options,
     )
     model = build_model(
         settings.model, vocab_size=manifest.tokenizer.vocab_size, seq_len=manifest.seq_len, seed=settings.seed
     )
     train(model, loader, settings, folder, algorithms=[algorithm], label=label, save_every=save_every, console=console)
+    if loader.ended:
+        console.print(f"{label}: ended after {loader.step} of {settings.steps} steps: {loader.ended}", markup=False)
     algorithm.save_trajectory(folder / "trajectory.npz")
     if algorithm.rule is not None:
         algorithm.mixture().save(folder / "mixture.json")
@@ -98,15 +115,18 @@ def _outcome(
     settings: TrainSettings,
 ) -> dict[str, Any]:
     losses = [value.loss for value in heldout.values()]
+    delivered = loader.stats()
+    realised = {name: row["target_share"] for name, row in delivered["domains"].items()}
     return {
         "heldout": {name: value._asdict() for name, value in heldout.items()},
         "average": float(np.mean(losses)),
         "worst": float(max(losses)),
-        "weights": dict(mixture.weights),
+        "weights": dict(mixture.weights) if len(loader.curriculum) == 1 else realised,
         "num_samples": dict(loader.num_samples),
-        "loader": loader.stats(),
+        "loader": delivered,
+        "ended": loader.ended,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "num_tokens": settings.steps * settings.global_batch_size * loader.manifest.seq_len,
+        "num_tokens": delivered["samples"] * loader.manifest.seq_len,
     }
 
 

@@ -41,6 +41,9 @@ COMMANDS = {
 }
 
 
+CONTINUING = {"demo", "convert", "score", "optimize", "train"}
+
+
 class _LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -93,12 +96,12 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        _interrupted()
+        _interrupted(argv)
     except SystemExit as error:
         # Composer replaces Ctrl-C by an exit with 130 as soon as it is imported.
         if error.code != 130:
             raise
-        _interrupted()
+        _interrupted(argv)
     except Exception as error:
         if debug:
             raise
@@ -106,8 +109,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2 if isinstance(error, InputError) else 1)
 
 
-def _interrupted() -> NoReturn:
-    click.echo("\nInterrupted. The same command continues where it stopped.", err=True)
+def _interrupted(argv: list[str]) -> NoReturn:
+    continues = CONTINUING & set(argv[:2])
+    click.echo("\nInterrupted." + (" The same command continues where it stopped." if continues else ""), err=True)
     sys.exit(130)
 
 
@@ -115,4 +119,6 @@ def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, InputError | DataError):
         return text
+    if isinstance(error, OSError) and error.filename:
+        return f"cannot use {error.filename}: {error.strerror}."
     return f"{type(error).__name__}: {text} (run `mixer --debug ...` for the traceback)"

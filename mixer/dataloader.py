@@ -153,6 +153,11 @@ class MixtureLoader(DataLoader[Any]):
             )
 
     @property
+    def ended(self) -> str:
+        """Why this loader has ended, or "" while it has not."""
+        return self._ended
+
+    @property
     def step(self) -> int:
         """Global batches delivered so far."""
         return self._now.step

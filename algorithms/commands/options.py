@@ -34,7 +34,13 @@ _OPTIONS = (
     click.option(
         "--lr", default=2e-3, show_default=True, type=float, help="Peak learning rate; warm-up, then cosine to a tenth."
     ),
-    click.option("--seed", default=17, show_default=True, type=int, help="For weights, sample order and dropout."),
+    click.option(
+        "--seed",
+        default=17,
+        show_default=True,
+        type=click.IntRange(0, 2**32 - 2),
+        help="For weights, sample order and dropout.",
+    ),
     click.option(
         "--heldout-samples",
         default=256,

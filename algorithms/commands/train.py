@@ -59,21 +59,24 @@ def train(
     from algorithms.report import train_table
     from algorithms.training import TrainSettings
     from algorithms.training_run import train_on
-    from mixer.dataloader import resolve_mixture
     from mixer.manifest import Manifest
+    from mixer.setup import resolve_curriculum
 
     manifest = Manifest.load(shards)
+    stages = resolve_curriculum(mixture, manifest, force=force)
     settings = TrainSettings(model=model, steps=steps, global_batch_size=batch_size, learning_rate=lr, seed=seed)
-    caps: dict[str, Any] = {"max_epochs": max_epochs, "on_exhausted": on_exhausted} if max_epochs is not None else {}
+    limited = max_epochs is not None or on_exhausted != "repeat"
+    caps: dict[str, Any] = {"max_epochs": max_epochs, "on_exhausted": on_exhausted} if limited else {}
     console = Console(stderr=True)
     train_on(
         shards,
-        resolve_mixture(mixture, manifest, force=force),
+        stages[0].mixture,
         settings,
         out,
         label=out.name,
         console=console,
         heldout_samples=heldout_samples,
+        curriculum=mixture if len(stages) > 1 else None,
         **caps,
     )
     Console().print(train_table(out))

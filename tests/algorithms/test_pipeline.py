@@ -162,8 +162,9 @@ class InterruptAt(Algorithm):
         os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.parametrize("step", [3, 5], ids=["midway", "in the last step"])
 def test_an_interrupted_run_continues_to_the_same_model(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: int, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import algorithms.training_run
 
@@ -173,7 +174,7 @@ def test_an_interrupted_run_continues_to_the_same_model(
     plain, handler = algorithms.training_run.train, signal.getsignal(signal.SIGINT)
 
     def interrupted(*arguments: Any, **options: Any) -> None:
-        plain(*arguments, **{**options, "algorithms": [*options["algorithms"], InterruptAt(3)]})
+        plain(*arguments, **{**options, "algorithms": [*options["algorithms"], InterruptAt(step)]})
 
     with monkeypatch.context() as patch:
         patch.setattr(algorithms.training_run, "train", interrupted)
@@ -191,6 +192,107 @@ def test_an_interrupted_run_continues_to_the_same_model(
     with np.load(tmp_path / "whole" / "trajectory.npz") as a, np.load(tmp_path / "cut" / "trajectory.npz") as b:
         assert a["steps"].tolist() == b["steps"].tolist() == list(range(6))
         np.testing.assert_array_equal(a["loss"], b["loss"])
+
+
+def test_a_run_that_failed_after_its_last_step_continues(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import algorithms.training_run
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device", "model.safetensors")
+
+    mixture = Mixture({"code": 0.5, "web": 0.3, "wiki": 0.2})
+    whole = train_on(shards, mixture, TINY, tmp_path / "whole", label="whole", console=QUIET)
+    with monkeypatch.context() as patch:
+        patch.setattr(algorithms.training_run, "_save_tokenizer", full)
+        with pytest.raises(OSError, match="No space left"):
+            train_on(shards, mixture, TINY, tmp_path / "cut", label="cut", console=QUIET)
+    cut = train_on(shards, mixture, TINY, tmp_path / "cut", label="cut", console=QUIET)
+    assert cut["heldout"] == whole["heldout"]
+    with np.load(tmp_path / "whole" / "trajectory.npz") as a, np.load(tmp_path / "cut" / "trajectory.npz") as b:
+        np.testing.assert_array_equal(a["loss"], b["loss"])
+
+
+def test_stop_ends_the_run_early_with_a_result(shards: Path, tmp_path: Path) -> None:
+    mixture = Mixture({"code": 0.1, "web": 0.1, "wiki": 0.8})
+    options = {"on_exhausted": "stop", "max_epochs": 1}
+    result = train_on(shards, mixture, TINY, tmp_path / "run", label="short", console=QUIET, **options)
+    assert result["loader"]["step"] == 1  # 9 samples of wiki are less than two batches want
+    assert "'wiki' after 1 epochs" in result["ended"]
+    assert result["num_tokens"] == 6 * 16
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+
+
+def test_a_mixture_of_stages_is_trained_stage_by_stage(shards: Path, tmp_path: Path) -> None:
+    stages = [
+        {"from_step": 0, "weights": {"code": 1, "web": 0, "wiki": 0}},
+        {"from_step": 4, "weights": {"code": 0, "web": 0, "wiki": 1}},
+    ]
+    (tmp_path / "stages.json").write_text(json.dumps({"schema": 1, "stages": stages}))
+    arguments = ["train", shards, "--mixture", tmp_path / "stages.json", "--steps", 6, "--batch-size", 3]
+    with pytest.raises(SystemExit) as exit:
+        cli([*map(str, arguments), "--out", str(tmp_path / "run")])
+    assert not exit.value.code
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert {name: row["samples"] for name, row in result["loader"]["domains"].items()} == {
+        "code": 12,
+        "web": 0,
+        "wiki": 6,
+    }
+    assert result["weights"] == pytest.approx({"code": 2 / 3, "web": 0, "wiki": 1 / 3})
+
+
+def test_force_uses_a_mixture_made_for_another_tokenizer_and_records_it(shards: Path, tmp_path: Path) -> None:
+    weights = {"code": 0.5, "web": 0.3, "wiki": 0.2}
+    Mixture(weights, {"tokenizer": "sha256:another"}).save(tmp_path / "m.json")
+    arguments = ["train", shards, "--mixture", tmp_path / "m.json", "--steps", 1, "--batch-size", 3]
+    for force, code in (([], 2), (["--force"], 0)):
+        with pytest.raises(SystemExit) as exit:
+            cli([*map(str, arguments), "--out", str(tmp_path / "run"), *force])
+        assert (exit.value.code or 0) == code
+    assert "sha256:another" in json.loads((tmp_path / "run" / "run.json").read_text())["forced"][0]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["weights"] == weights
+
+
+def test_missing_validation_data_is_known_before_training(tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards", {"code": 20, "web": 20}, validation={"code": 4}, vocab_size=64, rows=_row)
+    mixture = Mixture({"code": 1, "web": 1})
+    with pytest.raises(InputError, match="domain 'web' has no split 'validation'"):
+        train_on(tmp_path / "shards", mixture, TINY, tmp_path / "run", label="run", console=QUIET)
+    with pytest.raises(InputError, match="domain 'web' has no split 'validation'"):
+        find_mixture(tmp_path / "shards", SearchSettings(proxy=TINY), tmp_path / "search", QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"every": "banana"}, "every='banana' is not a time"),
+        ({"every": "20ba"}, "no update would happen in 6 steps"),
+        ({"method": "on_demand"}, "no update would happen in 6 steps"),
+        ({"floor": 0.5}, "a floor of 0.5 for 3 domains is more than 1"),
+        ({"reference": "nowhere"}, "no reference model at nowhere"),
+        ({"reference_mixture": "nowhere.json"}, "cannot read the mixture nowhere.json"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_trained(
+    settings: dict[str, Any], text: str, shards: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=text):
+        find_mixture(shards, SearchSettings(proxy=TINY, **settings), tmp_path / "run", QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_on_unequal_terms_are_compared_with_a_warning(shards: Path, tmp_path: Path) -> None:
+    mixture = Mixture({"code": 1, "web": 1, "wiki": 1})
+    for name, steps in (("a/main", 1), ("b/main", 2)):
+        settings = TrainSettings(steps=steps, global_batch_size=3)
+        train_on(shards, mixture, settings, tmp_path / name, label=name, console=QUIET)
+    runs = [tmp_path / "a" / "main", tmp_path / "b" / "main"]
+    write_report(runs, tmp_path / "report.html", baseline=str(runs[1]))
+    assert "Not on equal terms: these runs differ in steps 1 / 2" in (tmp_path / "report.html").read_text()
+    assert "differ in steps 1 / 2" in str(comparison_table(runs).caption)
 
 
 def test_a_diverging_run_is_one_clear_error(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,8 +28,36 @@ def test_a_finished_run_gives_its_result(tmp_path: Path) -> None:
 
 def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
     begin_run(tmp_path / "run", SETTINGS)
+    (tmp_path / "run" / "checkpoints").mkdir()
+    with pytest.raises(InputError, match=r"mixture.web: 0.5 there, 0.4 asked.*Choose another --out"):
+        begin_run(tmp_path / "run", {**SETTINGS, "mixture": {"code": 0.5, "web": 0.4}})
+    with pytest.raises(InputError, match="made by `mixer train`, not by `mixer optimize`"):
+        begin_run(tmp_path / "run", {**SETTINGS, "command": "optimize"})
     with pytest.raises(InputError, match=r"steps: 10 there, 20 asked.*Choose another --out"):
         begin_run(tmp_path / "run", {**SETTINGS, "steps": 20})
+
+
+def test_a_claim_under_which_nothing_was_done_gives_way(tmp_path: Path) -> None:
+    begin_run(tmp_path / "run", {**SETTINGS, "model": "nanoo"})
+    assert begin_run(tmp_path / "run", SETTINGS) is None
+    assert json.loads((tmp_path / "run" / "run.json").read_text()) == SETTINGS
+
+
+def test_what_a_killed_writer_leaves_blocks_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".run.json.123.tmp").write_text("{")
+    assert begin_run(tmp_path, SETTINGS) is None
+
+
+def test_two_processes_do_not_work_in_one_folder(tmp_path: Path) -> None:
+    begin_run(tmp_path / "run", SETTINGS)
+    code = (
+        "import sys\nfrom algorithms.runs import begin_run\nfrom mixer.errors import InputError\n"
+        f"try:\n    begin_run(sys.argv[1], {SETTINGS!r})\nexcept InputError as error:\n    print(error)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    assert "another process works in" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    finish_run(tmp_path / "run", {"average": 1.25})
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == ""
 
 
 def test_tuples_and_lists_are_the_same_setting(tmp_path: Path) -> None:

@@ -145,6 +145,11 @@ class Manifest:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = FILE_NAME) -> Manifest:
         """Build a manifest from parsed JSON; ``where`` names the source in errors."""
+        if not isinstance(raw, Mapping):
+            raise InputError(
+                f"{where} holds a JSON {type(raw).__name__}, not the object that a manifest is. Run `mixer convert`"
+                " again, or restore the file."
+            )
         if raw.get("schema") != SCHEMA:
             raise InputError(
                 f"{where} has schema {raw.get('schema')!r}, this version of domain-mixer reads {SCHEMA}. "

@@ -104,6 +104,7 @@ def encode_shard(
     """
     names = sorted(columns)
     table = _as_table(names, samples)
+    body: bytes | memoryview
     if all(encoded_size(columns[name]) for name in names):
         num_samples, row_bytes, body = _encode_fixed(names, columns, table)
         sizes = np.full(num_samples, row_bytes, np.int64)
@@ -444,13 +445,13 @@ def _as_table(names: list[str], samples: Any) -> dict[str, Any]:
 _MISSING = object()
 
 
-def _encode_fixed(names: list[str], columns: Mapping[str, str], table: Mapping[str, Any]) -> tuple[int, int, bytes]:
-    """Encode samples whose columns all have a fixed size, as one (n, bytes) matrix."""
+def _encode_fixed(
+    names: list[str], columns: Mapping[str, str], table: Mapping[str, Any]
+) -> tuple[int, int, memoryview]:
+    """Encode samples whose columns all have a fixed size, as one (n, bytes) matrix; not copied if it is one array."""
     blocks = [_fixed_block(name, columns[name], table[name]) for name in names]
-    if len(blocks) == 1:
-        return len(blocks[0]), blocks[0].shape[1], blocks[0].tobytes()
-    matrix = np.concatenate(blocks, axis=1)
-    return len(matrix), matrix.shape[1], matrix.tobytes()
+    matrix = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
+    return len(matrix), matrix.shape[1], matrix.data
 
 
 def _fixed_block(name: str, encoding: str, values: Any) -> NDArray[np.uint8]:

@@ -5,7 +5,8 @@
 
 Weights are shares of samples, non-negative, normalised to sum to 1 when the mixture is made. ``provenance`` says which
 rule, settings, steps, tokenizer, shards and reference produced them: weights found with one tokenizer or one corpus say
-little about another (methods differ by more than 0.5 in total variation), so ``check`` refuses to reuse them silently.
+little about another (methods differ by more than 0.5 in total variation). ``check`` refuses to use them silently with
+another tokenizer or other domains; whether the text of those domains is still alike, it leaves to the user.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Mixture:
 
     Args:
         weights: non-negative finite numbers by domain name, one positive at least; stored normalised, sorted by name.
-        provenance: JSON-like facts. Keys that ``check`` compares: ``tokenizer`` (fingerprint), ``shards`` (domain →
-            fingerprint of its train split).
+        provenance: JSON-like facts. ``check`` compares ``tokenizer`` (fingerprint). ``shards`` (domain → fingerprint
+            of its train split) says what the weights were found on; weights may be used on after a corpus has grown.
 
     >>> Mixture({"web": 3, "code": 1}).weights
     {'code': 0.25, 'web': 0.75}
@@ -73,7 +74,7 @@ class Mixture:
     def load(cls, path: str | os.PathLike[str]) -> Mixture:
         """Read a mixture file.
 
-        Raises: InputError: if the file is missing, is not JSON, or holds no weights.
+        Raises: InputError: if the file is missing, is not JSON, or is not of this form.
         """
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -86,7 +87,13 @@ class Mixture:
             raise InputError(f"{path} is not a mixture file: {error}.") from error
         if not isinstance(raw, dict) or not isinstance(raw.get("weights"), dict):
             raise InputError(f'{path} is not a mixture file: expected {{"weights": {{domain: share, …}}}}.')
-        return cls(raw["weights"], raw.get("provenance", {}))
+        provenance = raw.get("provenance", {})
+        if not isinstance(provenance, dict):
+            raise InputError(
+                f"{path} is not a mixture file: its provenance is {provenance!r:.80}, expected an object of facts, such"
+                ' as {"note": "by hand"}; it may also be left out.'
+            )
+        return cls(raw["weights"], provenance)
 
     def check(self, manifest: Manifest, *, force: bool = False) -> Mixture:
         """Return this mixture if it fits ``manifest``, naming both sides where it does not.

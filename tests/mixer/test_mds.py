@@ -69,6 +69,17 @@ def test_array_of_samples_gives_the_same_bytes_as_rows(dtype):
     assert mds.encode_shard(columns, np.asfortranarray(array)) == mds.encode_shard(columns, {"tokens": array})
 
 
+def test_array_of_samples_is_copied_once():
+    import tracemalloc
+
+    array = np.zeros((1 << 12, 1 << 10), np.uint16)
+    tracemalloc.start()
+    raw = mds.encode_shard({"tokens": "ndarray:uint16:1024"}, array)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(raw) <= peak < 1.2 * len(raw)
+
+
 def test_streaming_dataset_reads_compressed_shards_with_hash_validation(tmp_path):
     streaming = pytest.importorskip("streaming", exc_type=ImportError)
     columns, options = {"tokens": "ndarray:uint16:16"}, {"compression": "zstd:3", "hashes": ["xxh64"]}

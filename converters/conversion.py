@@ -26,13 +26,14 @@ from typing import Any, NamedTuple
 import orjson
 
 import mixer
-from converters.domains import load_mapping
+from converters.domains import domain_rule, load_mapping, mapped
 from converters.engines import kept_running, run_tasks
 from converters.extending import fixed_splits, known_inputs, merged, save_inputs
 from converters.inspecting import read_index
 from converters.options import DEFAULT_EXCLUDE, PackOptions, StageOptions, size_in_bytes
 from converters.packing import check_accounting, pack_shard, pack_tasks, shard_path
 from converters.plan import Plan, difference, inputs_fingerprint, make_plan
+from converters.readers import Piece
 from converters.splits import DomainPlan, SplitPlan, copies_across_splits, plan_splits, require_samples
 from converters.stage import INTENDED, StageTask, read_unit, stage_unit, unit_folder
 from converters.streams import keep_first_copies
@@ -115,7 +116,8 @@ def convert(
         include, exclude: globs on the path below the input and on the file name.
         held_out: share of each domain for the validation split; 0 for none.
         min_held_out: documents that a validation split should have at least, see ``splits.choose_held_out``.
-        allow_empty: accept domains without a training or validation sample; recorded in the manifest.
+        allow_empty: accept domains without a document, or without a training or validation sample; recorded in the
+            manifest.
         packing: ``concat`` (documents joined and cut every ``seq_len``) or ``best_fit`` (no document is cut that fits;
             the rest of a sample is padding, ids of end of text).
         tail: ``drop`` the end of a domain that fills no sample, or ``pad`` it (with ``concat``).
@@ -395,7 +397,7 @@ class _Job:
         kept = sum(plan.documents for plan in plans)
         if self.documents_read != kept + sum(self._left_out().values()):
             raise DataError(f"{self.documents_read:,} records read, but {kept:,} kept and {self._left_out()} left out.")
-        warnings = require_samples(plans, self.pack_options)
+        warnings = [*self._require_documents(plans), *require_samples(plans, self.pack_options)]
         splits = [split for plan in plans for split in plan.splits if split.num_samples]
         if not splits:
             raise InputError(f"no domain fills a sample of {self.pack_options.seq_len:,} tokens. Lower --seq-len.")
@@ -408,6 +410,29 @@ class _Job:
             self.progress(Progress("pack", done, total, "samples", tokens=done * self.pack_options.seq_len))
         written = {(split.domain, split.split): self._commit_split(split, dtype) for split in splits}
         return self._commit(plans, written, dtype, warnings)
+
+    def _require_documents(self, plans: Sequence[DomainPlan]) -> list[str]:
+        """Return a warning for every domain that has files but no document, if that is allowed, else raise the first.
+
+        Only rules that go by the path tell the domain of a file without records; a domain that is mapped away is none.
+        """
+        have = {plan.domain for plan in plans} | (self.base.domains.keys() if self.base else set())
+        missing: dict[str, Piece] = {}
+        domain_of = domain_rule(self.options.domain)
+        for piece in (piece for unit in self.plan.units for piece in unit.pieces):
+            name = domain_of(piece, {})
+            name = mapped(name, self.options.domain_map) if name else None
+            if name is not None and name not in have:
+                missing.setdefault(name, piece)
+        problems = [
+            f"domain {name!r} has no document: its first file is {piece.path} of {piece.size_bytes:,} bytes. Add text,"
+            " leave its files out with --exclude, or go on without the domain with --allow-empty."
+            for name, piece in sorted(missing.items())
+        ]
+        if problems and not self.pack_options.allow_empty:
+            more = f" ({len(problems) - 1} more domains like this.)" if len(problems) > 1 else ""
+            raise InputError(problems[0] + more)
+        return problems
 
     def _plan_splits(self) -> list[DomainPlan]:
         stage, units = str(self.stage), [unit.number for unit in self.plan.units]

@@ -256,6 +256,38 @@ def test_domain_too_small_for_a_sample_is_named_with_remedies(tmp_path):
     assert "tiny" in manifest.converter["warnings"][0]
 
 
+@pytest.mark.parametrize("rule", ["folder", "file", "path:^(.*)/"])
+@pytest.mark.parametrize("content", ["", "\n\n  \n"])
+def test_domain_without_a_document_is_named_with_its_file(tmp_path, rule, content):
+    write_jsonl(tmp_path / "corpus" / "a" / "a.jsonl", documents("a", 40))
+    (tmp_path / "corpus" / "b").mkdir()
+    (tmp_path / "corpus" / "b" / "b.jsonl").write_text(content)
+    with pytest.raises(InputError, match=r"domain 'b' has no document: .*b\.jsonl of \d bytes.*--allow-empty"):
+        converted(tmp_path, domain=rule)
+    manifest = Manifest.load(converted(tmp_path, domain=rule, allow_empty=True, fresh=True))
+    assert list(manifest.domains) == ["a"]
+    (warning,) = manifest.converter["warnings"]
+    assert "domain 'b' has no document" in warning
+
+
+def test_named_input_without_a_document_is_named(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", documents("a", 40))
+    (tmp_path / "empty.txt").touch()
+    inputs = [f"one={tmp_path / 'a.jsonl'}", f"two={tmp_path / 'empty.txt'}"]
+    with pytest.raises(InputError, match="domain 'two' has no document"):
+        convert(inputs, tmp_path / "out", tokenizer="bytes", seq_len=64)
+
+
+def test_empty_file_is_no_matter_where_its_domain_has_others_or_is_mapped_away(tmp_path):
+    write_jsonl(tmp_path / "corpus" / "a" / "a.jsonl", documents("a", 40))
+    for name in ("a", "b", "c"):
+        (tmp_path / "corpus" / name).mkdir(exist_ok=True)
+        (tmp_path / "corpus" / name / "empty.jsonl").touch()
+    manifest = Manifest.load(converted(tmp_path, domain_map={"b": None, "c": "a"}))
+    assert list(manifest.domains) == ["a"]
+    assert manifest.converter["warnings"] == []
+
+
 def test_domain_of_one_sample_can_be_accepted_without_validation(tmp_path):
     write_corpus(tmp_path / "corpus")
     write_jsonl(tmp_path / "corpus" / "tiny" / "a.jsonl", ["x" * 70])

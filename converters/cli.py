@@ -6,8 +6,9 @@ Heavy imports are inside the functions, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -44,7 +45,7 @@ def _default_workers() -> int:
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Not these; default: hidden files and __pycache__.")
 @click.option("--held-out", default=0.01, show_default=True, help="Share of each domain for validation; 0 for none.")
 @click.option("--min-held-out", default=8, show_default=True, help="Documents a validation split should have at least.")
-@click.option("--allow-empty", is_flag=True, help="Accept domains without a training or validation sample.")
+@click.option("--allow-empty", is_flag=True, help="Accept domains without a document or a sample.")
 @click.option(
     "--packing", type=click.Choice(["concat", "best_fit"]), default="concat", show_default=True,
     help="Join and cut documents, or cut none that fits.",
@@ -153,9 +154,10 @@ def verify(shards: str, deep: bool, workers: int | None) -> int:
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     for finding in findings:
-        click.echo(f"{finding.path}: {finding.what}. To repair: {finding.repair}.")
+        click.echo(f"{finding.path}: {finding.what.removesuffix('.')}. To repair: {finding.repair}.")
     depth = "every byte was read" if deep else "structure and sizes; --deep reads every byte"
-    click.echo(f"{len(findings)} findings ({depth})." if findings else f"No findings ({depth}).")
+    count = "1 finding" if len(findings) == 1 else f"{len(findings) or 'No'} findings"
+    click.echo(f"{count} ({depth}).")
     return 1 if findings else 0
 
 
@@ -178,10 +180,6 @@ def stats(shards: str, split: str, max_tokens: str, plot: str | None, as_json: b
     """
     import json
 
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from converters.options import size_in_bytes
     from converters.statistics import domain_statistics, plot_statistics
 
@@ -192,16 +190,15 @@ def stats(shards: str, split: str, max_tokens: str, plot: str | None, as_json: b
         facts = [{key: value for key, value in row._asdict().items() if key != "lengths"} for row in rows]
         click.echo(json.dumps(facts, indent=2))
         return
-    table = Table(title=f"{split} split", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("domain", overflow="fold", min_width=12)
-    for name in ("tokens", "docs", "p10", "p50", "p90", "B/token", "copies", "H1", "H2"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
+    columns = ("domain", "tokens", "docs", "p10", "p50", "p90", "B/token", "copies", "H1", "H2")
+    cells = [
+        (
             row.domain, _count(row.tokens), f"{row.documents:,}", *(_count(length) for length in row.quantiles),
             f"{row.bytes_per_token:.2f}", f"{row.duplicates:.1%}", f"{row.h1:.2f}", f"{row.h2:.2f}",
-        )  # fmt: skip
-    Console().print(table)
+        )
+        for row in rows
+    ]  # fmt: skip
+    _print_columns(f"{split} split", columns, cells)
 
 
 @click.command("train-tokenizer")
@@ -268,30 +265,63 @@ def _rates(event: Progress, seconds: float, done: int) -> str:
 
 
 def _print_table(manifest: Manifest, only: tuple[str, ...] = ()) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from converters.inspecting import domain_rows
 
     title = f"{manifest.seq_len} tokens per sample, {manifest.dtype}, {manifest.tokenizer.vocab_size:,} token ids"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("domain", overflow="fold", min_width=12)
-    for name in ("docs", "train", "valid", "tokens", "share", "size", "held out"):
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = ("domain", "docs", "train", "valid", "tokens", "share", "size", "held out")
     rows = [row for row in domain_rows(manifest) if not only or row.domain in only]
-    for row in rows:
-        table.add_row(
+    cells = [
+        (
             row.domain, f"{row.documents:,}", f"{row.train_samples:,}", f"{row.validation_samples:,}",
             _count(row.train_tokens), f"{row.share:.2%}", _size(row.size_bytes), row.held_out,
-        )  # fmt: skip
-    table.add_section()
-    table.add_row(
+        )
+        for row in rows
+    ]  # fmt: skip
+    total = (
         "total", *(f"{sum(values):,}" for values in zip(*(row[1:4] for row in rows))),
         _count(sum(row.train_tokens for row in rows)), f"{sum(row.share for row in rows):.2%}",
         _size(sum(row.size_bytes for row in rows)), "",
     )  # fmt: skip
-    Console().print(table)
+    _print_columns(title, columns, cells, total)
+
+
+_NAME_WIDTH = 12
+
+
+def _print_columns(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], total: Sequence[str] | None = None
+) -> None:
+    """Print a table whose first column folds down to ``_NAME_WIDTH``; no number is cut.
+
+    In a narrow terminal the last columns are left out and named below; what is piped elsewhere is as wide as need be.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from mixer.names import plain
+
+    console = Console()
+    every = [columns, *rows, *([total] if total else [])]
+    edges, between = 2, 2
+    number_widths = [between + max(map(len, cells)) for cells in list(zip(*every))[1:]]
+    ends = list(accumulate(number_widths, initial=edges))
+    width = console.width
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        width = max(width, _NAME_WIDTH + ends[-1])
+    kept = max(2, sum(_NAME_WIDTH + end <= width for end in ends))
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(columns[0], overflow="fold", min_width=min(_NAME_WIDTH, max(len(cells[0]) for cells in every)))
+    for name in columns[1:kept]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(plain(row[0]), *row[1:kept])
+    if total:
+        table.add_section()
+        table.add_row(*total[:kept])
+    if kept < len(columns):
+        table.caption = f"no room for {', '.join(columns[kept:])}: widen the terminal, or use --json"
+    console.print(table, width=width)
 
 
 def _count(number: float) -> str:
@@ -324,6 +354,7 @@ def _print_samples(shards: str, manifest: Manifest, domains: tuple[str, ...], sp
     from rich.text import Text
 
     from converters.inspecting import decoded_samples
+    from mixer.names import plain, printable
 
     console = Console()
     for domain in domains:
@@ -331,10 +362,5 @@ def _print_samples(shards: str, manifest: Manifest, domains: tuple[str, ...], sp
             click.echo(f"{domain}: no {split} split.", err=True)
             continue
         for number, text in enumerate(decoded_samples(shards, domain=domain, split=split, count=count)):
-            title = f"{domain} / {split} / sample {number}"
-            console.print(Panel(Text(_printable(text)), title=title, title_align="left"))
-
-
-def _printable(text: str) -> str:
-    """Return text that is safe for a terminal: control characters other than newline and tab are shown as escapes."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+            title = plain(f"{domain} / {split} / sample {number}")
+            console.print(Panel(Text(printable(text, keep="\n\t")), title=title, title_align="left"))

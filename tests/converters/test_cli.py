@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 from click.testing import CliRunner
 
-from converters.cli import convert, inspect
+from converters import convert as conversion
+from converters.cli import convert, inspect, stats
 from mixer.manifest import Manifest
 from tests.converters.corpora import write_corpus
 
@@ -39,6 +41,33 @@ def test_inspect_shows_documents_joined_by_end_of_text(shards):
 def test_inspect_prints_the_manifest_as_json(shards):
     result = CliRunner().invoke(inspect, [str(shards[0]), "--json"], catch_exceptions=False)
     assert json.loads(result.output)["domains"].keys() == {"book", "code", "web"}
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80])
+def test_narrow_terminal_keeps_names_and_cuts_no_number(tmp_path, columns):
+    write_corpus(tmp_path / "corpus")
+    (tmp_path / "corpus" / "web").rename(tmp_path / "corpus" / "a-domain-of-a-very-long-name")
+    manifest = conversion(tmp_path / "corpus", tmp_path / "shards", tokenizer="bytes", seq_len=64)
+    for command in (inspect, stats):
+        result = CliRunner().invoke(command, [str(tmp_path / "shards")], env={"COLUMNS": str(columns)})
+        lines = result.output.splitlines()
+        assert max(map(len, lines)) <= columns
+        names = "".join(re.findall(r"^ ?([a-z-]+)", result.output, re.MULTILINE))
+        assert all(name in names for name in manifest.names)
+        assert "…" not in result.output
+        words = " ".join(result.output.split())
+        columns_of = {
+            inspect: "docs train valid tokens share size held",
+            stats: "tokens docs p10 p50 B/token copies H1 H2",
+        }
+        assert all(name in words for name in columns_of[command].split())
+        assert ("no room for" in words) == (columns < 72)
+
+
+def test_output_that_is_piped_has_every_column(tmp_path, shards):
+    done = run("stats", str(shards[0]))
+    (heading,) = [line for line in done.stdout.splitlines() if "B/token" in line]
+    assert heading.split()[-2:] == ["H1", "H2"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -61,6 +61,16 @@ def test_every_damage_is_found_and_names_its_file(shards, damage, is_deep, messa
     assert "To repair:" in result.output
 
 
+def test_findings_are_counted_and_end_with_one_dot(shards):
+    assert "No findings (" in CliRunner().invoke(cli.verify, [str(shards)]).output
+    (shards / "web" / "train" / "index.json").unlink()
+    output = CliRunner().invoke(cli.verify, [str(shards)], standalone_mode=False).output
+    assert "\n1 finding (" in output
+    assert "convert again. To repair:" in output
+    (shards / "code" / "train" / "index.json").unlink()
+    assert "\n2 findings (" in CliRunner().invoke(cli.verify, [str(shards)], standalone_mode=False).output
+
+
 def flip(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

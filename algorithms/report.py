@@ -21,6 +21,7 @@ from algorithms.runs import read_result, read_settings
 from mixer.errors import InputError
 from mixer.manifest import Manifest
 from mixer.mixture import Mixture
+from mixer.names import plain
 
 _PAGE = Path(__file__).with_name("report.html.j2")
 
@@ -86,7 +87,7 @@ def search_table(shards: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     for name in sorted(tokens, key=lambda name: -tokens[name]):
         share = tokens[name] / total
         table.add_row(
-            name,
+            plain(name),
             f"{tokens[name]:,}",
             f"{share:.4f}",
             f"{mixture.weights[name]:.4f}",
@@ -110,7 +111,7 @@ def comparison_table(runs: Sequence[Path]) -> Table:
     table = Table("domain", title="Held-out log-perplexity (nats per token) under each mixture", title_justify="left")
     table.add_column("share of data", justify="right")
     for name in results:
-        table.add_column(f"{name}\nweight", justify="right")
+        table.add_column(plain(name).append("\nweight"), justify="right")
         table.add_column("\nloss", justify="right")
     for domain in sorted(sizes, key=lambda name: -sizes[name]):
         cells = [f"{sizes[domain] / total:.2%}"]
@@ -118,7 +119,7 @@ def comparison_table(runs: Sequence[Path]) -> Table:
             loss = result["heldout"][domain]["loss"]
             mark = "bold green" if len(results) > 1 and loss == best[domain] else "default"
             cells += [f"{result['weights'][domain]:.4f}", f"[{mark}]{loss:.3f}[/{mark}]"]
-        table.add_row(domain, *cells)
+        table.add_row(plain(domain), *cells)
     table.add_section()
     for key in ("average", "worst"):
         low = min(result[key] for result in results.values())

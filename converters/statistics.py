@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from converters.inspecting import read_index, shard_rows
 from mixer.errors import InputError
 from mixer.manifest import Manifest
+from mixer.names import plot_label
 
 __all__ = ["DomainStatistics", "domain_statistics", "entropies", "plot_statistics"]
 
@@ -124,13 +125,15 @@ def plot_statistics(rows: list[DomainStatistics], path: str | os.PathLike[str]) 
     for row in rows:
         if len(row.lengths):
             ordered = np.sort(row.lengths)
-            left.step(ordered, np.arange(1, len(ordered) + 1) / len(ordered), where="post", label=row.domain)
+            left.step(
+                ordered, np.arange(1, len(ordered) + 1) / len(ordered), where="post", label=plot_label(row.domain)
+            )
     left.set(xscale="log", xlabel="tokens per document", ylabel="share of documents up to this length")
     left.legend(fontsize=8)
     place = np.arange(len(rows))
     right.barh(place - 0.2, [row.h1 for row in rows], 0.4, label="H1: single tokens")
     right.barh(place + 0.2, [row.h2 for row in rows], 0.4, label="H2: given the token before")
-    right.set(yticks=place, yticklabels=[row.domain for row in rows], xlabel="bits per token")
+    right.set(yticks=place, yticklabels=[plot_label(row.domain) for row in rows], xlabel="bits per token")
     right.invert_yaxis()
     right.legend(fontsize=8)
     figure.tight_layout()

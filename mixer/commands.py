@@ -68,7 +68,7 @@ def weigh(
         )
     if out is not None:
         _mixture(manifest, weights, method, settings).save(out)
-        console.print(f"[green]Wrote[/green] {out}")
+        click.echo(f"Wrote {out}")
 
 
 def _weights(
@@ -125,11 +125,12 @@ def _mixture(manifest: Any, weights: Any, method: str, settings: dict[str, Any])
 def _table(plan: Any, tokens: Any, budget: int | None) -> Any:
     from rich.table import Table
 
+    from mixer.names import plain
     from mixer.units import short
 
     title = f"{short(tokens.sum())} tokens" + (f", a run of {short(budget)}" if budget else ", one epoch of all")
     table = Table(title=title, title_justify="left")
-    table.add_column("domain")
+    table.add_column("domain", overflow="fold")
     for column in ("tokens", "share", "weight", "× share", "epochs", "worth"):
         table.add_column(column, justify="right")
     for i, name in enumerate(plan.names):
@@ -141,11 +142,12 @@ def _table(plan: Any, tokens: Any, budget: int | None) -> Any:
             f"{plan.shares[i] / share:.2f}" if share else "–",
         )
         mark = "[yellow] max[/yellow]" if plan.capped[i] else ""
-        table.add_row(name, *row, f"{plan.epochs[i]:.2f}{mark}", short(plan.effective[i]))
-    table.caption = (
+        table.add_row(plain(name), *row, f"{plan.epochs[i]:.2f}{mark}", short(plan.effective[i]))
+    caption = (
         f"worth: unique tokens of the same value, {short(plan.effective.sum())} in all (Muennighoff et al. 2023)."
         + (f" {plan.note}." if plan.note else "")
     )
+    table.caption = plain(caption)
     table.caption_justify = "left"
     return table
 
@@ -185,8 +187,10 @@ def simulate(
       mixer simulate shards --mixture uniform --max-epochs 4 --on-exhausted drop
     """
     from rich.console import Console
+    from rich.text import Text
 
     from mixer.folders import load_manifest
+    from mixer.names import plain
     from mixer.setup import mixer_for, resolve_curriculum
     from mixer.simulation import draw_plot
     from mixer.simulation import simulate as run
@@ -204,24 +208,28 @@ def simulate(
     console = Console()
     console.print(_simulation_table(found, batch_size))
     if found.end:
-        console.print(f"[yellow]Ends after {mixer.step:,} of {batches:,} batches:[/yellow] {found.end}")
+        console.print(
+            Text.assemble((f"Ends after {mixer.step:,} of {batches:,} batches: ", "yellow"), plain(found.end))
+        )
     if plot is not None:
         draw_plot(found, str(plot), mixer.num_samples)
-        console.print(f"[green]Wrote[/green] {plot}")
+        click.echo(f"Wrote {plot}")
 
 
 def _simulation_table(run: Any, batch_size: int) -> Any:
     from rich.table import Table
 
+    from mixer.names import plain
+
     total = max(int(run.drawn[-1].sum()), 1)
     table = Table(title=f"{run.steps[-1]:,} batches of {batch_size:,}: {total:,} samples", title_justify="left")
-    table.add_column("domain")
+    table.add_column("domain", overflow="fold")
     for column in ("weight now", "samples", "share", "epochs", "first batch", "worst error"):
         table.add_column(column, justify="right")
     for i, name in enumerate(run.names):
         drawn, first = int(run.drawn[-1, i]), int(run.first_step[i])
         row = (f"{run.weights[-1, i]:.4f}", f"{drawn:,}", f"{drawn / total:.4f}", f"{run.epochs[i]:.3f}")
-        table.add_row(name, *row, "never" if first < 0 else f"{first:,}", f"{run.worst_error[i]:.2f}")
+        table.add_row(plain(name), *row, "never" if first < 0 else f"{first:,}", f"{run.worst_error[i]:.2f}")
     table.caption = "worst error: largest distance from the target at any batch, in samples."
     table.caption_justify = "left"
     return table

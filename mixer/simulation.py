@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from mixer.errors import ExhaustedError
 from mixer.mixer import Mixer, RunEnded
+from mixer.names import plot_label
 
 __all__ = ["Simulation", "draw_plot", "simulate"]
 
@@ -73,8 +74,8 @@ def draw_plot(run: Simulation, path: str, num_samples: NDArray[np.int64]) -> Non
 
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
     for i, name in enumerate(run.names):
-        above.plot(run.steps, run.weights[:, i], label=name)
-        below.plot(run.steps, run.drawn[:, i] / max(num_samples[i], 1), label=name)
+        above.plot(run.steps, run.weights[:, i], label=plot_label(name))
+        below.plot(run.steps, run.drawn[:, i] / max(num_samples[i], 1))
     above.set(ylabel="weight", title="weights in force")
     below.set(ylabel="epochs", xlabel="batches", yscale="symlog", title="times each domain has been read")
     if len(run.names) <= 24:

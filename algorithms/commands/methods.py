@@ -9,6 +9,7 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from algorithms.rules import CATALOGUE, UPDATE_RULES
 from mixer.errors import InputError
@@ -72,11 +73,8 @@ def _table() -> Table:
     for name in UPDATE_RULES:
         row = describe(name)
         needs = ", ".join([*row["needs"], *(f"--set {setting}=" for setting in row["required"])]) or "nothing more"
-        table.add_row(
-            name,
-            f"{row['optimises']} [dim](weights the {row['applies']})[/]\n"
-            f"[dim]needs {needs}; cost {row['cost']}; {row['paper']}[/]",
-        )
+        about = f"(weights the {row['applies']})\nneeds {needs}; cost {row['cost']}; {row['paper']}"
+        table.add_row(name, Text.assemble(row["optimises"], " ", (about, "dim")))
     return table
 
 

@@ -15,6 +15,7 @@ from algorithms.mixture_regression import Runs, cross_validated, descend, fit_ke
 from mixer.errors import InputError
 from mixer.manifest import Manifest
 from mixer.mixture import Mixture
+from mixer.names import plain
 from mixer.units import parse_count
 
 __all__ = ["propose", "regress"]
@@ -58,12 +59,10 @@ def regress(mixtures: Path, losses: Path, out: Path, shards: Path | None, budget
     caps = _caps(runs, shards, options.pop("max_epochs"), budget)
     weights, facts = propose(runs, upper=np.minimum(options.pop("ceiling"), caps), **options)
     Mixture(dict(zip(runs.domains, weights.tolist())), {"method": "regress", **facts}).save(out)
-    console = Console()
-    console.print(_table(runs, weights, facts))
-    console.print(
+    Console().print(_table(runs, weights, facts))
+    click.echo(
         f"Rank correlation of predicted and real losses, runs left out in turn: {facts['rank_correlation']:.3f}. "
-        f"Frozen: {out}",
-        soft_wrap=True,
+        f"Frozen: {out}"
     )
 
 
@@ -112,7 +111,7 @@ def _table(runs: Runs, weights: Vector, facts: dict[str, Any]) -> Table:
     for title in ("domain", "best run", "proposal"):
         table.add_column(title, justify="left" if title == "domain" else "right")
     for index in np.argsort(-weights, kind="stable"):
-        table.add_row(runs.domains[index], f"{best[index]:.4f}", f"{weights[index]:.4f}")
+        table.add_row(plain(runs.domains[index]), f"{best[index]:.4f}", f"{weights[index]:.4f}")
     table.add_section()
     table.add_row("mean loss, real", f"{facts['best_run_mean_loss']:.4f}", "")
     table.add_row("mean loss, predicted", "", f"{facts['predicted_mean_loss']:.4f}")

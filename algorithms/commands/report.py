@@ -33,4 +33,4 @@ def report(runs: tuple[Path, ...], out: Path, baseline: str | None) -> None:
     main_runs = write_report(runs, out, baseline=baseline)
     if main_runs:
         Console().print(comparison_table(main_runs))
-    Console(stderr=True).print(f"[green]Written:[/green] {out}")
+    click.echo(f"Written: {out}", err=True)

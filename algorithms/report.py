@@ -109,8 +109,8 @@ def comparison_table(runs: Sequence[Path]) -> Table:
     total = sum(sizes.values())
     best = {name: min(result["heldout"][name]["loss"] for result in results.values()) for name in sizes}
     table = Table("domain", title="Held-out log-perplexity (nats per token) under each mixture", title_justify="left")
-    table.add_column("share of data", justify="right")
-    for name in results:
+    table.add_column("share\nof data", justify="right")
+    for name in _titles(list(results)):
         table.add_column(plain(name).append("\nweight"), justify="right")
         table.add_column("\nloss", justify="right")
     for domain in sorted(sizes, key=lambda name: -sizes[name]):
@@ -211,6 +211,17 @@ def _unequal(runs: Sequence[Path]) -> str:
 
 def _last_round(out: Path) -> Path:
     return out / f"round-{read_result(out)['rounds']}"
+
+
+def _titles(names: Sequence[str]) -> list[str]:
+    """Names for narrow columns: without what all of them begin with, up to a dash.
+
+    >>> _titles(["main-doremi", "main-uniform"]), _titles(["main"])
+    (['doremi', 'uniform'], ['main'])
+    """
+    common = os.path.commonprefix(list(names)) if len(names) > 1 else ""
+    cut = common.rfind("-") + 1
+    return [name[cut:] for name in names]
 
 
 def _name(run: Path, runs: Sequence[Path]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import re
 from pathlib import Path
 
@@ -111,3 +113,36 @@ def test_plots_of_runs_show_all_names(tmp_path, drawn_texts):
     losses = {run: {name: 1.0 + i for i, name in enumerate(NAMES)} for run in ("$b$", "_r", "[/]")}
     plot_comparison(tmp_path / "c.png", losses, baseline="$b$")
     assert {*SHOWN, "_r", "Held-out loss against the $b$ mixture (left is better)"} <= set(drawn_texts)
+
+
+def test_tables_of_runs_show_all_names(tmp_path):
+    from rich.console import Console
+
+    from algorithms.report import comparison_table
+
+    result = {
+        "num_samples": dict.fromkeys(NAMES, 10),
+        "weights": dict.fromkeys(NAMES, 1 / len(NAMES)),
+        "heldout": {name: {"loss": 2.0} for name in NAMES},
+        "average": 2.0,
+        "worst": 2.0,
+    }
+    runs = [tmp_path / "[b]", tmp_path / "[code]"]
+    for run in runs:
+        run.mkdir()
+        (run / "result.json").write_text(json.dumps(result))
+    with (console := Console(width=100)).capture() as captured:
+        console.print(comparison_table(runs))
+    assert_rows(captured.get())
+    assert all(run.name in captured.get().split("─")[0] for run in runs)
+
+
+def test_regress_shows_all_names(tmp_path):
+    mixtures = np.random.default_rng(0).dirichlet(np.ones(len(NAMES)), 40)
+    losses = 2 + np.exp(-mixtures[:, :2])
+    for file, columns, rows in (("m", NAMES, mixtures), ("l", ("a", "b"), losses)):
+        with open(tmp_path / f"{file}.csv", "w", newline="") as opened:
+            csv.writer(opened).writerows([["run", *columns], *([n, *row] for n, row in enumerate(rows))])
+    output = mixer("regress", tmp_path / "m.csv", tmp_path / "l.csv", "--out", tmp_path / "[b]m.json")
+    assert_rows(output)
+    assert "[b]m.json" in output

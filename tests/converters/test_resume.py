@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,10 +155,15 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path):
 
 def test_ctrl_c_exits_with_130_and_the_same_command_continues(tmp_path, expected):
     write_corpus(tmp_path / "corpus")
-    process = start(tmp_path, workers=2)
-    assert wait_until(process, lambda: finished_units(tmp_path / "shards") >= 2)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    for _ in range(5):
+        process = start(tmp_path, workers=2)
+        reached = wait_until(process, lambda: finished_units(tmp_path / "shards") >= 2)
+        if reached:
+            os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        if process.returncode != 0:
+            break
+        shutil.rmtree(tmp_path / "shards")  # it was done before the signal came: a busy machine
     assert process.returncode == 130
     assert "continues where it stopped" in errors
     assert "Traceback" not in errors

@@ -54,6 +54,11 @@ def test_composer_saves_the_loader(shards, tmp_path):
 @pytest.mark.parametrize(("name", "package"), [("hugging_face", "transformers"), ("lightning", "lightning")])
 def test_trainer_goes_on_from_its_checkpoint(shards, tmp_path, name, package):
     needs(package)
+    if package == "transformers":
+        # Beside a CPU torch, PyPI's torchvision (a CUDA build) keeps transformers from importing its models.
+        loads = subprocess.run([sys.executable, "-c", "from transformers import GPT2LMHeadModel"], capture_output=True)
+        if loads.returncode:
+            pytest.skip("transformers cannot import its models here (torchvision and torch are of different builds)")
     command = (sys.executable, ROOT / "examples" / f"loader_{name}.py", shards, tmp_path / "run")
     for steps in (2, 5):
         assert f"trained to step {steps}" in run(*command, steps)

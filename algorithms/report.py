@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from algorithms.plots import plot_comparison, plot_trajectory
@@ -111,7 +112,7 @@ def comparison_table(runs: Sequence[Path]) -> Table:
     table = Table("domain", title="Held-out log-perplexity (nats per token) under each mixture", title_justify="left")
     table.add_column("share\nof data", justify="right")
     for name in _titles(list(results)):
-        table.add_column(plain(name).append("\nweight"), justify="right")
+        table.add_column(f"{escape(name)}\nweight", justify="right")
         table.add_column("\nloss", justify="right")
     for domain in sorted(sizes, key=lambda name: -sizes[name]):
         cells = [f"{sizes[domain] / total:.2%}"]
@@ -219,9 +220,10 @@ def _titles(names: Sequence[str]) -> list[str]:
     >>> _titles(["main-doremi", "main-uniform"]), _titles(["main"])
     (['doremi', 'uniform'], ['main'])
     """
-    common = os.path.commonprefix(list(names)) if len(names) > 1 else ""
-    cut = common.rfind("-") + 1
-    return [name[cut:] for name in names]
+    parts = [name.split("-") for name in names]
+    while len(parts) > 1 and min(map(len, parts)) > 1 and len({first for first, *_ in parts}) == 1:
+        parts = [rest for _, *rest in parts]
+    return ["-".join(rest) for rest in parts]
 
 
 def _name(run: Path, runs: Sequence[Path]) -> str:

@@ -131,6 +131,7 @@ def test_tables_of_runs_show_all_names(tmp_path):
     for run in runs:
         run.mkdir()
         (run / "result.json").write_text(json.dumps(result))
+        (run / "run.json").write_text("{}")
     with (console := Console(width=100)).capture() as captured:
         console.print(comparison_table(runs))
     assert_rows(captured.get())

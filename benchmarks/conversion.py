@@ -104,7 +104,7 @@ if __name__ == "__main__":
 @click.option("--repeat", default=1, show_default=True, help="Runs of each, of which the median is shown.")
 def main(size: str, full: bool, tokenizer: str | None, repeat: int) -> None:
     """Measure conversions of one corpus by several settings."""
-    console = Console(stderr=True)
+    console = Console(width=110)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         text_bytes = write_corpus(folder / "corpus", size_in_bytes("120MB" if full else size))

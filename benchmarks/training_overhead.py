@@ -13,6 +13,7 @@ vary with the noise of forward and backward passes. Results also go to benchmark
 from __future__ import annotations
 
 import json
+import logging
 import os
 import statistics
 import tempfile
@@ -139,6 +140,7 @@ def configurations(shards: Path, scores: Path, layers: int, width: int) -> dict[
 def main(full: bool, steps: int | None, rounds: int | None) -> None:
     """Measure the CPU time per step with and without DomainReweighting."""
     torch.set_num_threads(1)
+    logging.getLogger("composer").setLevel(logging.ERROR)
     layers, width = (6, 256) if full else (4, 128)
     steps, rounds = steps or (8 if full else 5), rounds or (5 if full else 4)
     with tempfile.TemporaryDirectory() as folder:

@@ -66,10 +66,11 @@ def demo(out: Path, steps: int, seed: int, workers: int) -> None:
         )
         cli.main(words, prog_name="mixer", standalone_mode=False)
     minutes = (time.monotonic() - start) / 60
-    console.print(
-        f"\n[green]Done[/green] in {minutes:.1f} minutes. Open {out}/report.html. Plots: {out}/search/weights.png, "
+    text = (
+        f"\nDone in {minutes:.1f} minutes. Open {out}/report.html. Plots: {out}/search/weights.png, "
         f"{out}/search/excess.png, {out}/report.comparison.png"
     )
+    console.print(text, style="green", markup=False)
 
 
 def _prepare(folder: Path, console: Console) -> None:

@@ -116,4 +116,4 @@ def optimize(
     find_mixture(shards, settings, out, console)
     plots = draw_search(out)
     Console().print(search_table(shards, out))
-    console.print(f"[green]Frozen:[/green] {out / 'mixture.json'}   plots: {', '.join(str(path) for path in plots)}")
+    console.print(f"Frozen: {out / 'mixture.json'}   plots: {', '.join(map(str, plots))}", style="green", markup=False)

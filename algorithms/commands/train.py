@@ -80,4 +80,4 @@ def train(
         **caps,
     )
     Console().print(train_table(out))
-    console.print(f"[green]Done:[/green] {out / 'result.json'}, model in {out / 'model'}")
+    console.print(f"Done: {out / 'result.json'}, model in {out / 'model'}", style="green", markup=False)

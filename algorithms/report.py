@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -109,13 +110,15 @@ def comparison_table(runs: Sequence[Path]) -> Table:
     sizes = first["num_samples"]
     total = sum(sizes.values())
     best = {name: min(result["heldout"][name]["loss"] for result in results.values()) for name in sizes}
-    table = Table("domain", title="Held-out log-perplexity (nats per token) under each mixture", title_justify="left")
-    table.add_column("share\nof data", justify="right")
+    title = "Held-out log-perplexity (nats per token) under each mixture"
+    table = Table("domain", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("samples", justify="right")
+    table.add_column("share", justify="right")
     for name in _titles(list(results)):
         table.add_column(f"{escape(name)}\nweight", justify="right")
         table.add_column("\nloss", justify="right")
     for domain in sorted(sizes, key=lambda name: -sizes[name]):
-        cells = [f"{sizes[domain] / total:.2%}"]
+        cells = [f"{sizes[domain]:,}", f"{sizes[domain] / total:.2%}"]
         for result in results.values():
             loss = result["heldout"][domain]["loss"]
             mark = "bold green" if len(results) > 1 and loss == best[domain] else "default"
@@ -128,7 +131,7 @@ def comparison_table(runs: Sequence[Path]) -> Table:
         for result in results.values():
             mark = "bold green" if len(results) > 1 and result[key] == low else "bold"
             cells += ["", f"[{mark}]{result[key]:.3f}[/{mark}]"]
-        table.add_row(f"[bold]{key}[/bold]", "", *cells)
+        table.add_row(f"[bold]{key}[/bold]", "", "", *cells)
     if _unequal(runs):
         table.caption = f"[yellow]{_unequal(runs)}[/yellow]"
     return table

@@ -103,7 +103,7 @@ def test_scoring_continues_where_it_was_interrupted(shards: Path, scores: Path, 
 
 
 def test_scores_of_another_model_do_not_mix(shards: Path, scores: Path) -> None:
-    with pytest.raises(InputError, match=r"holds a run with other settings \(reference: 'xxh3:"):
+    with pytest.raises(InputError, match=r"holds a run with other settings: reference: 'xxh3:"):
         score(shards, FrozenModel(llama(seed=2)), scores)
 
 

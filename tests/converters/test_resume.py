@@ -31,7 +31,13 @@ def command(tmp_path: Path, workers: int) -> list[str]:
 
 def start(tmp_path: Path, workers: int) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command(tmp_path, workers), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+        command(tmp_path, workers),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+        # A shell starts what it puts in the background deaf to Ctrl-C, and so are the children of tests run that way.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

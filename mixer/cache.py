@@ -53,6 +53,7 @@ class RemoteCache:
         self._sizes: dict[str, int] = {}  # files that may be evicted: path inside the folder → bytes
         self._wanted: dict[str, frozenset[str]] = {}
         self._mutex, self._reserved = threading.Lock(), 0
+        self._in_flight: set[str] = set()  # files that a thread is fetching or unpacking
         self.fetched_bytes = self.fetched_files = self.hits = self.evicted_files = 0
         try:
             self.local.mkdir(parents=True, exist_ok=True)
@@ -142,10 +143,11 @@ class RemoteCache:
         return kept + self._reserved + size_bytes <= self.limit
 
     @contextmanager
-    def room(self, size_bytes: int) -> Iterator[None]:
+    def room(self, size_bytes: int, names: frozenset[str] = frozenset()) -> Iterator[None]:
         """Evict files until ``size_bytes`` more fit within the limit, and keep that room while they are fetched.
 
-        Those not wanted go first, and of them those longest unused. Room is kept against the threads of this process;
+        Those not wanted go first, and of them those longest unused; ``names``, what the room is for, stay. Room is kept
+        against the threads of this process;
         ranks that fetch at the same moment can exceed the limit by what each of them is fetching.
         """
         if self.limit is None:
@@ -153,12 +155,14 @@ class RemoteCache:
             return
         with self._mutex:
             self._reserved += size_bytes
+            self._in_flight |= names
         try:
             self._evict()
             yield
         finally:
             with self._mutex:
                 self._reserved -= size_bytes
+                self._in_flight -= names
 
     def _evict(self) -> None:
         assert self.limit is not None
@@ -169,6 +173,8 @@ class RemoteCache:
             for name, size in sorted(present, key=lambda file: (file[0] in wanted, self._used(file[0]))):
                 if excess <= 0:
                     break
+                if name in self._in_flight:
+                    continue
                 (self.local / name).unlink(missing_ok=True)
                 excess -= size
                 self.evicted_files += 1

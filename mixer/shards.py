@@ -219,7 +219,8 @@ class DomainShards:
             if not anew and _size(raw) == size_bytes:  # another rank or thread has fetched it meanwhile
                 return raw
             raw.unlink(missing_ok=True)
-            with cache.room(self._cached_bytes(shard)):
+            names = {self._cached_name(shard), f"{self.path}/{self.index.zip_name(shard)}"}
+            with cache.room(self._cached_bytes(shard), frozenset(names)):
                 return self._fetch_raw(shard, raw)
 
     def _fetch_raw(self, shard: int, raw: Path) -> Path:

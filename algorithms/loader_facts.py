@@ -15,7 +15,7 @@ from algorithms.rules.base import Domains, as_domains
 from mixer.errors import InputError
 from mixer.manifest import Manifest
 
-__all__ = ["domains_of", "rounded", "sampling_weights", "shards_provenance"]
+__all__ = ["domains_of", "planned_samples", "rounded", "sampling_weights", "shards_provenance"]
 
 
 def domains_of(given: Domains | Sequence[str] | None, loader: Any) -> Domains:
@@ -53,6 +53,16 @@ def sampling_weights(loader: Any) -> NDArray[np.float64] | None:
     if names is None or weights is None:
         return None
     return np.array([weights[name] for name in names] if isinstance(weights, Mapping) else weights, dtype=np.float64)
+
+
+def planned_samples(loader: Any, batch: Mapping[str, Any]) -> NDArray[np.int64] | None:
+    """Return the samples (D,) of each domain in the global batch where the loader knows and every token counts.
+
+    Then no rank has to ask the others. None where the batch says itself which tokens count, or is not as delivered.
+    """
+    if not hasattr(loader, "counts_of") or "labels" in batch or "attention_mask" in batch:
+        return None
+    return loader.counts_of(batch)
 
 
 def rounded(domains: Sequence[str], weights: NDArray[np.float64]) -> dict[str, float]:

@@ -313,14 +313,22 @@ class DomainLosses:
         self._sums: Tensor | None = None
         self._counted_by_call = False
 
-    def start(self, *batches: Mapping[str, Any]) -> None:
+    def start(self, *batches: Mapping[str, Any], num_samples: NDArray[np.int64] | None = None) -> None:
         """Begin a step: count the tokens of each domain in this rank's whole share of it, over all ranks.
 
         Needed before the first of several micro-batches; a step of one micro-batch may go without.
 
         Args:
             batches: the whole batch, or all of its micro-batches.
+            num_samples: (D,) whole samples of each domain over all ranks, where the loader knows: saves the ranks from
+                asking each other. Only for samples of one length without masked tokens.
         """
+        if num_samples is not None:
+            length = batches[0]["input_ids"].shape[1] - self.shift
+            self.num_tokens = num_samples.astype(np.float64) * length
+            self.num_rows = int(num_samples.sum()) / world_size()
+            self.reset()
+            return
         counts = torch.zeros(len(self.domains) + 1, dtype=torch.int64)
         for batch in batches:
             mask = loss_mask(labels_of(batch), shift=self.shift)

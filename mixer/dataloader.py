@@ -114,6 +114,7 @@ class MixtureLoader(DataLoader[Any]):
             self._check_limit(dataset, cache)
         self.reader: MixtureDataset = dataset
         self._ended, self._generation = "", 0
+        self._last: tuple[torch.Tensor | None, np.ndarray] = (None, np.zeros(0, np.int64))
         # Reading takes no processes: they would only be slower. A transform is what they are for.
         processes = num_workers if transform is not None else 0
         self.read_ahead = (_READ_AHEAD if processes else 0) if read_ahead is None else read_ahead
@@ -151,6 +152,14 @@ class MixtureLoader(DataLoader[Any]):
                 f" over {len(needed)} domains ({', '.join(f'{name} {short(needed[name])}' for name in largest)}, …)."
                 " Raise it to at least that; twice as much leaves room to read ahead."
             )
+
+    def counts_of(self, batch: Mapping[str, Any]) -> np.ndarray | None:
+        """Return how many samples of each domain the *global* batch holds, (D,) int64, without asking other ranks.
+
+        Known for the batch delivered last, as it was delivered; None for any other, and with worker processes.
+        """
+        ids, counts = self._last
+        return counts if ids is not None and batch.get("domain_ids") is ids else None
 
     @property
     def ended(self) -> str:
@@ -233,6 +242,7 @@ class MixtureLoader(DataLoader[Any]):
             raise
         if self.pin_memory and torch.cuda.is_available():
             batch = {name: value.pin_memory() for name, value in batch.items()}
+        self._last = (batch.get("domain_ids"), draws.counts)
         return batch
 
     def _from_workers(self) -> Iterator[Any]:

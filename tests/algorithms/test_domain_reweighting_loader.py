@@ -55,6 +55,29 @@ def test_the_readme_example_finds_and_saves_a_mixture(shards: Path, tmp_path: Pa
     np.testing.assert_array_equal(algorithm.trajectory.num_tokens, np.full((5, 3), 4 * 11))
 
 
+def test_a_step_asks_the_other_ranks_once_and_the_plan_says_what_they_would(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import algorithms.losses
+
+    sizes: list[int] = []
+    plain = algorithms.losses.all_reduce
+
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.numel())
+        return plain(tensor)
+
+    monkeypatch.setattr(algorithms.losses, "all_reduce", counted)
+    planned, asked = DomainReweighting(group_dro()), DomainReweighting(group_dro())
+    one = parameters(fit(planned, loader=make_loader(shards), micro=3, steps=4))
+    assert len(sizes) == 4
+    monkeypatch.setattr(MixtureLoader, "counts_of", lambda self, batch: None)
+    other = parameters(fit(asked, loader=make_loader(shards), micro=3, steps=4))
+    assert len(sizes) == 4 + 2 * 4
+    assert torch.equal(one, other)
+    np.testing.assert_array_equal(planned.trajectory.weights, asked.trajectory.weights)
+
+
 def sampling() -> DomainReweighting:
     return DomainReweighting(group_dro(eta=2.0), apply="sampling")
 

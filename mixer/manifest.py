@@ -85,7 +85,11 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole of ``manifest.json``. ``domains`` is sorted by name; that order is the order of domain ids."""
+    """The whole of ``manifest.json``. ``domains`` is sorted by name; that order is the order of domain ids.
+
+    With ``variable_length`` a sample is one document of 1 to ``seq_len`` tokens (a longer one is several samples), and
+    the token column has the encoding ``ndarray:<dtype>`` without a shape; ``Split.num_tokens`` counts real tokens.
+    """
 
     domains: Mapping[str, Domain]
     seq_len: int
@@ -93,6 +97,7 @@ class Manifest:
     tokenizer: TokenizerInfo
     column: str = "tokens"
     converter: Mapping[str, Any] = field(default_factory=dict)
+    variable_length: bool = False
     schema: int = SCHEMA
 
     @property

@@ -57,7 +57,7 @@ def test_the_gradient_of_token_losses_is_that_of_cross_entropy(
     rows_in_a_part: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = lambda logits: [slice(i, i + rows_in_a_part) for i in range(0, len(logits), rows_in_a_part)]  # noqa: E731
-    monkeypatch.setattr("algorithms.losses._parts", parts)
+    monkeypatch.setattr("algorithms.cross_entropy._parts", parts)
     logits = (5 * torch.randn(3, 5, 7, generator=CPU)).to(dtype).requires_grad_()
     labels, weights = torch.randint(0, 7, (3, 5), generator=CPU), torch.rand(3, 4, generator=CPU)
     labels[1, 3] = -100

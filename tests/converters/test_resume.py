@@ -180,7 +180,7 @@ def test_ctrl_c_exits_with_130_and_the_same_command_continues(tmp_path, expected
 
 
 def test_finished_units_are_not_tokenised_again(tmp_path, monkeypatch, expected):
-    from converters import conversion
+    from converters import tokenizing
 
     write_corpus(tmp_path / "corpus")
     seen: list[int] = []
@@ -194,13 +194,13 @@ def test_finished_units_are_not_tokenised_again(tmp_path, monkeypatch, expected)
         convert([tmp_path / "corpus"], tmp_path / "shards", progress=stop_after_five, **OPTIONS)
     done = finished_units(tmp_path / "shards")
     staged: list[int] = []
-    original = conversion.stage_unit
+    original = tokenizing.stage_unit
 
     def counting(task):
         staged.append(task.unit.number)
         return original(task)
 
-    monkeypatch.setattr("converters.conversion.stage_unit", counting)
+    monkeypatch.setattr("converters.tokenizing.stage_unit", counting)
     convert([tmp_path / "corpus"], tmp_path / "shards", **OPTIONS)
     assert done >= 5
     assert min(staged) == done
@@ -242,7 +242,7 @@ def test_two_conversions_into_one_folder_do_not_mix(tmp_path):
 def test_kill_between_manifest_and_clean_up_is_tidied_by_the_next_call(tmp_path, monkeypatch, expected):
     write_corpus(tmp_path / "corpus")
     with monkeypatch.context() as patch:
-        patch.setattr("converters.conversion._Job.clean_up", lambda *_: None)
+        patch.setattr("converters.workplace.clean_up", lambda *_: None)
         convert([tmp_path / "corpus"], tmp_path / "shards", **OPTIONS)
     assert (tmp_path / "shards" / ".stage").exists()
     convert([tmp_path / "corpus"], tmp_path / "shards", **OPTIONS)

@@ -1,0 +1,221 @@
+"""Pack what is staged into shards, then commit: an index for every split, and the manifest last of all."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+import mixer
+from converters.domains import domain_rule, mapped
+from converters.extending import fixed_splits, known_inputs, merged, save_inputs
+from converters.inspecting import read_index
+from converters.job import PACK, QUARANTINE, TOKENIZER, Job, Progress
+from converters.packing import PackTask, check_accounting, pack_shard, pack_tasks, shard_path
+from converters.readers import Piece
+from converters.splits import DomainPlan, SplitPlan, copies_across_splits, plan_splits, require_samples
+from converters.stage import unit_folder
+from converters.streams import keep_first_copies
+from converters.tokenizers import id_dtype
+from converters.tokenizing import Staged, copy_file
+from mixer.errors import DataError, InputError
+from mixer.manifest import Domain, Manifest, Split, TokenizerInfo, domain_folder
+from mixer.mds import write_index
+
+__all__ = ["pack"]
+
+
+def pack(job: Job, staged: Staged) -> Manifest:
+    """Write the shards that are not there yet, then the index files and the manifest."""
+    keep, staged = _deduplicated(job, staged)
+    plans = _plan_splits(job, keep)
+    _check_counts(job, staged, plans)
+    warnings = [*_require_documents(job, plans), *require_samples(plans, job.pack_options)]
+    splits = [split for plan in plans for split in plan.splits if split.num_samples]
+    if not splits:
+        raise InputError(f"no domain fills a sample of {job.pack_options.seq_len:,} tokens. Lower --seq-len.")
+    tasks = {(split.domain, split.split): list(_pack_tasks(job, split, staged.tokenizer)) for split in splits}
+    _write_shards(job, [task for several in tasks.values() for task in several])
+    written = {(split.domain, split.split): _commit_split(job, split, tasks) for split in splits}
+    return _commit(job, staged, plans, written, warnings)
+
+
+def _check_counts(job: Job, staged: Staged, plans: Sequence[DomainPlan]) -> None:
+    if not plans:
+        raise InputError(f"no text in {staged.documents_read:,} records of {len(job.plan.inputs):,} files.")
+    kept, left_out = sum(plan.documents for plan in plans), staged.left_out()
+    if staged.documents_read != kept + sum(left_out.values()):
+        raise DataError(f"{staged.documents_read:,} records read, but {kept:,} kept and {left_out} left out.")
+
+
+def _require_documents(job: Job, plans: Sequence[DomainPlan]) -> list[str]:
+    """Return a warning for every domain that has files but no document, if that is allowed, else raise the first.
+
+    Only rules that go by the path tell the domain of a file without records; a domain that is mapped away is none.
+    """
+    have = {plan.domain for plan in plans} | (job.base.domains.keys() if job.base else set())
+    missing: dict[str, Piece] = {}
+    domain_of = domain_rule(job.stage_options.domain)
+    for piece in (piece for unit in job.plan.units for piece in unit.pieces):
+        name = domain_of(piece, {})
+        name = mapped(name, job.stage_options.domain_map) if name else None
+        if name is not None and name not in have:
+            missing.setdefault(name, piece)
+    problems = [
+        f"domain {name!r} has no document: its first file is {piece.path} of {piece.size_bytes:,} bytes. Add text,"
+        " leave its files out with --exclude, or go on without the domain with --allow-empty."
+        for name, piece in sorted(missing.items())
+    ]
+    if problems and not job.pack_options.allow_empty:
+        more = f" ({len(problems) - 1} more domains like this.)" if len(problems) > 1 else ""
+        raise InputError(problems[0] + more)
+    return problems
+
+
+# --- shards --------------------------------------------------------------------------------------------------------
+
+
+def _unit_numbers(job: Job) -> list[int]:
+    return [unit.number for unit in job.plan.units]
+
+
+def _deduplicated(job: Job, staged: Staged) -> tuple[str | None, Staged]:
+    """Return the folder that says which documents stay (None: all), and what is left out with the copies counted."""
+    if not job.pack_options.dedupe:
+        return None, staged
+    folder = job.out / PACK / "keep"
+    skipped = {name: Counter(reasons) for name, reasons in staged.skipped.items()}
+    for name, count in keep_first_copies(str(job.stage), _unit_numbers(job), folder).items():
+        skipped.setdefault(name, Counter())["duplicate"] += count
+    return str(folder), staged._replace(skipped=skipped)
+
+
+def _plan_splits(job: Job, keep: str | None) -> list[DomainPlan]:
+    scratch = job.out / PACK / "layouts"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    units, fixed = _unit_numbers(job), fixed_splits(job.base)
+    return plan_splits(str(job.stage), units, job.pack_options, scratch=scratch, keep=keep, fixed=fixed)
+
+
+def _pack_tasks(job: Job, split: SplitPlan, tokenizer: TokenizerInfo) -> Iterator[PackTask]:
+    below = Path(domain_folder(split.domain)) / split.split
+    return pack_tasks(
+        split,
+        folder=job.out / below,
+        records=job.out / PACK / "shards" / below,
+        dtype=id_dtype(tokenizer.vocab_size).name,
+        eos_id=tokenizer.eos_id,
+        options=job.pack_options,
+        first_number=_shards_before(job, split),
+    )
+
+
+def _shards_before(job: Job, split: SplitPlan) -> int:
+    """Return how many shards of an extended split are there already."""
+    domain = None if job.base is None else job.base.domains.get(split.domain)
+    return domain.splits[split.split].num_shards if domain and split.split in domain.splits else 0
+
+
+def _write_shards(job: Job, tasks: Sequence[PackTask]) -> None:
+    total, done = sum(task.num_samples for task in tasks), 0
+    job.progress(Progress("pack", 0, total, "samples"))
+    for entry in job.run(pack_shard, tasks):
+        done += entry["samples"]
+        job.progress(Progress("pack", done, total, "samples", tokens=done * job.pack_options.seq_len))
+
+
+# --- commit --------------------------------------------------------------------------------------------------------
+
+
+def _commit_split(job: Job, split: SplitPlan, tasks: Mapping[tuple[str, str], Sequence[PackTask]]) -> Split:
+    seq_len = job.pack_options.seq_len
+    entries = [orjson.loads(Path(task.record).read_bytes()) for task in tasks[split.domain, split.split]]
+    check_accounting(split, entries, seq_len)
+    below = f"{domain_folder(split.domain)}/{split.split}"
+    before = _shards_before(job, split)
+    old = read_index(job.out / below)[:before] if before else []
+    index = write_index(job.out / below, [*old, *entries])
+    return Split(
+        path=below,
+        num_samples=split.num_samples,
+        num_tokens=split.num_samples * seq_len,
+        num_documents=split.num_documents,
+        num_shards=len(entries),
+        size_bytes=sum(shard_path(index.parent, entry).stat().st_size for entry in entries),
+        fingerprint="sha256:" + hashlib.sha256(index.read_bytes()).hexdigest(),
+    )
+
+
+def _commit(
+    job: Job,
+    staged: Staged,
+    plans: Sequence[DomainPlan],
+    written: Mapping[tuple[str, str], Split],
+    warnings: list[str],
+) -> Manifest:
+    tokenizer = _copy_tokenizer(job, staged.tokenizer)
+    names = {name for name, _ in written}
+    before = dict(job.base.domains) if job.base else {}
+    added = {plan.domain: _domain(plan, staged, written) for plan in plans if plan.domain in names | before.keys()}
+    domains = {**before, **{name: merged(before.get(name), domain) for name, domain in added.items()}}
+    known = [] if job.base is None else known_inputs(job.out, job.base).values()
+    facts: dict[str, Any] = {
+        "name": "domain-mixer",
+        "version": mixer.__version__,
+        "request": job.request(),
+        "documents_read": staged.documents_read,
+        "skipped": staged.left_out(),
+        **_publish_quarantine(job, staged),
+        "bad_records": staged.bad_records[:100],
+        "warnings": warnings,
+        "copies_across_splits": copies_across_splits(plans),
+        "inputs": save_inputs(job.out, [*known, *job.plan.inputs]),
+    }
+    if job.base is not None:
+        facts = {**job.base.converter, "inputs": facts["inputs"], "extensions": [*job.extensions(), facts]}
+    dtype = id_dtype(tokenizer.vocab_size).name
+    manifest = Manifest(dict(sorted(domains.items())), job.pack_options.seq_len, dtype, tokenizer, converter=facts)
+    manifest.save(job.out)
+    return manifest
+
+
+def _domain(plan: DomainPlan, staged: Staged, written: Mapping[tuple[str, str], Split]) -> Domain:
+    return Domain(
+        splits={split.split: written[plan.domain, split.split] for split in plan.splits if split.num_samples},
+        text_bytes=plan.text_bytes,
+        held_out=plan.held_out.facts(),
+        skipped=dict(sorted(staged.skipped.get(plan.domain, {}).items())),
+        dropped_tokens={split.split: split.dropped_tokens for split in plan.splits},
+        tokens_in={split.split: split.tokens_in for split in plan.splits},
+        padding_tokens={split.split: split.padding_tokens for split in plan.splits},
+    )
+
+
+def _publish_quarantine(job: Job, staged: Staged) -> dict[str, Any]:
+    """Gather the quarantined records of all units, in input order, into one file; say where."""
+    if job.stage_options.on_bad_record != "quarantine" or not staged.bad_records:
+        return {}
+    name = QUARANTINE if job.base is None else f"quarantine.{len(job.extensions()) + 1}.jsonl"
+    partial = job.out / f".{QUARANTINE}.{os.getpid()}.tmp"
+    with open(partial, "wb") as file:
+        for unit in job.plan.units:
+            file.write((unit_folder(job.stage, unit.number) / QUARANTINE).read_bytes())
+    os.replace(partial, job.out / name)
+    return {"quarantine": name}
+
+
+def _copy_tokenizer(job: Job, tokenizer: TokenizerInfo) -> TokenizerInfo:
+    if tokenizer.file is None:
+        return tokenizer
+    name = f"{TOKENIZER}/tokenizer{Path(tokenizer.file).suffix}"
+    (job.out / TOKENIZER).mkdir(exist_ok=True)
+    copy_file(tokenizer.file, job.out / name)
+    return dataclasses.replace(tokenizer, file=name)

@@ -1,0 +1,115 @@
+"""Stage every unit that is not there yet, and add up what was read and left out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from converters.job import Job, Progress
+from converters.stage import INTENDED, StageTask, read_unit, stage_unit, unit_folder
+from converters.tokenizers import describe, load_encoder
+from mixer.errors import DataError
+from mixer.manifest import TokenizerInfo
+
+__all__ = ["Staged", "copy_file", "tokenize"]
+
+
+class Staged(NamedTuple):
+    """What became of all records.
+
+    Args:
+        skipped: by domain (empty where none could be told), how many were left out, by reason.
+        bad_records: place and reason of some of them.
+    """
+
+    tokenizer: TokenizerInfo
+    documents_read: int
+    skipped: Mapping[str, Counter[str]]
+    bad_records: list[dict[str, Any]]
+
+    def left_out(self) -> dict[str, int]:
+        """Return how many records were left out, by reason."""
+        return dict(sorted(sum(self.skipped.values(), Counter()).items()))
+
+
+def tokenize(job: Job) -> Staged:
+    """Stage every unit that is not there yet."""
+    tokenizer, file = _tokenizer(job)
+    if job.backend == "gigatoken":
+        _check_backend(job, tokenizer, file)
+    done = documents = tokens = 0
+    tasks = []
+    for unit in job.plan.units:
+        if read_unit(unit_folder(job.stage, unit.number)) is None:
+            tasks.append(StageTask(unit, str(job.stage), job.stage_options, tokenizer, file, job.backend))
+        else:
+            done += unit.size_bytes
+    job.progress(Progress("tokenize", done, job.plan.size_bytes, "bytes"))
+    for summary in job.run(stage_unit, tasks):
+        done += summary["size_bytes"]
+        documents += sum(sums["documents"] for sums in summary["domains"].values())
+        tokens += sum(sums["tokens"] for sums in summary["domains"].values())
+        job.progress(Progress("tokenize", done, job.plan.size_bytes, "bytes", documents, tokens))
+    return _added_up(job, tokenizer)
+
+
+def _tokenizer(job: Job) -> tuple[TokenizerInfo, str | None]:
+    """Return the tokenizer, trained now if that is asked, and the file that the workers read."""
+    if job.tokenizer is None:
+        from converters.training import trained_tokenizer
+
+        job.progress(Progress("train-tokenizer", 0, 1, "tokenizers"))
+        file = trained_tokenizer(job.plan.units, job.stage_options, job.stage)
+        job.progress(Progress("train-tokenizer", 1, 1, "tokenizers"))
+        return describe(file), str(file)
+    if job.tokenizer.file is None:
+        return job.tokenizer, None
+    # A copy, so that every worker on every machine reads the file that was fingerprinted.
+    copy = job.stage / f"tokenizer{Path(job.tokenizer.file).suffix}"
+    copy_file(job.tokenizer.file, copy)
+    return job.tokenizer, str(copy)
+
+
+def _check_backend(job: Job, tokenizer: TokenizerInfo, file: str | None) -> None:
+    """Compare the fast backend with the exact one on documents of this very corpus, before it is used."""
+    from converters.tokenizers import GigatokenEncoder
+    from converters.training import sample_documents
+
+    encoder = load_encoder(tokenizer.kind, file, job.backend)
+    assert isinstance(encoder, GigatokenEncoder)
+    some = job.plan.units[:: max(1, len(job.plan.units) // 4)]
+    encoder.check([*sample_documents(some, job.stage_options, 1 << 20), "a<|endoftext|>b </s>", "e\u0301 \u212b"])
+
+
+def _added_up(job: Job, tokenizer: TokenizerInfo) -> Staged:
+    """Add up the units' summaries. Raises: DataError: if more records are bad than is allowed."""
+    skipped: dict[str, Counter[str]] = {}
+    bad_records: list[dict[str, Any]] = []
+    read = 0
+    for unit in job.plan.units:
+        summary = read_unit(unit_folder(job.stage, unit.number)) or {}
+        read += summary["read"]
+        for name, reasons in summary["skipped"].items():
+            skipped.setdefault(name, Counter()).update(reasons)
+        bad_records += summary["bad_records"]
+    staged = Staged(tokenizer, read, skipped, bad_records)
+    bad = sum(count for reason, count in staged.left_out().items() if reason not in INTENDED)
+    allowed = 0 if job.stage_options.on_bad_record == "fail" else job.stage_options.max_bad
+    if bad > allowed * read:
+        first = bad_records[0]
+        raise DataError(
+            f"{bad:,} of {read:,} records are bad, more than the allowed share of {allowed:g}; the"
+            f" first is {first['place']}: {first['detail']}. Repair them, or raise --max-bad."
+        )
+    return staged
+
+
+def copy_file(source: str, target: Path) -> None:
+    """Copy a file, so that the copy is there whole or not at all."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.copyfile(source, partial)
+    os.replace(partial, target)

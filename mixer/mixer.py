@@ -11,7 +11,7 @@ A draw is (domain, position in that domain's endless order); ``mixer.order`` say
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from mixer.errors import InputError
 from mixer.exhaustion import EXHAUSTION, Exhausted, RunEnded
 from mixer.order import WINDOW_SAMPLES
 from mixer.randomness import key, permutations
+from mixer.token_allocation import allocate_by_tokens, even_lengths
 
 __all__ = ["Draws", "Mixer", "RunEnded", "Snapshot", "Stage"]
 
@@ -55,13 +56,19 @@ class Stage(NamedTuple):
     """From batch ``step`` on the weights are ``weights``; over the ``ramp`` batches before, they move there.
 
     ``samples`` is where it begins in samples of the run, if that is how it was asked for: then it stays there when the
-    batch size changes.
+    batch size changes. With ``tokens`` it begins with the first batch after so many, ``ramp`` is in tokens too, and
+    ``step`` only an estimate.
     """
 
     step: int
     ramp: int
     weights: Vector
     samples: int | None = None
+    tokens: int | None = None
+
+    def reached(self, now: Snapshot) -> int:
+        """Return how far the run is beyond the beginning of this stage, in its unit; below 0 before it."""
+        return now.step - self.step if self.tokens is None else int(now.tokens.sum()) - self.tokens
 
 
 class Snapshot(NamedTuple):
@@ -71,6 +78,7 @@ class Snapshot(NamedTuple):
     credit: Vector
     positions: Ids
     drawn: Ids
+    tokens: Ids
     weights: Vector
     stages: list[Stage]
 
@@ -91,6 +99,9 @@ class Mixer:
         on_exhausted: a row of ``mixer.exhaustion.EXHAUSTION``.
         fingerprints: of the data by domain, compared when a state is loaded.
         independent: draw every sample on its own (multinomial) instead of carrying the rounding.
+        mean_tokens: tokens of a mean sample by domain, where samples differ in length: weights are then shares of
+            tokens and credit is counted in tokens, see ``mixer.token_allocation``. The lengths themselves come from
+            ``lengths(domain id, first position, count)``, an attribute; until it is set all are as long as the mean.
     Raises: InputError: for names, sizes, weights or limits that do not fit.
 
     >>> mixer = Mixer({"code": 10, "web": 90}, weights={"code": 0.5, "web": 0.5}, batch_size=4)
@@ -109,6 +120,7 @@ class Mixer:
         on_exhausted: str = "repeat",
         fingerprints: Mapping[str, str] | None = None,
         independent: bool = False,
+        mean_tokens: Mapping[str, float] | None = None,
     ) -> None:
         self.names = tuple(sorted(num_samples))
         if not self.names or min(num_samples.values()) < 0:
@@ -126,6 +138,9 @@ class Mixer:
         self._credit = np.zeros(len(self.names))
         self._positions = np.zeros(len(self.names), np.int64)
         self._drawn = np.zeros(len(self.names), np.int64)
+        self._tokens = np.zeros(len(self.names), np.int64)
+        self._means = None if mean_tokens is None else np.array([max(mean_tokens[n], 1.0) for n in self.names])
+        self.lengths: Callable[[int, int, int], Ids] = self._even_lengths
         # name → (epoch, [(position in it, samples before)]) of domains that grew in the epoch they are in.
         self.grown: dict[str, tuple[int, list[tuple[int, int]]]] = {}
         self._order_of_batches: tuple[int, Ids] = (0, np.zeros((0, 0), np.int64))
@@ -141,7 +156,7 @@ class Mixer:
             ExhaustedError: if a domain would be read more often than allowed and the policy is to refuse; nothing has
                 moved.
         """
-        weights, self._weights, self._stages = _in_force(self.step, self._weights, self._stages)
+        weights, self._weights, self._stages = _in_force(self.snapshot())
         counts, credit = self._allocate(weights)
         firsts = self._positions
         # Listed domain by domain, then put into an order that is random but the same on every rank.
@@ -151,9 +166,21 @@ class Mixer:
         positions = offsets[ids]
         positions += np.arange(self.batch_size)
         draws = Draws(self.step, ids[places], positions[places], counts, firsts, places)
+        if self._means is not None:
+            self._tokens = self._tokens + self._tokens_of(counts)
         self._credit, self._positions, self._drawn = credit, firsts + counts, self._drawn + counts
         self.step += 1
         return draws
+
+    def _tokens_of(self, counts: Ids) -> Ids:
+        """Return the tokens (D,) of the next ``counts`` samples."""
+        firsts = self._positions.tolist()
+        found = [int(self.lengths(d, firsts[d], n).sum()) if n else 0 for d, n in enumerate(counts.tolist())]
+        return np.array(found, np.int64)
+
+    def _even_lengths(self, domain: int, first: int, count: int) -> Ids:
+        assert self._means is not None
+        return even_lengths(float(self._means[domain]), first, count)
 
     def _places(self) -> Ids:
         """Return the order of this batch; those of some hundred batches are made at once, which costs little more."""
@@ -166,11 +193,13 @@ class Mixer:
 
     def snapshot(self) -> Snapshot:
         """Return the counters as they are; cheap, because planning replaces arrays and never changes them."""
-        return Snapshot(self.step, self._credit, self._positions, self._drawn, self._weights, self._stages)
+        return Snapshot(
+            self.step, self._credit, self._positions, self._drawn, self._tokens, self._weights, self._stages
+        )
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a ``snapshot`` of this mixer."""
-        self.step, self._credit, self._positions, self._drawn, self._weights, self._stages = snapshot
+        self.step, self._credit, self._positions, self._drawn, self._tokens, self._weights, self._stages = snapshot
 
     def _allocate(self, weights: Vector) -> tuple[Ids, Vector]:
         if self._limits is None:
@@ -202,10 +231,25 @@ class Mixer:
             weights = _normalised(kept)
 
     def _share_out(self, weights: Vector, credit: Vector, batch_size: int) -> tuple[Ids, Vector]:
+        if self._means is not None:
+            return self._share_out_tokens(weights, credit, batch_size, self._means)
         if not self.independent:
             return allocate(weights, credit, batch_size)
         drawn = allocate_independently(weights, batch_size, self.seed, self.step)
         return drawn, np.asarray(credit + batch_size * weights - drawn, np.float64)
+
+    def _share_out_tokens(self, weights: Vector, credit: Vector, batch_size: int, means: Vector) -> tuple[Ids, Vector]:
+        if self.independent:
+            drawn = allocate_independently(_normalised(weights / means), batch_size, self.seed, self.step)
+            tokens = self._tokens_of(drawn)
+        else:
+            firsts = self._positions.tolist()
+
+            def upcoming(domain: int, count: int) -> Ids:
+                return self.lengths(domain, firsts[domain], count)
+
+            drawn, tokens = allocate_by_tokens(weights, credit, batch_size, means, upcoming)
+        return drawn, np.asarray(credit + int(tokens.sum()) * weights - tokens, np.float64)
 
     # --- weights ---------------------------------------------------------------------------------------------------
 
@@ -217,7 +261,7 @@ class Mixer:
     def weights_at(self, at: Snapshot | None = None) -> Vector:
         """Return the weights (D,) that decide the batch after a ``snapshot``; by default the next one."""
         now = at or self.snapshot()
-        return _in_force(now.step, now.weights, now.stages)[0].copy()
+        return _in_force(now)[0].copy()
 
     def set_weights(self, weights: Weights) -> None:
         """Draw by these weights from the next batch on. Stages scheduled for later batches stay scheduled."""
@@ -227,6 +271,16 @@ class Mixer:
         """Like ``schedule``, with start and ramp in samples of the run; a batch belongs to the stage it begins in."""
         step = self.step + max(-(-(samples - int(self._drawn.sum())) // self.batch_size), 0)
         return self.schedule(step, weights, ramp=min(-(-ramp // self.batch_size), step - self.step), samples=samples)
+
+    def schedule_at_tokens(self, tokens: int, weights: Weights, *, ramp: int = 0) -> Stage:
+        """Like ``schedule``, with start and ramp in tokens of the run, where samples differ in length."""
+        assert self._means is not None
+        wanted = self._as_weights(weights)
+        per_batch = self.batch_size / math.fsum((wanted / self._means).tolist())
+        step = self.step + max(math.ceil((tokens - int(self._tokens.sum())) / per_batch), 0)
+        stage = Stage(step, int(ramp), wanted, tokens=int(tokens))
+        self._stages = _with_stage(self._stages, stage)
+        return stage
 
     def schedule(self, step: int, weights: Weights, *, ramp: int = 0, samples: int | None = None) -> Stage:
         """Draw by these weights from batch ``step`` on, and move there in a straight line over the ``ramp`` batches
@@ -280,13 +334,18 @@ class Mixer:
         return self._drawn.copy()
 
     @property
+    def mean_tokens(self) -> Vector | None:
+        """Tokens (D,) of a mean sample where samples differ in length, else None."""
+        return self._means
+
+    @property
     def sample_limits(self) -> Ids | None:
         """Samples (D,) that may be taken from each domain, or None where nothing limits them."""
         return self._limits
 
     @property
     def credit(self) -> Vector:
-        """Samples (D,) owed: the target up to here minus what was drawn."""
+        """What is owed (D,): the target up to here minus what was drawn, in samples, or tokens if lengths differ."""
         return self._credit.copy()
 
     def state_dict(self, at: Snapshot | None = None) -> dict[str, Any]:
@@ -305,10 +364,15 @@ class Mixer:
                 "samples": int(self.num_samples[i]),
                 "fingerprint": self.fingerprints[name][:24],
             }
+            if self._means is not None:
+                domains[name]["tokens"] = int(now.tokens[i])
             epoch, events = self.grown.get(name, (0, []))
             if events and int(now.positions[i]) // int(self.num_samples[i]) == epoch:
                 domains[name]["grown"] = [list(event) for event in events]
         stages = [{**s._asdict(), "weights": s.weights.tolist()} for s in now.stages]
+        for stage in stages:
+            if stage["tokens"] is None:
+                del stage["tokens"]
         return {
             "version": VERSION,
             "seed": self.seed,
@@ -335,7 +399,9 @@ class Mixer:
             return np.array([saved[n][field] if k else default for n, k in zip(self.names, known)], dtype)
 
         positions, drawn = column("position", 0, np.int64), column("drawn", 0, np.int64)
-        credit = column("credit", 0.0, np.float64)
+        credit, tokens = column("credit", 0.0, np.float64), np.zeros(len(self.names), np.int64)
+        if self._means is not None:
+            tokens = column("tokens", 0, np.int64)
         if not remap:
             weights = column("weight", 0.0, np.float64)
             stages = [Stage(**{**s, "weights": np.array(s["weights"], np.float64)}) for s in state["scheduled"]]
@@ -349,7 +415,7 @@ class Mixer:
             if name in saved:
                 positions[i] = self._grow(i, name, saved[name])
         self.step = int(state["step"])
-        self._positions, self._drawn, self._credit = positions, drawn, credit
+        self._positions, self._drawn, self._tokens, self._credit = positions, drawn, tokens, credit
 
     def _grow(self, i: int, name: str, saved: Mapping[str, Any]) -> int:
         """Return a domain's position in its present size, and note how it grew within the epoch it is in."""
@@ -376,6 +442,9 @@ class Mixer:
                 differences.append(f"the state has {what} {there}, this run {here}")
         if set(saved) != set(self.names) and not (remap and set(saved) & set(self.names)):
             differences.append(f"the state has the domains {_names(sorted(saved))}, these shards {_names(self.names)}")
+        if any("tokens" in one for one in saved.values()) != (self._means is not None):
+            counted = ("samples", "tokens") if self._means is not None else ("tokens", "samples")
+            differences.append(f"the state counts credit in {counted[0]}, this run in {counted[1]}")
         for i, name in enumerate(self.names):
             if name in saved:
                 differences += self._differences(i, name, saved[name], remap)
@@ -396,14 +465,19 @@ class Mixer:
         return found
 
 
-def _in_force(step: int, base: Vector, stages: list[Stage]) -> tuple[Vector, Vector, list[Stage]]:
-    """Return the weights of batch ``step``, and base and stages without those that lie behind it."""
-    while stages and stages[0].step <= step:
-        base, stages = stages[0].weights, stages[1:]
-    if not stages or step <= stages[0].step - stages[0].ramp:
+def _in_force(now: Snapshot) -> tuple[Vector, Vector, list[Stage]]:
+    """Return the weights of the next batch, and base and stages without those that lie behind it."""
+    base, stages = now.weights, now.stages
+    if not stages:
+        return base, base, stages
+    begun = [stage.reached(now) >= 0 for stage in stages]
+    for stage, has in zip(stages, begun):
+        base = stage.weights if has else base
+    stages = [stage for stage, has in zip(stages, begun) if not has]
+    if not stages or stages[0].ramp + stages[0].reached(now) <= 0:
         return base, base, stages
     upcoming = stages[0]
-    done = (step - (upcoming.step - upcoming.ramp)) / upcoming.ramp
+    done = (upcoming.ramp + upcoming.reached(now)) / upcoming.ramp
     return _normalised(base + done * (upcoming.weights - base)), base, stages
 
 
@@ -416,7 +490,8 @@ def _moved(stage: Stage, step: int, drawn: int, scale: float, batch_size: int) -
 
 
 def _with_stage(stages: list[Stage], stage: Stage) -> list[Stage]:
-    return sorted([other for other in stages if other.step != stage.step] + [stage], key=lambda other: other.step)
+    others = [other for other in stages if (other.step, other.tokens) != (stage.step, stage.tokens)]
+    return sorted([*others, stage], key=lambda other: other.step)
 
 
 def _normalised(weights: Vector) -> Vector:

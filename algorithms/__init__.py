@@ -13,10 +13,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from algorithms.domain_losses import DomainLosses
     from algorithms.domain_reweighting import DomainReweighting
     from algorithms.early_stopping import WorstDomainEarlyStopping
     from algorithms.heldout import HeldOutWindows
-    from algorithms.losses import DomainLosses, token_losses
+    from algorithms.losses import token_losses
     from algorithms.mixture_monitor import MixtureMonitor
     from algorithms.references import FrozenModel, Reference, as_reference
     from algorithms.rules.base import Domains, UpdateRule
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from algorithms.worst_subset import WorstSubset
 
 _HOMES = {
-    "DomainLosses": "algorithms.losses",
+    "DomainLosses": "algorithms.domain_losses",
     "DomainReweighting": "algorithms.domain_reweighting",
     "HeldOutWindows": "algorithms.heldout",
     "MixtureMonitor": "algorithms.mixture_monitor",

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from algorithms.losses import all_reduce, target_domains, weighted_loss
+from algorithms.losses import target_domains, weighted_loss
+from algorithms.ranks import all_reduce
 from mixer.errors import InputError
 
 __all__ = ["GradientSums", "measure_gradients", "measured_parameters"]

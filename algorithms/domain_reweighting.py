@@ -29,14 +29,13 @@ from composer.utils import dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from algorithms.domain_losses import DomainLosses, OnNonfinite
 from algorithms.forward import evaluate_windows, gradients_on, model_inputs, reference_on_windows
 from algorithms.heldout import HeldOutWindows
 from algorithms.intervals import interval, is_due
 from algorithms.loader_facts import domains_of, planned_samples, rounded, sampling_weights, shards_provenance
 from algorithms.losses import (
-    DomainLosses,
     Normalization,
-    OnNonfinite,
     labels_of,
     loss_mask,
     token_losses,

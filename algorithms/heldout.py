@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from algorithms.losses import IGNORED, all_reduce, domain_sums, loss_mask
+from algorithms.losses import IGNORED, domain_sums, loss_mask
+from algorithms.ranks import all_reduce
 from mixer.errors import DataError, InputError
 from mixer.folders import load_manifest
 

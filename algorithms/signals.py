@@ -56,6 +56,7 @@ class Signals(NamedTuple):
         gradient_counts: (D, D) measurements in which both domains were present.
         gradient_variance: sum over measurements of the per-sequence gradient variance (trace of the covariance) of
             each domain (needs "gradient_variance").
+        excess_squared: sum of squared per-sequence mean excess losses, for standard errors (needs "reference").
         histogram: (D, 512) sequences by mean loss, see ``loss_histogram`` (needs "histogram").
     """
 
@@ -73,6 +74,7 @@ class Signals(NamedTuple):
     gradient_counts: Vector | None = None
     gradient_variance: Vector | None = None
     histogram: Vector | None = None
+    excess_squared: Vector | None = None
 
     def __add__(self, other: object) -> Signals:
         """Add field by field; a field is kept only where both sides have it."""

@@ -17,7 +17,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from algorithms.losses import DomainLosses
+from algorithms.domain_losses import DomainLosses
 from algorithms.references import as_reference
 from algorithms.rules import UpdateRule, state_from_dict, state_to_dict
 from mixer import Mixture, MixtureLoader

@@ -15,7 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from algorithms.losses import DomainLosses
+from algorithms.domain_losses import DomainLosses
 from algorithms.references import as_reference
 from algorithms.rules import UPDATE_RULES, state_from_dict, state_to_dict
 from mixer import Mixture, MixtureLoader

@@ -16,9 +16,10 @@ from composer.metrics import LanguageCrossEntropy
 from composer.models import ComposerModel, HuggingFaceModel
 
 from algorithms import DomainReweighting, doremi, group_dro
+from algorithms.domain_losses import DomainLosses
 from algorithms.domain_reweighting import _share_of_the_sum
 from algorithms.heldout import HeldOutWindows
-from algorithms.losses import DomainLosses, token_losses
+from algorithms.losses import token_losses
 from algorithms.references import FrozenModel, as_reference
 from algorithms.rules.base import UpdateRule
 from algorithms.signals import Signals, loss_histogram

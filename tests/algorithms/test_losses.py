@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from algorithms.domain_losses import DomainLosses
 from algorithms.losses import (
-    DomainLosses,
     domain_sums,
     labels_of,
     loss_coefficients,

@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import nn
 
-from algorithms.losses import DomainLosses, labels_of, token_losses
+from algorithms.domain_losses import DomainLosses
+from algorithms.losses import labels_of, token_losses
 from algorithms.references import FrozenModel
 from algorithms.rules import UPDATE_RULES
 from algorithms.rules.base import as_domains

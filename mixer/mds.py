@@ -37,7 +37,9 @@ __all__ = [
     "hash_hex",
     "hasher",
     "ndarray_prefix",
+    "ndarray_spec",
     "parse_header",
+    "row_lengths",
     "sample_values",
     "shard_entry",
     "shard_overhead",
@@ -253,6 +255,66 @@ def ndarray_prefix(encoding: str, value: bytes) -> tuple[int, str | None, tuple[
         shape = tuple(np.frombuffer(value[at + 1 : end], kind).tolist())
         at = end
     return at, dtype, shape
+
+
+def ndarray_spec(encoding: str) -> tuple[str | None, int | None]:
+    """Return the dtype and the number of elements that an encoding fixes, each None where it leaves them open.
+
+    >>> ndarray_spec("ndarray:uint16"), ndarray_spec("ndarray:uint16:2,3"), ndarray_spec("bytes")
+    (('uint16', None), ('uint16', 6), (None, None))
+    """
+    dtype, shape = _ndarray_spec(encoding) if encoding.partition(":")[0] == "ndarray" else (None, None)
+    return dtype, None if shape is None else int(np.prod(shape))
+
+
+def row_lengths(
+    shard: NDArray[np.uint8],
+    encoding: str,
+    dtype: str | np.dtype[Any],
+    starts: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return where the elements of each encoded value begin in the shard, and how many there are, both (n,) int64.
+
+    Args:
+        encoding: of the column: ``bytes`` or an ndarray, whose values must be rows of ``dtype``.
+        starts, sizes: of the values, see ``column_spans``.
+    Raises: DataError: if a value is something else, or announces another length than it has.
+    """
+    fixed_dtype, fixed_count = ndarray_spec(encoding)
+    heads, item = np.zeros_like(sizes), np.dtype(dtype).itemsize
+    if encoding != "bytes" and fixed_dtype is None:
+        if len(sizes) and (sizes.min() < 1 or (shard[starts] != _DTYPE_CODES[np.dtype(dtype).name]).any()):
+            raise DataError(f"not all of them are of {dtype}")
+        heads += 1
+    if encoding != "bytes" and fixed_count is None:
+        announced = _announced(shard, starts + heads, sizes - heads)
+        heads += 1 + announced[0]
+        if (announced[1] * item != sizes - heads).any():
+            raise DataError("their sizes are not the ones they announce")
+    elif ((sizes - heads) % item).any():
+        raise DataError(f"their sizes are no multiples of {item} bytes")
+    return starts + heads, (sizes - heads) // item
+
+
+def _announced(
+    shard: NDArray[np.uint8], starts: NDArray[np.int64], sizes: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the bytes that each value takes to announce its length, and that length."""
+    if len(sizes) and sizes.min() < 2:
+        raise DataError("some are too short to announce a length")
+    codes = shard[starts]
+    if (codes >> 2 != 1).any():
+        raise DataError("not all of them have one dimension")
+    widths = np.left_shift(1, (codes & 3).astype(np.int64))
+    if (widths >= sizes).any():
+        raise DataError("some are too short to announce a length")
+    lengths = np.zeros_like(sizes)
+    for width, kind in ((1, "u1"), (2, "<u2"), (4, "<u4"), (8, "<i8")):
+        rows = np.flatnonzero(widths == width)
+        spans = (starts[rows] + 1)[:, None] + np.arange(width)
+        lengths[rows] = shard[spans].view(kind).ravel()
+    return widths, lengths
 
 
 def decode_value(encoding: str, value: bytes) -> Any:

@@ -53,7 +53,8 @@ class _CrossEntropy(torch.autograd.Function):
             change.mul_(factors[rows])
             if buffer is not None:
                 out[rows] = change
-        return out, None
+        # 0 times a NaN is a NaN: a row that was left out of the loss must not reach the others through the weights.
+        return out.index_fill_(0, (factors[:, 0] == 0).nonzero()[:, 0], 0.0), None
 
 
 def _column(gradient: Tensor, labels: Tensor) -> Tensor:

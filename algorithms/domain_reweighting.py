@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,45 +29,44 @@ from composer.utils import dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from algorithms.checks import (
+    check_not_its_own_reference,
+    check_parallelism,
+    check_same_on_ranks,
+    check_same_weights,
+    check_settings,
+)
 from algorithms.domain_losses import DomainLosses, OnNonfinite
-from algorithms.forward import evaluate_windows, gradients_on, model_inputs, reference_on_windows
+from algorithms.forward import (
+    evaluate_windows,
+    gradients_on,
+    model_inputs,
+    predicts_next,
+    reference_on_windows,
+)
 from algorithms.heldout import HeldOutWindows
 from algorithms.intervals import interval, is_due
-from algorithms.loader_facts import domains_of, planned_samples, rounded, sampling_weights, shards_provenance
-from algorithms.losses import (
-    Normalization,
-    labels_of,
-    loss_mask,
-    token_losses,
-    weighted_loss,
-)
+from algorithms.loader_facts import domains_of, planned_samples, sampling_weights, shards_provenance
+from algorithms.losses import Normalization, labels_of, loss_mask, token_losses, weighted_loss
+from algorithms.micro_batch import MicroBatch, add_labels, auxiliary_loss, drop_broken_gradients, share_of_the_sum
 from algorithms.random_state import random_state, restore_random_state
 from algorithms.references import Reference, as_reference
 from algorithms.references.frozen import is_encoder_decoder, language_model, logits_of, unwrapped
-from algorithms.rules.base import Domains, UpdateRule, state_from_dict, state_to_dict
+from algorithms.rule_run import RuleRun
+from algorithms.rules.base import Domains, UpdateRule
 from algorithms.signals import Signals
-from algorithms.trajectory import Rows, Trajectory
+from algorithms.trajectory import Rows
 from mixer.errors import DataError, InputError
 from mixer.mixture import Mixture
 
-__all__ = ["DomainReweighting"]
+__all__ = ["COSTLY", "DomainReweighting"]
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
-GATHERED = frozenset({"reference", "heldout", "behaviour", "histogram", "gradients", "gradient_variance"})
 COSTLY = frozenset({"heldout", "gradients", "gradient_variance"})  # worth an interval between updates
+GATHERED = frozenset({"reference", "heldout_reference", "behaviour", "histogram"}) | COSTLY
 MAX_LOST_STEPS = 10  # steps in a row without one finite loss, before "skip" gives up
-
-
-class _Micro(NamedTuple):
-    """The micro-batch between its forward and its backward."""
-
-    labels: Tensor
-    mask: Tensor
-    domain_ids: Tensor
-    reference_loss: Tensor | None
-    token_loss: Tensor | None = None
 
 
 class DomainReweighting(Algorithm):
@@ -85,8 +84,10 @@ class DomainReweighting(Algorithm):
         heldout: windows for rules that need them, or the folder of shards whose validation split to take them from.
         gradients_of: parameters that rules on gradients measure: "all", or a function of a parameter's name.
         domains: names in the order of ``domain_ids``, or ``Domains``; by default the loader's.
+        min_tokens: tokens of a domain that have to add up before it takes part in an update, see ``RuleRun``.
         on_nonfinite: "fail" stops the run at the first NaN or infinite loss and names the domain; "skip" leaves that
-            domain out of the update, its tokens out of the loss, and counts it.
+            domain out of the update and its tokens out of the loss, leaves out the optimiser's step where gradients are
+            not finite either, and counts both.
         shift: whether the model predicts the next token; found out for Hugging Face models.
         restore_rng: continue the random generators (dropout) exactly when a run is resumed inside an epoch, which
             Composer itself does not do for loaders that resume themselves.
@@ -111,6 +112,7 @@ class DomainReweighting(Algorithm):
         heldout: HeldOutWindows | str | Path | None = None,
         gradients_of: str | Callable[[str], bool] = "all",
         domains: Domains | Sequence[str] | None = None,
+        min_tokens: int = 0,
         on_nonfinite: OnNonfinite = "fail",
         shift: bool | None = None,
         restore_rng: bool = True,
@@ -125,93 +127,79 @@ class DomainReweighting(Algorithm):
         self.gradients_of = gradients_of
         self.shift = shift
         self.restore_rng = restore_rng
+        self.min_tokens = min_tokens
+        self.num_skipped_steps = 0
         self._on_nonfinite: OnNonfinite = on_nonfinite
         self._given_domains = domains
-        self._check_settings()
-        self.weights: NDArray[np.float64] | None = None
+        check_settings(rule, self.target, self.normalization, self.reference, self.heldout, GATHERED)
+        self._run: RuleRun | None = None
         self._losses: DomainLosses | None = None
         self._saved: Mapping[str, Any] | None = None
         self._loaded_rng: Sequence[Mapping[str, Any]] | None = None
-        self._micro: _Micro | None = None
+        self._micro: MicroBatch | None = None
         self._loader: Any = None
-
-    def _check_settings(self) -> None:
-        if self.target not in ("loss", "sampling"):
-            raise InputError(f'apply must be "loss" or "sampling"; got {self.target!r}.')
-        if self.normalization not in ("domain", "tokens"):
-            raise InputError(f'normalization must be "domain" or "tokens"; got {self.normalization!r}.')
-        if self.rule and "reference" in self.rule.needs and self.reference is None:
-            raise InputError(
-                f"the rule {self.rule.name!r} compares with a reference, and none was given: "
-                f"DomainReweighting({self.rule.name}(), reference=...) takes a model, its path, or cached losses."
-            )
-        clips = self.rule is not None and self.rule.settings.get("clip") == "token"
-        if self.rule and clips and self.reference is not None and not self.reference.per_token:
-            raise InputError(
-                f"{self.rule.name}(clip='token') clips the excess of single tokens; this reference knows only sums. "
-                "Use clip='domain' or clip='none', or a reference with a loss per token."
-            )
-        if self.rule and "heldout" in self.needs and self.heldout is None:
-            raise InputError(
-                f"the rule {self.rule.name!r} reads held-out losses, and there are no windows: "
-                'give heldout="shards", the folder of shards with a validation split.'
-            )
-        if self.rule and self.needs - GATHERED:
-            raise InputError(
-                f"the rule {self.rule.name!r} needs {sorted(self.needs - GATHERED)}, which DomainReweighting does not "
-                "gather. Use it in a loop of your own."
-            )
+        self._drawn_by: NDArray[np.float64] | None = None
+        self._heldout_reference: NDArray[np.float64] | None = None
 
     # ------------------------------------------------------------------ what a person reads off
 
     @property
     def domains(self) -> tuple[str, ...]:
         """Names of the domains; known once training has started."""
-        return self._started().domains
+        return self._started().names
+
+    @property
+    def weights(self) -> NDArray[np.float64] | None:
+        """The weights (D,) in force; None without a rule, or before training has started."""
+        return None if self._run is None else self._run.weights
 
     @property
     def trajectory(self) -> Rows:
         """The history of the run, a row per update (or per step without a rule)."""
-        self._started()
-        return self._trajectory.rows()
+        return self._started().trajectory.rows()
 
     @property
     def num_nonfinite(self) -> dict[str, int]:
         """Steps in which a domain's loss was not finite and was skipped, by name."""
-        losses = self._started()
-        return dict(zip(losses.domains, losses.num_nonfinite.tolist()))
+        return dict(zip(self.domains, self._step_losses().num_nonfinite.tolist()))
 
     def save_trajectory(self, path: str | Path) -> Path:
         """Write ``trajectory`` and the names of the domains as a compressed ``.npz``."""
-        return self._trajectory.save(path, self.domains)
+        return self._started().trajectory.save(path, self.domains)
 
     def mixture(self, **provenance: Any) -> Mixture:
         """Return the mixture to train the main model on, with what made it; keywords add to the provenance.
 
         Without a rule it is the mixture that the loader draws by. Raises: InputError: before training has started.
         """
-        names = self.domains
+        run = self._started()
         if self.rule is None:
             drawn = sampling_weights(self._loader)
             if drawn is None:
                 raise InputError("without a rule, and with a loader that has no weights, there is no mixture.")
             facts = {"rule": None, **shards_provenance(self._loader)}
-            return Mixture(dict(zip(names, drawn.tolist())), {**facts, **provenance})
+            return Mixture(dict(zip(run.names, drawn.tolist())), {**facts, **provenance})
         facts = {
             "rule": self.rule.name,
             "settings": dict(self.rule.settings),
-            "updates": self._num_updates,
+            "updates": run.num_updates,
             "every": str(self.every),
             "apply": self.target,
             "reference": None if self.reference is None else self.reference.fingerprint,
             **({"normalization": self.normalization} if self.target == "loss" else {}),
+            **({"min_tokens": self.min_tokens} if self.min_tokens else {}),
             **shards_provenance(self._loader),
         }
-        return Mixture(dict(zip(names, self.rule.result(self._state).tolist())), {**facts, **provenance})
+        return Mixture(dict(zip(run.names, run.result.tolist())), {**facts, **provenance})
 
-    def _started(self) -> DomainLosses:
-        if self._losses is None:
+    def _started(self) -> RuleRun:
+        if self._run is None:
             raise InputError("DomainReweighting knows its domains once training has started: call trainer.fit() first.")
+        return self._run
+
+    def _step_losses(self) -> DomainLosses:
+        self._started()
+        assert self._losses is not None
         return self._losses
 
     # ------------------------------------------------------------------ events
@@ -236,7 +224,7 @@ class DomainReweighting(Algorithm):
             )
 
     def _on_fit_start(self, state: State, logger: Logger) -> None:
-        if self._losses is None:
+        if self._run is None:
             self._begin(state)
         loader = self._loader = state.dataloader
         if self.reference is not None:
@@ -246,34 +234,32 @@ class DomainReweighting(Algorithm):
             # The loader knows its own position: Composer must not skip batches when fit() continues inside an epoch.
             state.dataset_resumption["train"] = True
         if self.rule and self.target == "sampling":
-            self._agree_on_weights()
+            check_same_weights(self.domains, self.rule.name, sampling_weights(loader), self.weights)
+        check_same_on_ranks({**self._identity(), "every": str(self.every), "normalization": self.normalization})
         if self.heldout is not None:
-            if self._is_encoder_decoder:
-                raise InputError("held-out windows are for causal models; this one is an encoder-decoder model.")
-            self.heldout.check(self.domains)
-            wanted = self.reference if "heldout" in self.needs else None
-            # The windows stay the same, so one pass of the reference serves the whole run.
-            self._heldout_reference = reference_on_windows(state, wanted, self.heldout)
+            self.heldout.check(self.domains, shift=self._step_losses().shift)
+        if "heldout_reference" in self.needs and self._heldout_reference is None:
+            assert self.heldout is not None
+            # The windows stay the same, so one pass serves the whole run; without a reference it is the model's own
+            # first losses that later ones are compared with.
+            found = reference_on_windows(state, self.reference, self.heldout)
+            self._heldout_reference = evaluate_windows(state, self.heldout)[0] if found is None else found
 
     def _begin(self, state: State) -> None:
         domains = domains_of(self._given_domains, state.dataloader)
-        model = language_model(state.model)
+        check_parallelism(state.model, self.needs)
+        self._model = language_model(state.model)
         self._is_wrapped = isinstance(unwrapped(state.model), HuggingFaceModel)
-        self._is_encoder_decoder = is_encoder_decoder(model)
-        self._model = model
-        shift = not self._is_encoder_decoder if self.shift is None else self.shift
+        self._needs_labels = is_encoder_decoder(self._model)
         self._losses = DomainLosses(
             domains.names,
             reference=self.reference,
             normalization=self.normalization,
             on_nonfinite=self._on_nonfinite,
-            shift=shift,
+            shift=predicts_next(state.model) if self.shift is None else self.shift,
             histogram="histogram" in self.needs,
         )
-        self._trajectory = Trajectory(len(domains.names))
-        self._state = self.rule.init(domains) if self.rule else None
-        self._pending: Signals | None = None
-        self._num_updates = 0
+        self._run = RuleRun(self.rule, domains, self.min_tokens)
         self._lost_steps = 0
         if self.target == "sampling" and self.rule and not hasattr(state.dataloader, "set_weights"):
             raise InputError(
@@ -282,30 +268,17 @@ class DomainReweighting(Algorithm):
             )
         if self._saved is not None:
             self._restore(self._saved)
-        self.weights = self.rule.weights(self._state) if self.rule else None
+        else:
+            check_not_its_own_reference(self.rule, self.reference, None if state.fsdp_enabled else self._model)
 
-    def _agree_on_weights(self) -> None:
-        """Refuse to start where loader and rule each say something else."""
-        drawn = sampling_weights(self._loader)
-        assert self.rule is not None and self.weights is not None
-        if drawn is not None and not np.allclose(drawn, self.weights, rtol=1e-6, atol=1e-9):
-            raise InputError(
-                f"the loader draws by {rounded(self.domains, drawn)}, the rule {self.rule.name!r} starts from "
-                f"{rounded(self.domains, self.weights)}, and one of the two would be ignored. Give the loader the "
-                "rule's as mixture, or by set_weights."
-            )
-
-    def _with_extras(self, signals: Signals, state: State) -> Signals:
-        """Add what is measured at updates only."""
+    def _measured(self, state: State) -> dict[str, Any]:
+        """Return what is measured at updates only, by the name of the signal."""
+        found: dict[str, Any] = {}
         if "heldout" in self.needs:
             assert self.heldout is not None
             losses, tokens = evaluate_windows(state, self.heldout)
-            found = {
-                "heldout_loss": losses,
-                "heldout_tokens": tokens,
-                "heldout_reference_loss": self._heldout_reference,
-            }
-            signals = signals._replace(**found)
+            found |= {"heldout_loss": losses, "heldout_tokens": tokens}
+            found |= {"heldout_reference_loss": self._heldout_reference}
         if self.needs & {"gradients", "gradient_variance"}:
             sums = gradients_on(
                 state,
@@ -313,47 +286,50 @@ class DomainReweighting(Algorithm):
                 self._batch_tokens,
                 of=self.gradients_of,
                 variance="gradient_variance" in self.needs,
-                shift=self._started().shift,
+                shift=self._step_losses().shift,
             )
-            signals = signals._replace(
-                gradient_products=sums.products, gradient_counts=sums.counts, gradient_variance=sums.variance
-            )
-        return signals
+            found |= {"gradient_products": sums.products, "gradient_counts": sums.counts}
+            found |= {"gradient_variance": sums.variance}
+        return found
 
     def _before_dataloader(self, state: State, logger: Logger) -> None:
-        if self._loaded_rng is None:
-            return
+        # Afterwards the loader speaks of the batch after this one, which a schedule may draw by other weights.
+        self._drawn_by = sampling_weights(self._loader)
+        if self._loaded_rng is not None:
+            self._restore_generators(state, self._loaded_rng)
+        self._loaded_rng = None
+
+    @staticmethod
+    def _restore_generators(state: State, saved: Sequence[Mapping[str, Any]]) -> None:
         # At the start of an epoch Composer restores the generators itself, before it makes the loader's iterator.
         inside_epoch = state.timestamp.batch_in_epoch.value > 0 and "train" in state.dataset_resumption
-        if inside_epoch and len(self._loaded_rng) == dist.get_world_size():
-            restore_random_state(self._loaded_rng[dist.get_global_rank()])
+        if inside_epoch and len(saved) == dist.get_world_size():
+            restore_random_state(saved[dist.get_global_rank()])
         elif inside_epoch:
             log.warning(
                 "resumed on %d ranks what %d ranks saved: dropout continues with other random numbers.",
                 dist.get_world_size(),
-                len(self._loaded_rng),
+                len(saved),
             )
-        self._loaded_rng = None
 
     def _batch_start(self, state: State, logger: Logger) -> None:
         # The only event at which state.batch is sure to be the whole batch, also on a retry.
-        if self._is_encoder_decoder and "labels" not in state.batch:
+        if self._needs_labels and "labels" not in state.batch:
             raise InputError(f"an encoder-decoder model needs 'labels' in the batch; it has {sorted(state.batch)}.")
-        num_samples = None if self._is_encoder_decoder else planned_samples(self._loader, state.batch)
-        _add_labels(state)
-        losses = self._started()
+        num_samples = None if self._needs_labels else planned_samples(self._loader, state.batch)
+        add_labels(state)
+        losses = self._step_losses()
         losses.start(state.batch, num_samples=num_samples)
         assert losses.num_tokens is not None
         if self.reference is not None:
             state.batch = {**state.batch, **self.reference.columns(state.batch)}
         self._whole_batch, self._batch_tokens = state.batch, losses.num_tokens
         weights = self.weights if self.target == "loss" else None
-        self._drawn_by = sampling_weights(self._loader)
         self._coefficients = losses.coefficients(weights, self._drawn_by)
 
     def _before_train_batch(self, state: State, logger: Logger) -> None:
         # Also at every retry of a batch that ran out of memory, and at every call of an optimiser's closure.
-        self._started().reset()
+        self._step_losses().reset()
 
     def _before_forward(self, state: State, logger: Logger) -> None:
         batch = state.batch
@@ -363,9 +339,8 @@ class DomainReweighting(Algorithm):
             # Before the proxy's activations exist, so that the reference's logits are gone when they do.
             with torch.no_grad(), get_precision_context(state.precision, state.precision_config):
                 reference_loss = self.reference.token_losses(batch)
-        self._micro = _Micro(
-            labels, loss_mask(labels, shift=self._started().shift), batch["domain_ids"], reference_loss
-        )
+        mask = loss_mask(labels, shift=self._step_losses().shift)
+        self._micro = MicroBatch(labels, mask, batch["domain_ids"], reference_loss)
         state.batch = model_inputs(state.model, batch)
 
     def _after_forward(self, state: State, logger: Logger) -> None:
@@ -373,7 +348,7 @@ class DomainReweighting(Algorithm):
             return
         assert self._micro is not None
         state.batch = {**state.batch, "labels": self._micro.labels}
-        loss = token_losses(logits_of(state.outputs), self._micro.labels, shift=self._started().shift)
+        loss = token_losses(logits_of(state.outputs), self._micro.labels, shift=self._step_losses().shift)
         self._micro = self._micro._replace(token_loss=loss)
         # What HuggingFaceModel.loss returns, and callbacks read: the mean, as the model itself would have computed it.
         mean = loss.sum() / self._micro.mask.sum().clamp(min=1)
@@ -384,7 +359,7 @@ class DomainReweighting(Algorithm):
             state.outputs = (mean, *outputs)
 
     def _before_backward(self, state: State, logger: Logger) -> None:
-        losses, micro = self._started(), self._micro
+        losses, micro = self._step_losses(), self._micro
         assert micro is not None
         token_loss = self._token_loss(state, micro)
         losses.add(token_loss, micro.mask, micro.domain_ids, micro.reference_loss)
@@ -393,36 +368,32 @@ class DomainReweighting(Algorithm):
             loss = torch.where(usable, token_loss, torch.zeros_like(token_loss)).sum() / micro.mask.sum().clamp(min=1)
         else:
             share = len(micro.labels) / losses.num_rows
-            loss = _share_of_the_sum(
-                weighted_loss(token_loss, usable, micro.domain_ids, self._coefficients), state, share
-            )
-        extra = self._auxiliary_loss(state)
+            part = weighted_loss(token_loss, usable, micro.domain_ids, self._coefficients)
+            loss = share_of_the_sum(part, state, share)
+        extra = auxiliary_loss(state, self._model)
         state.loss = loss if extra is None else {"total": loss + extra, "loss": loss, "auxiliary": extra}
         self._micro = None
 
-    def _token_loss(self, state: State, micro: _Micro) -> Tensor:
+    def _token_loss(self, state: State, micro: MicroBatch) -> Tensor:
         """Return the proxy's losses (B, S): taken after the forward, or the model's own where they are per token."""
         if micro.token_loss is not None:
             return micro.token_loss
         own = state.loss.get("loss") if isinstance(state.loss, Mapping) else state.loss
         if isinstance(own, Tensor) and own.shape == micro.mask.shape:
             return own
-        return token_losses(logits_of(state.outputs), micro.labels, shift=self._started().shift)
+        return token_losses(logits_of(state.outputs), micro.labels, shift=self._step_losses().shift)
 
-    def _auxiliary_loss(self, state: State) -> Tensor | None:
-        """Return what the model adds to the cross-entropy, such as the load balancing of a mixture of experts."""
-        if isinstance(state.loss, Mapping):
-            parts = [value for name, value in state.loss.items() if name not in ("total", "loss")]
-            return torch.stack(parts).sum() if parts else None
-        auxiliary = state.outputs.get("aux_loss") if isinstance(state.outputs, Mapping) else None
-        return None if auxiliary is None else auxiliary * getattr(self._model.config, "router_aux_loss_coef", 1.0)
+    def _after_train_batch(self, state: State, logger: Logger) -> None:
+        # Of half-precision gradients that are scaled, the scaler itself skips the step.
+        if self._on_nonfinite == "skip" and state.precision != Precision.AMP_FP16:
+            self.num_skipped_steps += drop_broken_gradients(state)
 
     def _batch_end(self, state: State, logger: Logger) -> None:
-        losses = self._started()
+        losses, run = self._step_losses(), self._started()
         step = state.timestamp.batch.value - 1  # Composer logged this step's loss before it moved the clock
         before = losses.num_nonfinite
         try:
-            signals = losses.signals()
+            signals = losses.signals(run.signature(self._drawn_by))
         except DataError as error:
             raise DataError(f"at step {step} {error}") from error
         self._count_lost(signals, step)
@@ -430,29 +401,23 @@ class DomainReweighting(Algorithm):
             self.reference.observe(signals)
         if "behaviour" in self.needs:
             signals = signals._replace(behaviour=self._drawn_by)
-        self._pending = signals if self._pending is None else self._pending + signals
-        metrics = _loss_metrics(losses.domains, signals, losses.num_nonfinite - before)
+        run.add(signals)
+        metrics = _loss_metrics(run.names, signals, losses.num_nonfinite - before)
         if is_due(self.every, state):
             metrics |= self._update(step, state)
         logger.log_metrics(metrics, step=step)
 
     def _update(self, step: int, state: State) -> dict[str, float]:
-        signals, self._pending = self._pending, None
-        assert signals is not None
-        if self.rule is None:
-            shares = signals.num_tokens / max(signals.num_tokens.sum(), 1.0)
-            self._trajectory.append(step, shares, signals)
+        run = self._started()
+        signals, weights = run.update(step, **self._measured(state)), run.weights
+        if weights is None:
             return {}
-        signals = self._with_extras(signals, state)
-        self._state, self.weights = self.rule.update(self._state, signals)
-        self._num_updates += 1
-        self._trajectory.append(step, self.weights, signals)
         if self.target == "sampling":
-            self._loader.set_weights(dict(zip(self.domains, self.weights.tolist())))
-        metrics = {f"domain_weight/{name}": float(weight) for name, weight in zip(self.domains, self.weights)}
+            self._loader.set_weights(dict(zip(run.names, weights.tolist())))
+        metrics = {f"domain_weight/{name}": float(weight) for name, weight in zip(run.names, weights)}
         if signals.heldout_loss is not None and signals.heldout_tokens is not None:
             means = (signals.heldout_loss / signals.heldout_tokens).tolist()
-            metrics |= {f"domain_heldout_loss/{name}": mean for name, mean in zip(self.domains, means)}
+            metrics |= {f"domain_heldout_loss/{name}": mean for name, mean in zip(run.names, means)}
         return metrics
 
     def _count_lost(self, signals: Signals, step: int) -> None:
@@ -464,7 +429,7 @@ class DomainReweighting(Algorithm):
             )
 
     def _eval_batch_start(self, state: State, logger: Logger) -> None:
-        _add_labels(state)
+        add_labels(state)
 
     _HANDLERS: ClassVar[dict[Event, Callable[[Any, State, Logger], None]]] = {
         Event.INIT: _on_init,
@@ -475,6 +440,7 @@ class DomainReweighting(Algorithm):
         Event.BEFORE_FORWARD: _before_forward,
         Event.AFTER_FORWARD: _after_forward,
         Event.BEFORE_BACKWARD: _before_backward,
+        Event.AFTER_TRAIN_BATCH: _after_train_batch,
         Event.BATCH_END: _batch_end,
         Event.EVAL_BATCH_START: _eval_batch_start,
     }
@@ -483,19 +449,16 @@ class DomainReweighting(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         """Return builtins and tensors, the same on every rank, of a size that does not grow with the run."""
-        if self._losses is None:
+        if self._run is None:
             return dict(self._saved or {"version": VERSION})
         return {
             "version": VERSION,
             **self._identity(),
-            "state": state_to_dict(self._state) if self.rule else {},
-            "pending": None
-            if self._pending is None
-            else [None if row is None else row.tolist() for row in self._pending],
-            "num_updates": self._num_updates,
-            "num_nonfinite": self._losses.num_nonfinite.tolist(),
+            **self._run.state_dict(),
+            "num_nonfinite": self._step_losses().num_nonfinite.tolist(),
+            "num_skipped_steps": self.num_skipped_steps,
             "lost_steps": self._lost_steps,
-            "trajectory": self._trajectory.state_dict(),
+            "heldout_reference": None if self._heldout_reference is None else self._heldout_reference.tolist(),
             "reference_state": {} if self.reference is None else self.reference.state_dict(),
             "rng": dist.all_gather_object(random_state()) if self.restore_rng else None,
         }
@@ -504,7 +467,7 @@ class DomainReweighting(Algorithm):
         # Called before the loader is known; the domains are compared when training starts.
         self._saved = None if self._given_up(state) else state
         self._loaded_rng = state.get("rng") if self.restore_rng else None
-        if self._saved is not None and self._losses is not None:
+        if self._saved is not None and self._run is not None:
             self._restore(self._saved)
 
     @staticmethod
@@ -518,13 +481,8 @@ class DomainReweighting(Algorithm):
 
     def _identity(self) -> dict[str, Any]:
         """Return what a checkpoint and this run have to agree on."""
-        return {
-            "domains": list(self.domains),
-            "rule": self.rule.name if self.rule else None,
-            "settings": dict(self.rule.settings) if self.rule else {},
-            "apply": self.target,
-            "reference": None if self.reference is None else self.reference.fingerprint,
-        }
+        reference = None if self.reference is None else self.reference.fingerprint
+        return {**self._started().identity(), "apply": self.target, "reference": reference}
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         for name, mine in self._identity().items():
@@ -533,41 +491,13 @@ class DomainReweighting(Algorithm):
                     f"the checkpoint was saved with {name} {saved[name]!r}, this run has {mine!r}. Continue with the "
                     "same, or start anew with load_ignore_keys=['state/algorithms/*']."
                 )
-        if self.rule:
-            self._state = state_from_dict(self._state, saved["state"])
-            self.weights = self.rule.weights(self._state)
-        pending = saved["pending"]
-        rows = [None if row is None else np.array(row, dtype=np.float64) for row in pending or []]
-        self._pending = Signals(*rows) if rows else None  # type: ignore[arg-type]
-        self._num_updates, self._lost_steps = int(saved["num_updates"]), int(saved["lost_steps"])
-        self._started().num_nonfinite = np.array(saved["num_nonfinite"], dtype=np.int64)
-        self._trajectory.load_state_dict(saved["trajectory"])
+        self._started().load_state_dict(saved)
+        self._lost_steps, self.num_skipped_steps = int(saved["lost_steps"]), int(saved.get("num_skipped_steps", 0))
+        self._step_losses().num_nonfinite = np.array(saved["num_nonfinite"], dtype=np.int64)
+        measured = saved.get("heldout_reference")
+        self._heldout_reference = None if measured is None else np.array(measured, dtype=np.float64)
         if self.reference is not None:
             self.reference.load_state_dict(saved["reference_state"])
-
-
-def _share_of_the_sum(loss: Tensor, state: State, share: float) -> Tensor:
-    """Return ``loss``, a part of a sum over micro-batches and ranks, so that Composer optimises and logs that sum.
-
-    Composer multiplies each micro-batch loss by its share of the rows (of the tokens, with
-    ``accumulate_train_batch_on_tokens``), as a mean needs, and gradients are averaged over ranks. The gradient is set
-    to what a sum needs, whatever that factor was; the value undoes it, for the log.
-    """
-    ranks = dist.get_world_size()
-    scale = state.scaler.get_scale() if state.precision == Precision.AMP_FP16 and state.scaler is not None else 1.0
-    loss.register_hook(lambda gradient: torch.full_like(gradient, ranks * scale))
-    return loss * (ranks / share)
-
-
-def _add_labels(state: State) -> None:
-    # MixtureLoader's batches have none: the labels of a language model are its inputs.
-    if not isinstance(state.batch, Mapping):
-        raise InputError(
-            f"batches have to be mappings with 'input_ids' and 'domain_ids'; got {type(state.batch).__name__}."
-        )
-    if "labels" not in state.batch:
-        # A copy: Composer's metrics shift the labels in place, which must not reach the inputs.
-        state.batch = {**state.batch, "labels": labels_of(state.batch).clone()}
 
 
 def _loss_metrics(domains: Sequence[str], signals: Signals, skipped: NDArray[np.int64]) -> dict[str, float]:

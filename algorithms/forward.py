@@ -26,6 +26,7 @@ __all__ = [
     "gradients_on",
     "losses_on",
     "model_inputs",
+    "predicts_next",
     "reference_on_windows",
 ]
 
@@ -40,6 +41,11 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         # It replaces ignored labels in place.
         inputs["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(labels=batch["labels"].clone())
     return inputs
+
+
+def predicts_next(model: nn.Module) -> bool:
+    """Return whether position t of the model's logits predicts label t + 1, as in causal models."""
+    return not is_encoder_decoder(language_model(model))
 
 
 def losses_on(state: State, model: nn.Module, batch: Mapping[str, Any], *, shift: bool = True) -> Tensor:
@@ -67,9 +73,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def evaluate_windows(state: State, windows: HeldOutWindows) -> tuple[Any, Any]:
     """Return the sums of the held-out losses and the tokens of each domain, (D,) each, under the model in training."""
+    shift = predicts_next(state.model)
+    windows.check(windows.domains, shift=shift)
     with evaluation_mode(state.model):
         return windows.evaluate(
-            lambda batch: losses_on(state, state.model, batch), dist.get_global_rank(), dist.get_world_size()
+            lambda batch: losses_on(state, state.model, batch, shift=shift),
+            dist.get_global_rank(),
+            dist.get_world_size(),
+            shift=shift,
         )
 
 
@@ -82,7 +93,7 @@ def reference_on_windows(state: State, reference: Reference | None, windows: Hel
         with get_precision_context(state.precision, state.precision_config):
             return reference.token_losses(state.device.batch_to_device(batch))
 
-    return windows.evaluate(losses, dist.get_global_rank(), dist.get_world_size())[0]
+    return windows.evaluate(losses, dist.get_global_rank(), dist.get_world_size(), shift=reference.shift)[0]
 
 
 def gradients_on(

@@ -17,9 +17,9 @@ from composer.models import ComposerModel, HuggingFaceModel
 
 from algorithms import DomainReweighting, doremi, group_dro
 from algorithms.domain_losses import DomainLosses
-from algorithms.domain_reweighting import _share_of_the_sum
 from algorithms.heldout import HeldOutWindows
 from algorithms.losses import token_losses
+from algorithms.micro_batch import share_of_the_sum
 from algorithms.references import FrozenModel, as_reference
 from algorithms.rules.base import UpdateRule
 from algorithms.signals import Signals, loss_histogram
@@ -439,16 +439,16 @@ def heldout_windows(per_domain: int = 5) -> HeldOutWindows:
     return HeldOutWindows({name: rng.integers(0, VOCAB, (per_domain, SEQ_LEN)) for name in DOMAINS}, batch_size=4)
 
 
-def recorder(needs: str) -> tuple[UpdateRule, list[Signals]]:
+def recorder(*needs: str) -> tuple[UpdateRule, list[Signals]]:
     """A rule that keeps the signals it gets."""
     seen: list[Signals] = []
-    rule = constant(needs=frozenset({needs}), applies="loss")
+    rule = constant(needs=frozenset(needs), applies="loss")
     return rule._replace(update=lambda state, signals: (seen.append(signals), rule.update(state, signals))[1]), seen
 
 
 def test_heldout_windows_are_evaluated_in_place() -> None:
     windows, log = heldout_windows(), Metrics()
-    rule, seen = recorder("heldout")
+    rule, seen = recorder("heldout", "heldout_reference")
     trainer = make_trainer(
         DomainReweighting(rule, heldout=windows, every=1, reference=gpt2(dropout=0.5)),
         model=wrap(gpt2(dropout=0.5)),
@@ -516,7 +516,7 @@ def test_an_encoder_decoder_model_is_reweighted_on_its_labels() -> None:
     )
     sum(w * losses[part["domain_ids"] == d].mean() for d, w in enumerate(WEIGHTS)).backward()
     assert distance(seen.steps[0], flat(p.grad for p in model.parameters())) < 1e-6
-    with pytest.raises(InputError, match="held-out windows are for causal models"):
+    with pytest.raises(InputError, match="held-out windows for an encoder-decoder model need labels"):
         fit(DomainReweighting(constant(), heldout=heldout_windows()), model=HuggingFaceModel(t5()), loader=Pairs())
     with pytest.raises(InputError, match="an encoder-decoder model needs 'labels'"):
         fit(DomainReweighting(constant()), model=HuggingFaceModel(t5()))
@@ -557,7 +557,7 @@ def test_gradient_scaling_keeps_its_factor() -> None:
         state = SimpleNamespace(
             precision=Precision.AMP_FP16, scaler=SimpleNamespace(get_scale=lambda factor=factor: factor)
         )
-        shown = _share_of_the_sum(loss * 2, state, share=0.25)  # type: ignore[arg-type]
+        shown = share_of_the_sum(loss * 2, state, share=0.25)  # type: ignore[arg-type]
         # What Composer does with a micro-batch of a quarter of the rows.
         (shown * factor * 0.25).backward()
         found.append(loss.grad.item() / factor)

@@ -58,16 +58,21 @@ def test_the_readme_example_finds_and_saves_a_mixture(shards: Path, tmp_path: Pa
 def test_a_step_asks_the_other_ranks_once_and_the_plan_says_what_they_would(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import algorithms.losses
+    import algorithms.domain_losses
 
     sizes: list[int] = []
-    plain = algorithms.losses.all_reduce
 
-    def counted(tensor: torch.Tensor) -> torch.Tensor:
-        sizes.append(tensor.numel())
-        return plain(tensor)
+    def counted(name: str) -> None:
+        plain = getattr(algorithms.domain_losses, name)
 
-    monkeypatch.setattr(algorithms.losses, "all_reduce", counted)
+        def call(tensor: torch.Tensor, *more: int) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return plain(tensor, *more)
+
+        monkeypatch.setattr(algorithms.domain_losses, name, call)
+
+    counted("all_reduce")
+    counted("all_reduce_checked")
     planned, asked = DomainReweighting(group_dro()), DomainReweighting(group_dro())
     one = parameters(fit(planned, loader=make_loader(shards), micro=3, steps=4))
     assert len(sizes) == 4

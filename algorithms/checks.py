@@ -1,0 +1,114 @@
+"""What is refused before training, because it could only fail later or go wrong without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from composer.utils import dist
+from numpy.typing import NDArray
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from algorithms.heldout import HeldOutWindows
+from algorithms.loader_facts import rounded
+from algorithms.references import FrozenModel, Reference
+from algorithms.references.frozen import fingerprint_of
+from algorithms.rules.base import UpdateRule
+from mixer.errors import InputError
+
+__all__ = [
+    "check_not_its_own_reference",
+    "check_parallelism",
+    "check_same_on_ranks",
+    "check_same_weights",
+    "check_settings",
+]
+
+
+def check_settings(
+    rule: UpdateRule | None,
+    target: str,
+    normalization: str,
+    reference: Reference | None,
+    heldout: HeldOutWindows | None,
+    gathered: frozenset[str],
+) -> None:
+    """Raise InputError where the settings of ``DomainReweighting`` do not fit each other."""
+    if target not in ("loss", "sampling"):
+        raise InputError(f'apply must be "loss" or "sampling"; got {target!r}.')
+    if normalization not in ("domain", "tokens"):
+        raise InputError(f'normalization must be "domain" or "tokens"; got {normalization!r}.')
+    if rule is None:
+        return
+    if "reference" in rule.needs and reference is None:
+        raise InputError(
+            f"the rule {rule.name!r} compares with a reference, and none was given: "
+            f"DomainReweighting({rule.name}(), reference=...) takes a model, its path, or cached losses."
+        )
+    if rule.settings.get("clip") == "token" and reference is not None and not reference.per_token:
+        raise InputError(
+            f"{rule.name}(clip='token') clips the excess of single tokens; this reference knows only sums. "
+            "Use clip='domain' or clip='none', or a reference with a loss per token."
+        )
+    if "heldout" in rule.needs and heldout is None:
+        raise InputError(
+            f"the rule {rule.name!r} reads held-out losses, and there are no windows: "
+            'give heldout="shards", the folder of shards with a validation split.'
+        )
+    if rule.needs - gathered:
+        raise InputError(
+            f"the rule {rule.name!r} needs {sorted(rule.needs - gathered)}, which DomainReweighting does not gather. "
+            "Use it in a loop of your own."
+        )
+
+
+def check_same_weights(
+    domains: Sequence[str], rule: str, drawn: NDArray[np.float64] | None, first: NDArray[np.float64] | None
+) -> None:
+    """Raise InputError where the loader draws by other weights than the rule starts from; None says nothing."""
+    if drawn is None or first is None or np.allclose(drawn, first, rtol=1e-6, atol=1e-9):
+        return
+    raise InputError(
+        f"the loader draws by {rounded(domains, drawn)}, the rule {rule!r} starts from {rounded(domains, first)}, and "
+        "one of the two would be ignored. Give the loader the rule's as mixture, or by set_weights."
+    )
+
+
+def check_same_on_ranks(mine: Mapping[str, Any]) -> None:
+    """Raise InputError where ranks were given different settings: sums of different things would be added."""
+    for number, other in enumerate(dist.all_gather_object(dict(mine))):
+        for name, value in mine.items():
+            if other[name] != value:
+                raise InputError(
+                    f"rank {number} has {name} {other[name]!r}, rank {dist.get_global_rank()} has {value!r}. All ranks "
+                    "need the same."
+                )
+
+
+def check_not_its_own_reference(rule: UpdateRule | None, reference: Reference | None, proxy: nn.Module | None) -> None:
+    """Raise InputError where a clipped excess loss is 0 at the start and can hardly ever be more.
+
+    Args:
+        proxy: None where its parameters are spread over ranks, and nothing is checked.
+    """
+    clips = rule is not None and rule.name == "doremi" and rule.settings["clip"] != "none"
+    if not clips or not isinstance(reference, FrozenModel) or proxy is None:
+        return
+    if fingerprint_of(proxy) == reference.fingerprint:
+        raise InputError(
+            "the proxy starts as its own reference: no excess loss is above 0, and what is new to the model would be "
+            "starved. Start the proxy from other weights, or use modified_doremi or validation_feedback with a target "
+            "for each new domain."
+        )
+
+
+def check_parallelism(model: nn.Module, needs: frozenset[str]) -> None:
+    """Raise InputError where gradients of single domains are asked of parameters that PyTorch does not give singly."""
+    wanted = sorted(needs & {"gradients", "gradient_variance"})
+    if wanted and any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise InputError(
+            f"{wanted} of single domains cannot be measured under FSDP1, whose parameters are flattened together. Use "
+            "FSDP2 (parallelism_config=ParallelismConfig(fsdp2=FSDP2Config())) or DDP."
+        )

@@ -8,13 +8,15 @@ After Johnson et al. 1974; for language models Ding et al. 2024 (arXiv:2404.1083
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Layout", "best_fit", "lay_out"]
+__all__ = ["Layout", "best_fit", "lay_out", "load_layout"]
 
 WINDOW_TOKENS = 64 << 20
 WINDOW_DOCUMENTS = 1 << 20
@@ -39,20 +41,41 @@ class Layout(NamedTuple):
         return len(self.first) - 1
 
 
-def lay_out(lengths: Iterable[NDArray[np.int64]], seq_len: int) -> Layout:
-    """Return the layout of a stream whose documents have these lengths (arrays of them, in order)."""
-    parts, at, pieces = [], 0, 0
-    for window in _windows(lengths):
-        part = best_fit(window, seq_len)
-        parts.append(part._replace(start=part.start + at, first=part.first + pieces))
-        at += int(window.sum())
-        pieces += len(part.start)
-    return Layout(
-        start=np.concatenate([np.empty(0, np.int64), *(part.start for part in parts)]),
-        length=np.concatenate([np.empty(0, np.int64), *(part.length for part in parts)]),
-        first=np.concatenate([*(part.first[:-1] for part in parts), np.array([pieces], np.int64)]),
-        is_document=np.concatenate([np.empty(0, np.bool_), *(part.is_document for part in parts)]),
-    )
+def lay_out(lengths: Iterable[NDArray[np.int64]], seq_len: int, path: Path) -> int:
+    """Write the layout of a stream whose documents have these lengths (arrays of them, in order); return its samples.
+
+    The files are to be read by ``load_layout``; only one window is in memory at a time.
+    """
+    at = pieces = samples = 0
+    files = _files(path)
+    with open(files[0], "wb") as rows, open(files[1], "wb") as firsts:
+        for window in _windows(lengths):
+            part = best_fit(window, seq_len)
+            table = np.empty(len(part.start), _PIECE)
+            table["start"], table["length"], table["is_document"] = part.start + at, part.length, part.is_document
+            rows.write(table.tobytes())
+            firsts.write((part.first[:-1] + pieces).tobytes())
+            at += int(window.sum())
+            pieces += len(part.start)
+            samples += part.num_samples
+        firsts.write(np.int64(pieces).tobytes())
+    return samples
+
+
+def load_layout(path: str | os.PathLike[str], start: int, stop: int) -> Layout:
+    """Return the samples ``start`` to ``stop`` of a layout, read where they lie in its files; ``first`` begins at 0."""
+    files = _files(Path(path))
+    first = np.fromfile(files[1], np.int64, stop - start + 1, offset=8 * start)
+    count, offset = int(first[-1] - first[0]), int(first[0]) * _PIECE.itemsize
+    table = np.fromfile(files[0], _PIECE, count, offset=offset)
+    return Layout(table["start"], table["length"].astype(np.int64), first - first[0], table["is_document"])
+
+
+_PIECE = np.dtype([("start", "<i8"), ("length", "<u4"), ("is_document", "?")])
+
+
+def _files(path: Path) -> tuple[Path, Path]:
+    return path.with_suffix(".pieces"), path.with_suffix(".first")
 
 
 def _windows(lengths: Iterable[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:

@@ -47,11 +47,13 @@ def _default_workers() -> int:
 @click.option("--min-held-out", default=8, show_default=True, help="Documents a validation split should have at least.")
 @click.option("--allow-empty", is_flag=True, help="Accept domains without a document or a sample.")
 @click.option(
-    "--packing", type=click.Choice(["concat", "best_fit"]), default="concat", show_default=True,
-    help="Join and cut documents, or cut none that fits.",
+    "--packing", type=click.Choice(["concat", "best_fit", "none"]), default="concat", show_default=True,
+    help="Join and cut documents; cut none that fits; or one sample per document.",
 )  # fmt: skip
 @click.option("--tail", type=click.Choice(["drop", "pad"]), default="drop", show_default=True, help="Of a domain.")
 @click.option("--doc-starts", is_flag=True, help="Also write where documents start in each sample.")
+@click.option("--sample-ids", is_flag=True, help="Also write each sample's number in its domain and split.")
+@click.option("--shuffle-seed", type=int, help="Shuffle the documents of each domain before packing.")
 @click.option("--dedupe", is_flag=True, help="Keep only the first of equal texts in a domain.")
 @click.option("--on-bad-record", type=click.Choice(["fail", "skip", "quarantine"]), default="fail", show_default=True)
 @click.option("--max-bad", default=0.01, show_default=True, help="Share of records that may be bad.")

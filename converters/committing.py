@@ -11,14 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 import mixer
 from converters.domains import domain_rule, mapped
 from converters.extending import fixed_splits, known_inputs, merged, save_inputs
 from converters.inspecting import read_index
 from converters.job import PACK, QUARANTINE, TOKENIZER, Job, Progress
-from converters.packing import PackTask, check_accounting, pack_shard, pack_tasks, shard_path
+from converters.packing import PackTask, check_accounting, pack_shard, pack_tasks, read_record, shard_path
 from converters.readers import Piece
 from converters.splits import DomainPlan, SplitPlan, copies_across_splits, plan_splits, require_samples
 from converters.stage import unit_folder
@@ -114,39 +112,41 @@ def _pack_tasks(job: Job, split: SplitPlan, tokenizer: TokenizerInfo) -> Iterato
         dtype=id_dtype(tokenizer.vocab_size).name,
         eos_id=tokenizer.eos_id,
         options=job.pack_options,
-        first_number=_shards_before(job, split),
+        first_number=_before(job, split, "num_shards"),
+        first_id=_before(job, split, "num_samples"),
     )
 
 
-def _shards_before(job: Job, split: SplitPlan) -> int:
-    """Return how many shards of an extended split are there already."""
+def _before(job: Job, split: SplitPlan, counted: str) -> int:
+    """Return how many shards or samples of an extended split are there already."""
     domain = None if job.base is None else job.base.domains.get(split.domain)
-    return domain.splits[split.split].num_shards if domain and split.split in domain.splits else 0
+    return getattr(domain.splits[split.split], counted) if domain and split.split in domain.splits else 0
 
 
 def _write_shards(job: Job, tasks: Sequence[PackTask]) -> None:
-    total, done = sum(task.num_samples for task in tasks), 0
+    total, done, tokens = sum(task.num_samples for task in tasks), 0, 0
     job.progress(Progress("pack", 0, total, "samples"))
-    for entry in job.run(pack_shard, tasks):
-        done += entry["samples"]
-        job.progress(Progress("pack", done, total, "samples", tokens=done * job.pack_options.seq_len))
+    for record in job.run(pack_shard, tasks):
+        done += record["samples"]
+        tokens += record["tokens"]
+        job.progress(Progress("pack", done, total, "samples", tokens=tokens))
 
 
 # --- commit --------------------------------------------------------------------------------------------------------
 
 
 def _commit_split(job: Job, split: SplitPlan, tasks: Mapping[tuple[str, str], Sequence[PackTask]]) -> Split:
-    seq_len = job.pack_options.seq_len
-    entries = [orjson.loads(Path(task.record).read_bytes()) for task in tasks[split.domain, split.split]]
-    check_accounting(split, entries, seq_len)
+    records = [read_record(task) for task in tasks[split.domain, split.split]]
+    check_accounting(split, records)
+    entries = [record["entry"] for record in records]
     below = f"{domain_folder(split.domain)}/{split.split}"
-    before = _shards_before(job, split)
+    before = _before(job, split, "num_shards")
     old = read_index(job.out / below)[:before] if before else []
     index = write_index(job.out / below, [*old, *entries])
     return Split(
         path=below,
         num_samples=split.num_samples,
-        num_tokens=split.num_samples * seq_len,
+        num_tokens=split.num_tokens,
         num_documents=split.num_documents,
         num_shards=len(entries),
         size_bytes=sum(shard_path(index.parent, entry).stat().st_size for entry in entries),
@@ -182,7 +182,10 @@ def _commit(
     if job.base is not None:
         facts = {**job.base.converter, "inputs": facts["inputs"], "extensions": [*job.extensions(), facts]}
     dtype = id_dtype(tokenizer.vocab_size).name
-    manifest = Manifest(dict(sorted(domains.items())), job.pack_options.seq_len, dtype, tokenizer, converter=facts)
+    seq_len, varies = job.pack_options.seq_len, job.pack_options.packing == "none"
+    manifest = Manifest(
+        dict(sorted(domains.items())), seq_len, dtype, tokenizer, converter=facts, variable_length=varies
+    )
     manifest.save(job.out)
     return manifest
 

@@ -54,6 +54,8 @@ def convert(
     packing: str = "concat",
     tail: str = "drop",
     doc_starts: bool = False,
+    sample_ids: bool = False,
+    shuffle_seed: int | None = None,
     dedupe: bool = False,
     on_bad_record: str = "fail",
     max_bad: float = 0.01,
@@ -94,10 +96,13 @@ def convert(
         min_held_out: documents that a validation split should have at least, see ``splits.choose_held_out``.
         allow_empty: accept domains without a document, or without a training or validation sample; recorded in the
             manifest.
-        packing: ``concat`` (documents joined and cut every ``seq_len``) or ``best_fit`` (no document is cut that fits;
-            the rest of a sample is padding, ids of end of text).
+        packing: ``concat`` (documents joined and cut every ``seq_len``), ``best_fit`` (no document is cut that fits;
+            the rest of a sample is padding, ids of end of text) or ``none`` (a document is a sample of its own length,
+            one longer than ``seq_len`` several).
         tail: ``drop`` the end of a domain that fills no sample, or ``pad`` it (with ``concat``).
         doc_starts: also write the column ``doc_starts``: where documents, and padding, start in each sample.
+        sample_ids: also write the column ``sample_id``: the sample's number in its domain and split, uint64.
+        shuffle_seed: put the documents of each domain in a random order before packing; None for that of the input.
         dedupe: keep only the first of equal texts in a domain; the others are counted as ``duplicate``.
         on_bad_record: ``fail``, ``skip`` (counted by reason, places named in the manifest) or ``quarantine`` (also
             kept, with place, reason and raw bytes, in ``quarantine.jsonl``).
@@ -133,7 +138,8 @@ def convert(
     pack_options = PackOptions(
         seq_len=seq_len, held_out=held_out, min_held_out=min_held_out, allow_empty=allow_empty,
         shard_bytes=size_in_bytes(shard_size, "shard_size"), compression=compression, hashes=tuple(sorted(set(hashes))),
-        packing=packing, tail=tail, doc_starts=doc_starts, dedupe=dedupe,
+        packing=packing, tail=tail, doc_starts=doc_starts, sample_ids=sample_ids,
+        shuffle_seed=shuffle_seed, dedupe=dedupe,
     )  # fmt: skip
     base = Manifest.load(out) if extend else None
     given = _given_tokenizer(tokenizer, eos, Path(out), base)

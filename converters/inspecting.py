@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from converters.tokenizers import Encoder, load_encoder
 from mixer.errors import DataError
 from mixer.manifest import Manifest, Split
-from mixer.mds import column_spans, parse_header
+from mixer.mds import column_spans, decode_value, encoded_size, parse_header
 
 __all__ = ["DomainRow", "decoded_samples", "domain_rows", "read_index", "read_samples"]
 
@@ -99,13 +99,15 @@ def shard_rows(folder: Path, entry: dict[str, Any], column: str) -> list[NDArray
     raw = raw_shard(folder, entry)
     header = parse_header(raw, f"{folder}/{entry['raw_data']['basename']}")
     columns = dict(zip(header.config["column_names"], header.config["column_encodings"]))
-    if column not in columns or columns[column].count(":") != 2:
-        raise DataError(f"{folder} has columns {columns}; a column {column!r} of fixed length was expected.")
+    encoding = columns.get(column, "")
+    if not encoding.startswith("ndarray:"):
+        raise DataError(f"{folder} has columns {columns}; a column {column!r} of token ids was expected.")
     starts, sizes = column_spans(np.frombuffer(raw, np.uint8), header, columns, column)
-    dtype = np.dtype(columns[column].split(":")[1])
-    return [
-        np.frombuffer(raw, dtype, size // dtype.itemsize, start) for start, size in zip(starts.tolist(), sizes.tolist())
-    ]
+    spans = zip(starts.tolist(), sizes.tolist())
+    if encoded_size(encoding) is None:
+        return [decode_value(encoding, raw[start : start + size]) for start, size in spans]
+    dtype = np.dtype(encoding.split(":")[1])
+    return [np.frombuffer(raw, dtype, size // dtype.itemsize, start) for start, size in spans]
 
 
 def raw_shard(folder: Path, entry: dict[str, Any]) -> bytes:

@@ -21,7 +21,7 @@ __all__ = ["DEFAULT_EXCLUDE", "ON_BAD_RECORD", "PackOptions", "StageOptions", "s
 
 DEFAULT_EXCLUDE = (".*", "__pycache__")
 ON_BAD_RECORD = ("fail", "skip", "quarantine")
-PACKINGS = ("concat", "best_fit")
+PACKINGS = ("concat", "best_fit", "none")
 TAILS = ("drop", "pad")
 
 
@@ -92,6 +92,8 @@ class PackOptions:
     packing: str = "concat"
     tail: str = "drop"
     doc_starts: bool = False
+    sample_ids: bool = False
+    shuffle_seed: int | None = None
     dedupe: bool = False
 
     def __post_init__(self) -> None:

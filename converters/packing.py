@@ -1,9 +1,9 @@
 """Streams of token ids -> samples -> shards.
 
 ``concat`` cuts the stream of all documents, each with its end-of-text id, every ``seq_len`` tokens; ``best_fit`` cuts
-no document that fits into a sample. Either way tokens in = seq_len x samples - padding + dropped, per domain and split,
-and no shard depends on how the input was cut into units or how many workers there were: prefix sums over the units
-tell each shard which tokens are its own.
+no document that fits into a sample; ``none`` makes each document a sample of its own length (a longer one several).
+Either way tokens in = tokens in samples - padding + dropped, per domain and split, and no shard depends on how the
+input was cut into units or how many workers there were: prefix sums tell each shard which tokens are its own.
 """
 
 from __future__ import annotations
@@ -17,28 +17,33 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from converters.best_fit import load_layout
 from converters.options import PackOptions
-from converters.splits import SplitPlan
-from converters.streams import Stream, unit_ranges
+from converters.shuffling import Shuffled
+from converters.splits import SplitPlan, samples_of
+from converters.streams import Stream
 from mixer.errors import DataError
 from mixer.mds import compress, encode_shard, shard_entry, shard_overhead, token_encoding
 
-__all__ = ["PackTask", "check_accounting", "pack_shard", "pack_tasks", "shard_path"]
+__all__ = ["PackTask", "check_accounting", "pack_shard", "pack_tasks", "read_record", "shard_path"]
 
-DOC_STARTS = "doc_starts"
+DOC_STARTS, SAMPLE_ID = "doc_starts", "sample_id"
 
 
 class PackTask(NamedTuple):
     """What a process needs to write one shard; ``stream`` holds only the units from which it is filled.
 
-    ``first_token`` is where the shard starts in that stream; with a layout, ``first_sample`` counts its samples.
+    ``first_token`` is where the shard starts in that stream, and ``num_tokens`` how many it takes; with a layout,
+    ``first_sample`` counts its samples. ``first_id`` is the number of its first sample in domain and split.
     """
 
-    stream: Stream
+    stream: Stream | Shuffled
     first_token: int
+    num_tokens: int
     layout: str | None
     first_sample: int
     num_samples: int
+    first_id: int
     folder: str
     record: str
     number: int
@@ -49,18 +54,20 @@ class PackTask(NamedTuple):
 
 def shard_columns(dtype: str, options: PackOptions) -> dict[str, str]:
     """Return name -> MDS encoding."""
-    columns = {"tokens": token_encoding(dtype, options.seq_len)}
-    return {**columns, DOC_STARTS: f"ndarray:{_starts_dtype(options)}"} if options.doc_starts else columns
+    varies = options.packing == "none"
+    columns = {"tokens": f"ndarray:{dtype}" if varies else token_encoding(dtype, options.seq_len)}
+    if options.doc_starts:
+        columns[DOC_STARTS] = f"ndarray:{_starts_dtype(options)}"
+    if options.sample_ids:
+        columns[SAMPLE_ID] = "uint64"
+    return columns
 
 
 def _starts_dtype(options: PackOptions) -> str:
     return "uint16" if options.seq_len <= 1 << 16 else "uint32"
 
 
-def samples_per_shard(dtype: str, options: PackOptions) -> int:
-    """Return how many samples fill a shard of ``options.shard_bytes`` (document starts not counted), at least one."""
-    overhead = shard_overhead(shard_columns(dtype, options), **options.shard_facts())
-    return max(1, (options.shard_bytes - overhead) // (4 + options.seq_len * np.dtype(dtype).itemsize))
+# --- which samples go into which shard -----------------------------------------------------------------------------
 
 
 def pack_tasks(
@@ -72,96 +79,163 @@ def pack_tasks(
     eos_id: int,
     options: PackOptions,
     first_number: int = 0,
+    first_id: int = 0,
 ) -> Iterator[PackTask]:
-    """Yield one task per shard of a split; the shards are numbered from ``first_number``."""
-    per_shard = samples_per_shard(dtype, options)
-    for number, start in enumerate(range(0, split.num_samples, per_shard), start=first_number):
-        count = min(per_shard, split.num_samples - start)
-        first = split.first_sample + start
-        stream, token = _needed(split, first, count, options)
+    """Yield one task per shard of a split; shards are numbered from ``first_number``, samples from ``first_id``."""
+    cut = _varying_shards if options.packing == "none" else _even_shards
+    done = 0
+    for number, (count, token, num_tokens) in enumerate(cut(split, dtype, options), start=first_number):
+        stream: Stream | Shuffled = split.stream
+        if split.layout is None:
+            stream, token = split.stream.part(token, token + num_tokens)
         yield PackTask(
-            stream, token, split.layout, first, count, str(folder), str(records / f"{number:05d}.json"), number,
-            dtype, eos_id, options,
+            stream, token, num_tokens, split.layout, split.first_sample + done, count, first_id + done, str(folder),
+            str(records / f"{number:05d}.json"), number, dtype, eos_id, options,
         )  # fmt: skip
+        done += count
 
 
-def _needed(split: SplitPlan, first: int, count: int, options: PackOptions) -> tuple[Stream, int]:
-    """Return the stream cut to the units that a shard reads, and where the shard starts in it."""
-    if split.layout is not None:
-        return split.stream, 0
-    token = first * options.seq_len
-    used = {unit for unit, _, _ in unit_ranges(split.stream.units, token, token + count * options.seq_len)}
-    at = 0
-    for unit, tokens in split.stream.units:
-        if unit in used:
-            break
-        at += tokens
-    units = tuple(row for row in split.stream.units if row[0] in used)
-    return split.stream._replace(units=units), token - at
+def samples_per_shard(dtype: str, options: PackOptions) -> int:
+    """Return how many samples fill a shard of ``options.shard_bytes`` (document starts not counted), at least one."""
+    columns = shard_columns(dtype, options)
+    overhead = shard_overhead(columns, **options.shard_facts())
+    size = 4 + options.seq_len * np.dtype(dtype).itemsize + (8 if SAMPLE_ID in columns else 0)
+    return max(1, (options.shard_bytes - overhead) // size)
+
+
+def _even_shards(split: SplitPlan, dtype: str, options: PackOptions) -> Iterator[tuple[int, int, int]]:
+    """Yield samples, first token and tokens of each shard of samples of one length."""
+    per_shard, seq_len = samples_per_shard(dtype, options), options.seq_len
+    for start in range(0, split.num_samples, per_shard):
+        count = min(per_shard, split.num_samples - start)
+        yield count, (split.first_sample + start) * seq_len, count * seq_len
+
+
+def _varying_shards(split: SplitPlan, dtype: str, options: PackOptions) -> Iterator[tuple[int, int, int]]:
+    """Yield samples, first token and tokens of each shard of samples of their own lengths, as ``MDSWriter`` cuts."""
+    columns = shard_columns(dtype, options)
+    room = max(1, options.shard_bytes - shard_overhead(columns, **options.shard_facts()))
+    fixed = 8 + (8 if SAMPLE_ID in columns else 0)  # its offset, the size of its tokens, its number
+    if options.doc_starts:
+        fixed += 6 + np.dtype(_starts_dtype(options)).itemsize
+    token, count, tokens, size = split.first_token, 0, 0, 0
+    stop = split.first_token + split.num_tokens
+    for lengths in split.stream.document_lengths(split.first_token, stop):
+        samples = _sample_lengths(lengths, options.seq_len)
+        sizes = fixed + 1 + _shape_bytes(samples) + samples * np.dtype(dtype).itemsize
+        ends, token_ends = np.cumsum(sizes), np.cumsum(samples)
+        at = base = token_base = 0
+        while at < len(samples):
+            fitting = int(ends.searchsorted(base + room - size, "right"))
+            fitting = max(fitting, at + (count == 0))
+            if fitting > at:
+                count, tokens = count + fitting - at, tokens + int(token_ends[fitting - 1]) - token_base
+                size += int(ends[fitting - 1]) - base
+                at, base, token_base = fitting, int(ends[fitting - 1]), int(token_ends[fitting - 1])
+            if at < len(samples):
+                yield count, token, tokens
+                token, count, tokens, size = token + tokens, 0, 0, 0
+    if count:
+        yield count, token, tokens
+
+
+def _sample_lengths(lengths: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
+    """Return the tokens of each sample if each document begins a new one.
+
+    >>> _sample_lengths(np.array([3, 9, 8]), 4).tolist()
+    [3, 4, 4, 1, 4, 4]
+    """
+    counts = samples_of(lengths, seq_len)
+    samples = np.full(int(counts.sum()), seq_len, np.int64)
+    samples[np.cumsum(counts) - 1] = lengths - (counts - 1) * seq_len
+    return samples
+
+
+def _shape_bytes(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return how many bytes MDS takes for these lengths."""
+    return np.where(lengths < 1 << 8, 1, np.where(lengths < 1 << 16, 2, 4))
+
+
+# --- one shard -----------------------------------------------------------------------------------------------------
 
 
 def pack_shard(task: PackTask) -> dict[str, Any]:
-    """Write one shard and return its entry in ``index.json``. A finished shard is left as it is."""
+    """Write one shard; return its ``samples``, ``tokens`` (padding too) and its ``entry`` in ``index.json``.
+
+    A finished shard is left as it is.
+    """
     if (done := _finished(task)) is not None:
         return done
-    options = task.options
-    rows, used = _even_rows(task) if task.layout is None else _laid_out_rows(task)
-    columns = shard_columns(task.dtype, options)
-    values: Any = {"tokens": rows, DOC_STARTS: _doc_starts(task, rows, used)} if options.doc_starts else rows
+    options, columns = task.options, shard_columns(task.dtype, task.options)
+    rows, used = _rows(task)
+    values: dict[str, Any] = {"tokens": rows}
+    if options.doc_starts:
+        values[DOC_STARTS] = _doc_starts(task, rows, used)
+    if options.sample_ids:
+        values[SAMPLE_ID] = np.arange(task.first_id, task.first_id + task.num_samples, dtype=np.uint64)
     raw = encode_shard(columns, values, **options.shard_facts())
     zipped = compress(options.compression, raw) if options.compression else None
     entry = shard_entry(
         columns, f"shard.{task.number:05d}.mds", raw, num_samples=len(rows), zipped=zipped, **options.shard_facts()
     )
     _write(shard_path(task.folder, entry), raw if zipped is None else zipped)
-    _write(Path(task.record), orjson.dumps(entry))
-    return entry
+    record = {"samples": len(rows), "tokens": sum(map(len, rows)), "entry": entry}
+    _write(Path(task.record), orjson.dumps(record))
+    return record
+
+
+def _rows(task: PackTask) -> tuple[Sequence[NDArray[Any]] | NDArray[Any], NDArray[np.int64]]:
+    """Return the samples, and how many tokens of each are not padding."""
+    if task.layout is not None:
+        return _laid_out_rows(task)
+    return _varying_rows(task) if task.options.packing == "none" else _even_rows(task)
 
 
 def _even_rows(task: PackTask) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Return samples (n, T) cut evenly from the stream, and how many tokens of each are not padding."""
+    """Return samples (n, T) cut evenly from the stream."""
     seq_len = task.options.seq_len
     tokens = np.empty(task.num_samples * seq_len, task.dtype)
-    at = 0
-    for unit, start, stop in unit_ranges(task.stream.units, task.first_token, task.first_token + len(tokens)):
-        for part in task.stream.slices(unit, start, stop, task.dtype):
-            tokens[at : at + len(part)] = part
-            at += len(part)
+    at = task.stream.copy(tokens, task.first_token)
     missing = len(tokens) - at
     if missing and (task.options.tail != "pad" or missing >= seq_len):
-        raise DataError(
-            f"{task.stream.stage} ends before shard {task.number} of {task.stream.domain!r} is full. Run with --fresh."
-        )
+        raise _ends_early(task)
     tokens[at:] = task.eos_id
     used = np.full(task.num_samples, seq_len)
     used[-1] -= missing
     return tokens.reshape(task.num_samples, seq_len), used
 
 
+def _varying_rows(task: PackTask) -> tuple[list[NDArray[Any]], NDArray[np.int64]]:
+    """Return samples of their own lengths, which follow one another in the stream."""
+    tokens = np.empty(task.num_tokens, task.dtype)
+    stop = task.first_token + task.num_tokens
+    documents = np.concatenate([np.empty(0, np.int64), *task.stream.document_lengths(task.first_token, stop)])
+    lengths = _sample_lengths(documents, task.options.seq_len)
+    if task.stream.copy(tokens, task.first_token) != len(tokens) or len(lengths) != task.num_samples:
+        raise _ends_early(task)
+    return np.split(tokens, np.cumsum(lengths)[:-1]), lengths
+
+
 def _laid_out_rows(task: PackTask) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Return samples (n, T) put together by the layout, and how many tokens of each are not padding."""
-    with np.load(str(task.layout)) as layout:
-        first = layout["first"][task.first_sample : task.first_sample + task.num_samples + 1]
-        start, length = (layout[name][first[0] : first[-1]] for name in ("start", "length"))
-    sample = np.repeat(np.arange(task.num_samples), np.diff(first))
-    ends = np.cumsum(length)
-    at = ends - length - np.concatenate(([0], ends))[(first - first[0])[sample]]  # where in its sample a piece goes
-    rows = np.full((task.num_samples, task.options.seq_len), task.eos_id, task.dtype)
-    low = 0
-    for unit, tokens in task.stream.units:
-        pieces = np.flatnonzero((start >= low) & (start < low + tokens))
-        if len(pieces):
-            stream = np.concatenate(list(task.stream.slices(unit, 0, tokens, task.dtype)))
-            for piece in pieces.tolist():
-                source = int(start[piece]) - low
-                count, where = int(length[piece]), int(at[piece])
-                rows[sample[piece], where : where + count] = stream[source : source + count]
-        low += tokens
-    used = np.bincount(sample, length, task.num_samples).astype(np.int64)
-    return rows, used
+    """Return samples (n, T) put together by the layout."""
+    layout = load_layout(str(task.layout), task.first_sample, task.first_sample + task.num_samples)
+    seq_len = task.options.seq_len
+    sample = np.repeat(np.arange(task.num_samples), np.diff(layout.first))
+    before = np.cumsum(layout.length) - layout.length
+    in_sample = before - before[layout.first[:-1]][sample]  # where in its sample a piece goes
+    rows = np.full(task.num_samples * seq_len, task.eos_id, task.dtype)
+    task.stream.copy_pieces(rows, layout.start, layout.length, sample * seq_len + in_sample)
+    used = np.bincount(sample, layout.length, task.num_samples).astype(np.int64)
+    return rows.reshape(task.num_samples, seq_len), used
 
 
-def _doc_starts(task: PackTask, rows: NDArray[Any], used: NDArray[np.int64]) -> list[NDArray[Any]]:
+def _ends_early(task: PackTask) -> DataError:
+    return DataError(
+        f"{task.stream.stage} ends before shard {task.number} of {task.stream.domain!r} is full. Run with --fresh."
+    )
+
+
+def _doc_starts(task: PackTask, rows: Sequence[NDArray[Any]] | NDArray[Any], used: NDArray[np.int64]) -> list[Any]:
     """Return where documents (and the padding) start in each sample; always with the leading 0."""
     dtype = _starts_dtype(task.options)
     starts = []
@@ -176,13 +250,19 @@ def shard_path(folder: str | os.PathLike[str], entry: Mapping[str, Any]) -> Path
     return Path(folder) / (entry["zip_data"] or entry["raw_data"])["basename"]
 
 
+def read_record(task: PackTask) -> dict[str, Any]:
+    """Return what ``pack_shard`` returned for a task."""
+    return orjson.loads(Path(task.record).read_bytes())
+
+
 def _finished(task: PackTask) -> dict[str, Any] | None:
     try:
-        entry = orjson.loads(Path(task.record).read_bytes())
-        size = os.path.getsize(shard_path(task.folder, entry))
-    except FileNotFoundError:
+        record = read_record(task)
+        size = os.path.getsize(shard_path(task.folder, record["entry"]))
+    except (FileNotFoundError, KeyError):
         return None
-    return entry if size == (entry["zip_data"] or entry["raw_data"])["bytes"] else None
+    entry = record["entry"]
+    return record if size == (entry["zip_data"] or entry["raw_data"])["bytes"] else None
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -195,12 +275,12 @@ def _write(path: Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
-def check_accounting(split: SplitPlan, entries: Sequence[Mapping[str, Any]], seq_len: int) -> None:
-    """Raise DataError unless tokens in = seq_len x samples - padding + dropped, with the samples that were written."""
-    written = sum(entry["samples"] for entry in entries)
-    if split.tokens_in != seq_len * written - split.padding_tokens + split.dropped_tokens:
+def check_accounting(split: SplitPlan, records: Sequence[Mapping[str, Any]]) -> None:
+    """Raise DataError unless tokens in = tokens written - padding + dropped, with the samples that were planned."""
+    samples, tokens = (sum(record[name] for record in records) for name in ("samples", "tokens"))
+    if samples != split.num_samples or split.tokens_in != tokens - split.padding_tokens + split.dropped_tokens:
         raise DataError(
-            f"domain {split.domain!r}, {split.split}: {split.tokens_in:,} tokens came in, but {written:,} samples of"
-            f" {seq_len:,}, {split.padding_tokens:,} of them padding, and {split.dropped_tokens:,} dropped went out."
-            " This is a bug; please report it."
+            f"domain {split.domain!r}, {split.split}: {split.tokens_in:,} tokens came in for {split.num_samples:,}"
+            f" samples, but {samples:,} samples of {tokens:,} tokens, {split.padding_tokens:,} of them padding, and"
+            f" {split.dropped_tokens:,} dropped went out. This is a bug; please report it."
         )

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.best_fit import lay_out
+from converters.best_fit import lay_out, load_layout
 from converters.options import PackOptions
-from converters.stage import UnitTable
+from converters.shuffling import Shuffled, shuffled
+from converters.stage import DOCUMENT, UnitTable
 from converters.streams import HASHES, Stream, load_kept
 from mixer.errors import InputError
 
-__all__ = ["DomainPlan", "HeldOut", "SplitPlan", "choose_held_out", "held_out_samples", "plan_splits"]
+__all__ = ["DomainPlan", "HeldOut", "SplitPlan", "choose_held_out", "held_out_samples", "plan_splits", "samples_of"]
 
 _SIDES = ("all", "above", "below")
 _LARGEST_FLOOR = 0.1  # the floor for tiny domains never takes more than a tenth
@@ -52,11 +53,11 @@ class HeldOut:
 class SplitPlan(NamedTuple):
     """One split of one domain: which samples of which stream, and what they amount to.
 
-    ``layout`` is the file of a best-fit layout, None where the stream is cut evenly.
+    ``layout`` is the file of a best-fit layout; without one, the samples follow one another from ``first_token`` on.
     """
 
     split: str
-    stream: Stream
+    stream: Stream | Shuffled
     first_sample: int
     num_samples: int
     num_documents: int
@@ -64,10 +65,16 @@ class SplitPlan(NamedTuple):
     dropped_tokens: int
     padding_tokens: int
     layout: str | None = None
+    first_token: int = 0
 
     @property
     def domain(self) -> str:
         return self.stream.domain
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in its samples, padding included."""
+        return self.tokens_in + self.padding_tokens - self.dropped_tokens
 
 
 class DomainPlan(NamedTuple):
@@ -157,7 +164,7 @@ def plan_splits(
 
     Args:
         fixed: how domains that are extended were split; where that was not by documents, all new ones are for training.
-        scratch: folder for best-fit layouts.
+        scratch: folder for shuffled orders and best-fit layouts.
         keep: folder of the deduplication's files, or None.
     """
     sums: dict[str, _DomainSums] = {}
@@ -196,6 +203,7 @@ class _Planner:
         self, options: PackOptions, scratch: Path, streams: Mapping[tuple[str, str], tuple[Stream, int]]
     ) -> None:
         self._options, self._scratch, self._streams = options, scratch, streams
+        self._files = 0
 
     def domain(self, name: str, sums: _DomainSums, held_out: HeldOut, is_fixed: bool) -> DomainPlan:
         options = self._options
@@ -208,7 +216,7 @@ class _Planner:
             if not all(split.num_samples for split in splits):
                 held_out = HeldOut("samples")
         if held_out.by == "samples":
-            splits = self._last_samples(*self._streams[name, "all"])
+            splits = self._last_samples(name)
             kept = sum(split.num_samples for split in splits)
             held_out = HeldOut("samples", splits[1].num_samples / kept if kept else 0.0)
         elif held_out.by == "nothing":
@@ -217,56 +225,92 @@ class _Planner:
         return DomainPlan(name, held_out, splits, sums.documents, sums.text_bytes, problem)
 
     def _by_documents(self, name: str) -> tuple[SplitPlan, ...]:
-        sides = (("train", "above"), ("validation", "below"))
-        return tuple(self._whole(split, *self._streams[name, side]) for split, side in sides)
+        return self._whole("train", name, "above"), self._whole("validation", name, "below")
 
     def _all(self, name: str) -> tuple[SplitPlan, ...]:
-        return (self._whole("train", *self._streams[name, "all"]),)
+        return (self._whole("train", name, "all"),)
 
-    def _whole(self, split: str, stream: Stream, documents: int) -> SplitPlan:
-        samples, dropped, padding, layout = self._cut(split, stream)
+    def _whole(self, split: str, name: str, side: str) -> SplitPlan:
+        stream, documents = self._ordered(name, side)
+        samples, dropped, padding, layout = self._cut(stream)
         return SplitPlan(split, stream, 0, samples, documents, stream.num_tokens, dropped, padding, layout)
 
-    def _cut(self, split: str, stream: Stream) -> tuple[int, int, int, str | None]:
+    def _ordered(self, name: str, side: str) -> tuple[Stream | Shuffled, int]:
+        """Return a stream, shuffled if that is wanted, and how many documents it has."""
+        stream, documents = self._streams[name, side]
+        seed = self._options.shuffle_seed
+        return stream if seed is None else shuffled(stream, seed, self._new_file()), documents
+
+    def _new_file(self) -> Path:
+        self._files += 1
+        return self._scratch / f"{self._files:06d}"
+
+    def _cut(self, stream: Stream | Shuffled) -> tuple[int, int, int, str | None]:
         """Return samples, dropped tokens, padding, and the layout's file."""
         seq_len, tokens = self._options.seq_len, stream.num_tokens
+        if self._options.packing == "none":
+            return sum(int(samples_of(part, seq_len).sum()) for part in stream.document_lengths()), 0, 0, None
         if self._options.packing == "best_fit":
-            path = self._scratch / f"{len(list(self._scratch.glob('*.npz'))):06d}.npz"
-            layout = lay_out((stream.lengths(unit) for unit, _ in stream.units), seq_len)
-            np.savez(path, **layout._asdict())
-            return layout.num_samples, 0, layout.num_samples * seq_len - tokens, str(path)
+            path = self._new_file()
+            samples = lay_out(stream.document_lengths(), seq_len, path)
+            return samples, 0, samples * seq_len - tokens, str(path)
         samples, rest = divmod(tokens, seq_len)
         if rest and self._options.tail == "pad":
             return samples + 1, 0, seq_len - rest, None
         return samples, rest, 0, None
 
-    def _last_samples(self, stream: Stream, documents: int) -> tuple[SplitPlan, SplitPlan]:
+    def _last_samples(self, name: str) -> tuple[SplitPlan, SplitPlan]:
         """Hold the last samples out: one run of samples shares at most one document with training."""
-        seq_len = self._options.seq_len
-        samples, dropped, padding, path = self._cut("all", stream)
+        stream, documents = self._ordered(name, "all")
+        samples, dropped, padding, path = self._cut(stream)
         cut = samples - held_out_samples(samples, self._options)
         if path is None:
-            tokens = min(cut * seq_len, stream.num_tokens)
-            before = self._documents_before(stream, tokens)
+            tokens = self._start_of_sample(stream, cut)
+            before = _documents_before(stream, tokens)
         else:
-            layout = np.load(path)
-            first = layout["first"][cut]
-            tokens, before = int(layout["length"][:first].sum()), int(layout["is_document"][:first].sum())
-        train_padding = cut * seq_len - tokens
+            layout = load_layout(path, 0, cut)
+            tokens, before = int(layout.length.sum()), int(layout.is_document.sum())
+        train_padding = 0 if self._options.packing == "none" else cut * self._options.seq_len - tokens
         train = SplitPlan("train", stream, 0, cut, before, tokens, 0, train_padding, path)
         rest = (documents - before, stream.num_tokens - tokens, dropped, padding - train_padding)
-        return train, SplitPlan("validation", stream, cut, samples - cut, *rest, path)
+        first_token = 0 if path else tokens
+        return train, SplitPlan("validation", stream, cut, samples - cut, *rest, path, first_token)
 
-    def _documents_before(self, stream: Stream, token: int) -> int:
-        """Return how many documents start before a token of the stream."""
-        count = at = 0
-        for unit, tokens in stream.units:
-            if at >= token:
-                break
-            lengths = stream.lengths(unit)
-            count += int((at + np.cumsum(lengths) - lengths < token).sum())
-            at += tokens
-        return count
+    def _start_of_sample(self, stream: Stream | Shuffled, sample: int) -> int:
+        """Return the first token of a sample of a stream that is not laid out."""
+        seq_len = self._options.seq_len
+        if self._options.packing != "none":
+            return min(sample * seq_len, stream.num_tokens)
+        at = number = 0
+        for lengths in stream.document_lengths():
+            counts = samples_of(lengths, seq_len)
+            if number + counts.sum() > sample:
+                document = int(np.searchsorted(np.cumsum(counts), sample - number, "right"))
+                number += int(counts[:document].sum())
+                return at + int(lengths[:document].sum()) + (sample - number) * seq_len
+            number += int(counts.sum())
+            at += int(lengths.sum())
+        return at
+
+
+def samples_of(lengths: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
+    """Return how many samples documents of these lengths make if each begins a new one.
+
+    >>> samples_of(np.array([1, 4, 5]), 4).tolist()
+    [1, 1, 2]
+    """
+    return -(-lengths // seq_len)
+
+
+def _documents_before(stream: Stream | Shuffled, token: int) -> int:
+    """Return how many documents start before a token of the stream."""
+    count = at = 0
+    for lengths in stream.document_lengths():
+        if at >= token:
+            break
+        count += int((at + np.cumsum(lengths) - lengths < token).sum())
+        at += int(lengths.sum())
+    return count
 
 
 def _problem(name: str, splits: Sequence[SplitPlan], documents: int, options: PackOptions) -> str:
@@ -302,18 +346,13 @@ def copies_across_splits(plans: Sequence[DomainPlan]) -> int:
 
 def _hashes(split: SplitPlan) -> NDArray[np.uint64]:
     """Return the text hashes of the documents that start in a split."""
-    stream, parts = split.stream, [np.empty(0, np.dtype([("hash", "<u8"), ("tokens", "<u4")]))]
-    for unit, _ in stream.units:
-        table = load_kept(stream.stage, unit, stream.keep)
-        parts.append(table.documents[["hash", "tokens"]][stream.chosen(table)])
-    documents = np.concatenate(parts)
-    hashes = documents["hash"].astype(np.uint64)
+    stream = split.stream
+    tables = [np.empty(0, DOCUMENT), *stream.documents()]
+    hashes = np.concatenate([table["hash"] for table in tables]).astype(np.uint64)
     if stream.side != "all":
         return hashes
     if split.layout is None:  # split by samples: the documents follow one another
         return hashes[: split.num_documents] if split.first_sample == 0 else hashes[len(hashes) - split.num_documents :]
-    with np.load(split.layout) as layout:
-        first = layout["first"][[split.first_sample, split.first_sample + split.num_samples]]
-        begins = layout["start"][first[0] : first[1]][layout["is_document"][first[0] : first[1]]]
-    lengths = documents["tokens"].astype(np.int64)
-    return hashes[np.searchsorted(np.cumsum(lengths) - lengths, begins)]
+    layout = load_layout(split.layout, split.first_sample, split.first_sample + split.num_samples)
+    lengths = np.concatenate([table["tokens"] for table in tables]).astype(np.int64)
+    return hashes[np.searchsorted(np.cumsum(lengths) - lengths, layout.start[layout.is_document])]

@@ -7,6 +7,7 @@ units; nothing is copied until a shard asks for a range of them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from converters.stage import UnitTable, load_table, unit_folder
 from mixer.errors import DataError
 
-__all__ = ["Stream", "keep_first_copies", "load_kept", "unit_ranges"]
+__all__ = ["Stream", "copy_slices", "keep_first_copies", "load_kept", "open_tokens", "unit_ranges"]
 
 HASHES = 1 << 64
 
@@ -57,13 +58,50 @@ class Stream(NamedTuple):
         table = load_kept(self.stage, unit, self.keep)
         return table.documents["tokens"][self.chosen(table)].astype(np.int64)
 
+    def documents(self) -> Iterator[NDArray[Any]]:
+        """Yield rows of ``DOCUMENT``, all in order."""
+        for unit, _ in self.units:
+            table = load_kept(self.stage, unit, self.keep)
+            yield table.documents[self.chosen(table)]
+
+    def document_lengths(self, start: int = 0, stop: int | None = None) -> Iterator[NDArray[np.int64]]:
+        """Yield the tokens of each document between two places; those that reach over an edge are cut there."""
+        for unit, low, high in unit_ranges(self.units, start, self.num_tokens if stop is None else stop):
+            edges = np.cumsum(np.concatenate(([0], self.lengths(unit)))).clip(low, high)
+            yield np.diff(edges)[np.diff(edges) > 0]
+
+    def part(self, start: int, stop: int) -> tuple[Stream, int]:
+        """Return the stream cut to the units between two places, and where it starts in that."""
+        used = {unit for unit, _, _ in unit_ranges(self.units, start, stop)}
+        before = itertools.takewhile(lambda row: row[0] not in used, self.units)
+        at = sum(tokens for _, tokens in before)
+        return self._replace(units=tuple(row for row in self.units if row[0] in used)), start - at
+
+    def copy(self, out: NDArray[Any], start: int) -> int:
+        """Fill ``out`` with the ids from ``start`` on; return how many there were."""
+        at = 0
+        for unit, low, high in unit_ranges(self.units, start, start + len(out)):
+            for part in self.slices(unit, low, high, out.dtype.name):
+                out[at : at + len(part)] = part
+                at += len(part)
+        return at
+
+    def copy_pieces(
+        self, out: NDArray[Any], starts: NDArray[np.int64], lengths: NDArray[np.int64], places: NDArray[np.int64]
+    ) -> None:
+        """Copy pieces, each within one document, to their places in ``out``."""
+        low = 0
+        for unit, tokens in self.units:
+            here = np.flatnonzero((starts >= low) & (starts < low + tokens))
+            if len(here):
+                ids = np.concatenate(list(self.slices(unit, 0, tokens, out.dtype.name)))
+                copy_slices(ids, out, starts[here] - low, lengths[here], places[here])
+            low += tokens
+
     def slices(self, unit: int, start: int, stop: int, dtype: str) -> Iterator[NDArray[Any]]:
         """Yield the ids ``start`` to ``stop`` of what a unit adds, as slices of its memory-mapped file."""
-        folder = unit_folder(self.stage, unit)
         table = load_kept(self.stage, unit, self.keep)
-        ids = np.memmap(folder / "tokens.bin", dtype, "r")
-        if len(ids) != table.starts[-1]:
-            raise DataError(f"{folder} holds {len(ids):,} tokens, expected {table.starts[-1]:,}. Run with --fresh.")
+        ids = open_tokens(self.stage, unit, dtype, int(table.starts[-1]))
         at = 0
         for first, last in _runs(self.chosen(table)):
             low, high = int(table.starts[first]), int(table.starts[last])
@@ -73,6 +111,30 @@ class Stream(NamedTuple):
             at += high - low
             if at >= stop:
                 return
+
+
+def copy_slices(
+    ids: NDArray[Any],
+    out: NDArray[Any],
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    places: NDArray[np.int64],
+) -> None:
+    """Copy each ``ids[start : start + length]`` to its place in ``out``."""
+    for start, length, place in zip(starts.tolist(), lengths.tolist(), places.tolist()):
+        out[place : place + length] = ids[start : start + length]
+
+
+def open_tokens(stage: str, unit: int, dtype: str, expected: int | None = None) -> NDArray[Any]:
+    """Return a unit's ids, memory-mapped.
+
+    Raises: DataError: if there are not as many as expected.
+    """
+    folder = unit_folder(stage, unit)
+    ids = np.memmap(folder / "tokens.bin", dtype, "r")
+    if expected is not None and len(ids) != expected:
+        raise DataError(f"{folder} holds {len(ids):,} tokens, expected {expected:,}. Run with --fresh.")
+    return ids
 
 
 def unit_ranges(units: Sequence[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int, int]]:

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from converters import convert
-from converters.inspecting import read_samples
+from converters.inspecting import raw_shard, read_index, read_samples
 from converters.verifying import verify
 from mixer.errors import InputError
 from mixer.manifest import Manifest
+from mixer.mds import sample_values
 from tests.converters.corpora import documents, tree_hash, write_corpus, write_jsonl
 
 EOS = 256
@@ -32,7 +33,14 @@ def samples_of(shards: Path, domain: str, split: str = "train") -> np.ndarray:
 
 @pytest.mark.parametrize(
     "options",
-    [{"packing": "best_fit"}, {"tail": "pad"}, {"doc_starts": True, "packing": "best_fit"}, {"dedupe": True}],
+    [
+        {"packing": "best_fit", "doc_starts": True},
+        {"tail": "pad", "dedupe": True},
+        {"packing": "none", "sample_ids": True},
+        {"shuffle_seed": 7},
+        {"packing": "best_fit", "shuffle_seed": 7, "dedupe": True},
+        {"packing": "none", "shuffle_seed": 7, "held_out": 0.1},
+    ],
     ids=lambda options: "+".join(options),
 )
 def test_workers_and_units_do_not_change_a_byte_of_any_packing(tmp_path, options):
@@ -93,6 +101,71 @@ def test_document_starts_are_a_column_that_streaming_reads(tmp_path, packing):
     assert samples_of(shards, "web").shape == (len(dataset), 512)
 
 
+def test_without_packing_each_document_is_a_sample(tmp_path):
+    shards = converted(tmp_path, packing="none", held_out=0, seq_len=700)
+    manifest = Manifest.load(shards)
+    assert manifest.variable_length
+    split = manifest.split("web", "train")
+    rows = read_samples(shards / split.path, "tokens", 1 << 30)
+    expected = [[*text.encode(), EOS] for text in documents("web", 300)]
+    pieces = [ids[at : at + 700] for ids in expected for at in range(0, len(ids), 700)]
+    assert len(pieces) > len(expected)
+    assert [row.tolist() for row in rows] == pieces
+    assert (split.num_samples, split.num_tokens) == (len(pieces), sum(map(len, expected)))
+    assert manifest.domains["web"].dropped_tokens == manifest.domains["web"].padding_tokens == {"train": 0}
+    assert verify(shards, deep=True) == []
+
+
+def test_streaming_reads_samples_of_any_length_with_their_numbers(tmp_path):
+    streaming = pytest.importorskip("streaming")
+    shards = converted(tmp_path, packing="none", sample_ids=True, held_out=0)
+    dataset = streaming.StreamingDataset(local=str(shards / "web" / "train"), batch_size=1, validate_hash="xxh64")
+    ours = read_samples(shards / "web" / "train", "tokens", 1 << 30)
+    assert len(dataset) == len(ours) > 300
+    for number, row in enumerate(ours):
+        assert dataset[number]["sample_id"] == number
+        assert dataset[number]["tokens"].dtype == np.uint16
+        assert (dataset[number]["tokens"] == row).all()
+
+
+def test_another_shuffle_seed_orders_the_same_documents_anew_without_tokenising(tmp_path, monkeypatch):
+    stage = {"stage": tmp_path / "stage", "packing": "none", "held_out": 0}
+    orders = []
+    for seed in (None, 1, 2):
+        shards = converted(tmp_path, f"seed-{seed}", shuffle_seed=seed, **stage)
+        rows = read_samples(shards / "web" / "train", "tokens", 1 << 30)
+        orders.append([bytes(row[row < EOS].astype(np.uint8)) for row in rows])
+        monkeypatch.setattr("converters.tokenizing.stage_unit", None)  # from here on all units are there
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_shuffle_keeps_which_documents_are_held_out(tmp_path):
+    held = []
+    for seed in (None, 5):
+        shards = converted(tmp_path, f"seed-{seed}", packing="none", shuffle_seed=seed, held_out=0.1)
+        rows = read_samples(shards / "web" / "validation", "tokens", 1 << 30)
+        held.append(sorted(row.tolist() for row in rows))
+    assert held[0] == held[1]
+
+
+def test_sample_numbers_go_on_in_an_extension(tmp_path):
+    converted(tmp_path, packing="none", sample_ids=True)
+    write_jsonl(tmp_path / "corpus" / "web" / "new.jsonl", documents("code", 50))
+    shards = converted(tmp_path, packing="none", sample_ids=True, extend=True)
+    split = Manifest.load(shards).split("web", "train")
+    entries = read_index(shards / split.path)
+    numbers = [number for entry in entries for number in column_of(shards / split.path, entry, "sample_id")]
+    assert numbers == list(range(split.num_samples))
+    assert len(entries) > 1
+
+
+def column_of(folder: Path, entry: dict, column: str) -> list:
+    raw = memoryview(raw_shard(folder, entry))
+    columns = dict(zip(entry["column_names"], entry["column_encodings"]))
+    return [sample_values(raw, row, columns, [column])[0] for row in range(entry["samples"])]
+
+
 def test_deduplication_keeps_the_first_copy_in_each_domain(tmp_path):
     texts = documents("web", 60)
     write_jsonl(tmp_path / "corpus" / "web" / "a.jsonl", [*texts, *texts[:25]])
@@ -118,7 +191,7 @@ def test_copies_of_held_out_documents_in_other_domains_are_counted(tmp_path):
 
 
 def test_unknown_packing_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"packing 'tetris' is not one of \['concat', 'best_fit'\]"):
+    with pytest.raises(InputError, match=r"packing 'tetris' is not one of \['concat', 'best_fit', 'none'\]"):
         converted(tmp_path, packing="tetris")
 
 

@@ -1,221 +1,171 @@
-"""Shards that live elsewhere: fetched when needed, kept locally within a limit, shared by all ranks of a node.
+"""Shards that live elsewhere: fetched when needed, kept locally within a limit, shared by all processes of a node.
 
-A file appears under its name only when it is whole and has passed its checks; a killed download leaves a file with
-another name, which is swept away later. Ranks take turns per file by locks that the kernel frees when a process dies.
-Files of other
-users of the same folder are never touched: only what the index names can be evicted.
+A file appears under its name only when it is whole and has passed its checks. Processes take turns per file, by locks
+that the kernel frees when one dies, and what one could not fetch the others do not try again at its side. Files of
+other users of the same folder are never touched: only what the index names can be evicted.
+
+How long it takes at most until a file is there or an error is raised: ``retries`` + 1 attempts, each given up when
+``timeout`` seconds bring less than a MiB; between them waits of 0.2, 0.4, 0.8, … s, give or take half.
 """
 
 from __future__ import annotations
 
-import fcntl
+import errno
+import json
 import os
 import random
+import shutil
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from mixer.cache_space import CacheSpace, parsed
+from mixer.downloading import download
 from mixer.errors import DataError, InputError
-from mixer.streaming_door import download
 
-__all__ = ["RemoteCache"]
+__all__ = ["MissingError", "RemoteCache"]
 
 _LOCKS = 256
-_PARTIAL = ".part"
+
+
+class MissingError(DataError):
+    """The remote has no such file."""
 
 
 class RemoteCache:
-    """A local folder in front of a remote one, with the same layout. Safe to use from threads and processes.
+    """A local folder in front of remote ones. Safe to use from threads and processes.
 
     Args:
-        remote: ``s3://bucket/shards``, ``gs://…``, a local path, or any other scheme of streaming's ``Stream``.
+        remote: ``s3://bucket/shards``, ``gs://…``, a local path, or any other scheme of streaming's ``Stream``: a
+            folder laid out as ``local`` is to be. Or the addresses of MDS folders by domain.
         local: folder that holds what was fetched.
-        limit: bytes that shards may take in ``local``; None for no limit.
-        timeout: seconds that one attempt may take.
-        attempts: how often a download is tried; waits between them double.
+        limit: bytes that shards may take in ``local``, over all processes; None for no limit.
+        timeout: seconds that an attempt may go without receiving a MiB.
+        retries: how often a download is tried again; waits between the attempts double.
     """
 
     def __init__(
         self,
-        remote: str,
+        remote: str | Mapping[str, str],
         local: str | os.PathLike[str],
         limit: int | None = None,
         *,
-        timeout: float = 60.0,
-        attempts: int = 4,
+        timeout: float = 30.0,
+        retries: int = 3,
     ) -> None:
-        self.remote, self.local, self.limit = remote.rstrip("/"), Path(local), limit
-        self.timeout, self.attempts = timeout, attempts
-        self._sizes: dict[str, int] = {}  # files that may be evicted: path inside the folder → bytes
-        self._wanted: dict[str, frozenset[str]] = {}
-        self._mutex, self._reserved = threading.Lock(), 0
-        self._in_flight: set[str] = set()  # files that a thread is fetching or unpacking
-        self.fetched_bytes = self.fetched_files = self.hits = self.evicted_files = 0
+        if not timeout > 0 or retries < 0:
+            raise InputError(
+                f"download_timeout must be > 0 seconds and download_retry >= 0; got {timeout} and {retries}."
+            )
+        self.by_domain = {} if isinstance(remote, str) else {name: url.rstrip("/") for name, url in remote.items()}
+        self.remote = remote.rstrip("/") if isinstance(remote, str) else ""
+        self.folders: dict[str, str] = {}  # addresses of single folders: path inside ``local`` → URL
+        self.local, self.limit = Path(local), limit
+        self.timeout, self.attempts = timeout, retries + 1
+        self.space = CacheSpace(self.local, limit)
         try:
-            self.local.mkdir(parents=True, exist_ok=True)
-            (self.local / ".mixer").mkdir(exist_ok=True)
+            self.space.start_counting()
         except OSError as error:
             raise InputError(
                 f"cannot make the cache folder {self.local}: {error.strerror}. Choose another one."
             ) from error
 
+    def __str__(self) -> str:
+        return self.remote or str(self.by_domain)
+
+    def url(self, name: str) -> str:
+        """Return where a file (a path inside the folder) comes from."""
+        folder, _, file = name.rpartition("/")
+        return f"{self.folders[folder]}/{file}" if folder in self.folders else f"{self.remote}/{name}"
+
+    def holds(self, folder: str) -> bool:
+        """Say whether a folder inside ``local`` is a copy of a remote one."""
+        return bool(self.remote) or folder in self.folders
+
     def fetch(self, name: str, *, check: Callable[[Path], None] | None = None, to: str | None = None) -> Path:
-        """Bring one file (a path inside the folder) here, whole and checked, and return its local path.
+        """Bring one file that is no shard (a path inside the folder) here, and return its local path.
 
-        ``to`` is another name to keep it by. ``check(path)`` raises DataError for a file that is not what it should be;
-        it is then fetched again.
-
-        Raises: DataError: naming the file and the remote, when all attempts have failed.
+        ``to`` is another name to keep it by. Raises: as ``bring``.
         """
         target = self.local / (to or name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}{_PARTIAL}")
+        with self.space.claim(name, 0) as folder:
+            assert folder is not None
+            path = self.bring(name, folder, check)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+        return target
+
+    def bring(self, name: str, folder: Path, check: Callable[[Path], None] | None = None) -> Path:
+        """Fetch one file into ``folder``, whole and checked, and return its path there.
+
+        ``check(path)`` raises DataError for a file that is not what it should be; it is then fetched again.
+
+        Raises: DataError: naming the file and the remote, when all attempts have failed; MissingError.
+        """
         for attempt in range(self.attempts):
+            part = folder / f"attempt-{attempt}"  # of its own: a thread that was given up may still write to the last
             try:
-                partial.unlink(missing_ok=True)
-                download(f"{self.remote}/{name}", partial, self.timeout)
+                part.mkdir()
+                path = part / name.rpartition("/")[2]
+                download(self.url(name), path, self.timeout)
                 if check is not None:
-                    check(partial)
-                size = partial.stat().st_size
-                os.replace(partial, target)
-                with self._mutex:
-                    self.fetched_files, self.fetched_bytes = self.fetched_files + 1, self.fetched_bytes + size
-                return target
-            except (FileNotFoundError, InputError) as error:
-                raise self._failed(name, error, attempt + 1) from error
+                    check(path)
+                self.space.count(fetched_files=1, fetched_bytes=path.stat().st_size)
+                return path
+            except InputError:
+                raise
             except Exception as error:
-                if (isinstance(error, OSError) and error.errno == 28) or attempt == self.attempts - 1:
+                shutil.rmtree(part, ignore_errors=True)
+                if _is_final(error) or attempt == self.attempts - 1 or not threading.main_thread().is_alive():
                     raise self._failed(name, error, attempt + 1) from error
+                self.space.count(retries=1)
                 time.sleep(0.2 * 2**attempt * (0.5 + random.random()))
-            finally:
-                partial.unlink(missing_ok=True)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _failed(self, name: str, error: Exception, attempts: int) -> DataError:
+        url, what = self.url(name), " ".join(str(error).split())
         if isinstance(error, FileNotFoundError):
-            return DataError(f"{self.remote}/{name} does not exist. Upload it again, or check `remote`.")
-        if isinstance(error, OSError) and error.errno == 28:
+            return MissingError(f"{url} does not exist. Upload it again, or check `remote`.")
+        if isinstance(error, PermissionError):
+            return DataError(f"{url} may not be read: {what}. Check the credentials, and that it exists.")
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return DataError(
                 f"no space left for {self.local / name}. Free space, or set a cache_limit that fits the disk."
             )
         tried = f"{attempts} attempt{'s' if attempts > 1 else ''}"
-        what = " ".join(str(error).split())
         return DataError(
-            f"cannot fetch {self.remote}/{name} ({tried}): {type(error).__name__}: {what}. Check the network and the"
-            " credentials; the run goes on from its last checkpoint."
+            f"cannot fetch {url} ({tried}): {type(error).__name__}: {what}. Check the network and the"
+            " credentials, or raise download_timeout or download_retry; the run goes on from its last checkpoint."
         )
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Hold a file's lock against other threads and ranks; a process that dies lets go of it.
 
-        Files share a fixed number of locks, so nobody may wait for a second one while holding one.
+        Files share a fixed number of locks, so nobody may wait for a second one while holding one. Who waited while
+        another failed to fetch the same file gets that error too, instead of failing as long once more.
         """
-        with self._locked(f"lock.{zlib.crc32(name.encode()) % _LOCKS}"):
-            yield
-
-    @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        with open(self.local / ".mixer" / name, "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-    # --- the limit -------------------------------------------------------------------------------------------------
-
-    def register(self, files: Mapping[str, int]) -> None:
-        """Say which files may be evicted, and their sizes."""
-        self._sizes.update(files)
-
-    def want(self, domain: str, names: frozenset[str]) -> None:
-        """Say which files of a domain will be read next: they are evicted last."""
-        self._wanted[domain] = names
-
-    def has_room(self, size_bytes: int) -> bool:
-        """Say whether a file fits without evicting one that is wanted."""
-        if self.limit is None:
-            return True
-        wanted = frozenset().union(*self._wanted.values()) if self._wanted else frozenset()
-        kept = sum(size for name, size in self._present() if name in wanted)
-        return kept + self._reserved + size_bytes <= self.limit
-
-    @contextmanager
-    def room(self, size_bytes: int, names: frozenset[str] = frozenset()) -> Iterator[None]:
-        """Evict files until ``size_bytes`` more fit within the limit, and keep that room while they are fetched.
-
-        Those not wanted go first, and of them those longest unused; ``names``, what the room is for, stay. Room is kept
-        against the threads of this process;
-        ranks that fetch at the same moment can exceed the limit by what each of them is fetching.
-        """
-        if self.limit is None:
-            yield
-            return
-        with self._mutex:
-            self._reserved += size_bytes
-            self._in_flight |= names
-        try:
-            self._evict()
-            yield
-        finally:
-            with self._mutex:
-                self._reserved -= size_bytes
-                self._in_flight -= names
-
-    def _evict(self) -> None:
-        assert self.limit is not None
-        with self._locked("lock.eviction"):
-            present = self._present()
-            excess = sum(size for _, size in present) + self._reserved - self.limit
-            wanted = frozenset().union(*self._wanted.values()) if self._wanted else frozenset()
-            for name, size in sorted(present, key=lambda file: (file[0] in wanted, self._used(file[0]))):
-                if excess <= 0:
-                    break
-                if name in self._in_flight:
-                    continue
-                (self.local / name).unlink(missing_ok=True)
-                excess -= size
-                self.evicted_files += 1
-
-    def _present(self) -> list[tuple[str, int]]:
-        """Return the evictable files that are here, by listing the folders they lie in."""
-        found = []
-        for folder in {os.path.dirname(name) for name in self._sizes}:
+        began = time.time()
+        with self.space.locked(f"lock.{zlib.crc32(name.encode()) % _LOCKS}") as file:
+            file.seek(0)
+            failed = parsed(file.read())
+            if failed.get("name") == name and failed["at"] >= began:
+                raise DataError(failed["error"])
             try:
-                with os.scandir(self.local / folder) as entries:
-                    names = [os.path.join(folder, entry.name) for entry in entries]
-            except FileNotFoundError:
-                continue
-            found += [(name, self._sizes[name]) for name in names if name in self._sizes]
-        return found
+                yield
+            except MissingError:
+                raise
+            except DataError as error:
+                file.truncate(0)
+                file.write(json.dumps({"name": name, "at": time.time(), "error": str(error)}).encode())
+                raise
 
-    def _used(self, name: str) -> float:
-        try:
-            return (self.local / name).stat().st_mtime
-        except OSError:
-            return 0.0
 
-    def sweep(self) -> None:
-        """Remove the parts that killed downloads left behind (older than an hour: no attempt takes that long)."""
-        for path in self.local.rglob(f".*{_PARTIAL}"):
-            try:
-                if time.time() - path.stat().st_mtime > 3600:
-                    path.unlink()
-            except OSError:
-                pass
-
-    def stats(self) -> dict[str, int]:
-        return {
-            "hits": self.hits,
-            "fetched_files": self.fetched_files,
-            "fetched_bytes": self.fetched_bytes,
-            "evicted_files": self.evicted_files,
-        }
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_mutex": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _mutex=threading.Lock())
+def _is_final(error: Exception) -> bool:
+    """Say whether trying again is of no use."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return True
+    return isinstance(error, FileNotFoundError | PermissionError)

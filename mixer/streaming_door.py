@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -17,28 +16,84 @@ from mixer.errors import InputError
 
 __all__ = ["decode", "decompress", "download"]
 
-_thread = threading.local()
+# What pip has to install for a scheme of streaming's; most of it comes with streaming.
+_PACKAGES = {
+    "alipan": "AliPCS-py",
+    "azure": "azure-storage-blob azure-identity",
+    "azure-dl": "azure-storage-file-datalake azure-identity",
+    "dbfs": "databricks-sdk",
+    "gs": "google-cloud-storage",
+    "hf": "huggingface_hub",
+    "oci": "oci",
+    "s3": "boto3",
+    "sftp": "paramiko",
+}
+# By what clients name these two kinds of failure: HTTP status, codes, classes.
+_MISSING = frozenset(
+    [
+        "404",
+        "NoSuchKey",
+        "NoSuchBucket",
+        "NotFound",
+        "BlobNotFound",
+        "ResourceNotFoundError",
+        "EntryNotFoundError",
+        "RemoteEntryNotFoundError",
+        "RepositoryNotFoundError",
+    ]
+)
+_DENIED = frozenset(
+    [
+        "401",
+        "403",
+        "AccessDenied",
+        "Forbidden",
+        "InvalidAccessKeyId",
+        "SignatureDoesNotMatch",
+        "NoCredentialsError",
+        "PartialCredentialsError",
+        "ClientAuthenticationError",
+        "AuthenticationException",
+        "BadAuthenticationType",
+        "BadHostKeyException",
+        "GatedRepoError",
+    ]
+)
 
 
-def download(url: str, target: Path, timeout: float) -> None:
+def download(url: str, target: Path, timeout: float, clients: dict[Any, Any]) -> None:
     """Copy one remote file to ``target``, which must not exist. Any scheme that streaming's ``Stream`` supports.
 
-    Raises: FileNotFoundError: if there is no such file; otherwise what the store's client raises.
+    Args:
+        timeout: seconds; only some of the stores' clients heed it.
+        clients: those made so far by this thread; a new one is added.
+    Raises: FileNotFoundError: if there is no such file; PermissionError: if it may not be read; InputError: for an
+        unknown scheme or a missing package; otherwise what the store's client raises.
     """
     scheme = urlparse(url).scheme
     if scheme in ("", "file"):
         shutil.copyfile(urlparse(url).path if scheme else url, target)
         return
-    # Clients are not safe to share between threads while they are being made; they read the endpoint when they are.
-    clients: dict[tuple[str, str], Any] = _thread.__dict__.setdefault("clients", {})
-    which = (scheme, os.environ.get("S3_ENDPOINT_URL", ""))
-    if which not in clients:
-        clients[which] = _import("streaming.base.storage.download").CloudDownloader.get(url)
     try:
+        # A client reads the endpoint when it is made.
+        which = (scheme, urlparse(url).netloc, os.environ.get("S3_ENDPOINT_URL", ""))
+        if which not in clients:
+            clients[which] = _downloader(scheme, url)
         clients[which].download(url, str(target), timeout)
+    except ImportError as error:
+        package = _PACKAGES.get(scheme, "its client")
+        raise InputError(
+            f"{scheme}: addresses need the package {package.replace(' ', ' and ')}, which cannot be imported here"
+            f" ({error}). Run: pip install {package}"
+        ) from error
+    except InputError:
+        raise
     except Exception as error:
-        if _says_missing(error):
+        facts = _facts(error)
+        if isinstance(error, FileNotFoundError) or facts & _MISSING:
             raise FileNotFoundError(f"no file {url}") from error
+        if isinstance(error, PermissionError) or facts & _DENIED:
+            raise PermissionError(f"{type(error).__name__}: {error}") from error
         raise
 
 
@@ -55,6 +110,17 @@ def decode(encoding: str, value: bytes) -> Any:
     return encodings.mds_decode(encoding, value)
 
 
+def _downloader(scheme: str, url: str) -> Any:
+    storage = _import("streaming.base.storage.download")
+    known = {name.removesuffix("-uc") for name in storage.DOWNLOADER_MAPPINGS if name}
+    if scheme not in known:
+        raise InputError(
+            f"{url} has the unknown scheme {scheme!r}: expected a path, file, or one of {sorted(known)}. Correct it, or"
+            " copy the shards to a disk."
+        )
+    return storage.CloudDownloader.get(url)
+
+
 def _import(module: str) -> Any:
     import importlib
 
@@ -67,7 +133,12 @@ def _import(module: str) -> Any:
         ) from error
 
 
-def _says_missing(error: Exception) -> bool:
+def _facts(error: Exception) -> set[str]:
+    """Return all that an error of some store's client says about its kind: classes, codes, HTTP status."""
     response = getattr(error, "response", None)
-    code = response.get("Error", {}).get("Code", "") if isinstance(response, dict) else ""
-    return isinstance(error, FileNotFoundError) or code in ("404", "NoSuchKey") or type(error).__name__ == "NotFound"
+    facts = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(response, dict):
+        facts.add(str(response.get("Error", {}).get("Code", "")))
+    for thing in (error, response):
+        facts |= {str(getattr(thing, name, "")) for name in ("status", "status_code", "code", "error_code")}
+    return facts

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from mixer import DataError, InputError, MixtureLoader, mds
-from mixer.cache import RemoteCache
+from mixer.cache_space import CacheSpace
 from tests.helpers import assert_same, write_shards
 
 SIZES = {"code": 300, "web": 900}
@@ -209,19 +209,19 @@ def test_kill_9_while_downloading_leaves_nothing_that_looks_whole(source, tmp_pa
         time.sleep(wait)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        for path in tmp_path.rglob("shard.*.mds"):
+        for path in tmp_path.glob("*/train/shard.*.mds"):
             entry = json.loads((path.parent / "index.json").read_text())["shards"][int(path.name.split(".")[1])]
             assert mds.hash_hex("xxh64", path.read_bytes()) == entry["raw_data"]["hashes"]["xxh64"]
     assert_same(batches(make(tmp_path, remote=str(source)), 60), batches(make(source), 60))
 
 
-def test_old_parts_of_killed_downloads_are_swept_away(source, tmp_path):
-    old, new = tmp_path / ".shard.1.9.9.part", tmp_path / ".shard.2.9.9.part"
-    for path in (old, new):
-        path.write_bytes(b"part")
-    os.utime(old, (1, 1))
+def test_what_a_dead_process_left_is_swept_away_at_once_and_a_living_one_s_is_not(source, tmp_path):
+    living = make(tmp_path, remote=str(source))
+    dead = tmp_path / ".mixer" / "process.dead"
+    (dead / "claim.1").mkdir(parents=True)
+    (dead / "claim.1" / "shard.00001.mds").write_bytes(b"part")
     make(tmp_path, remote=str(source))
-    assert not old.exists() and new.exists()
+    assert not dead.exists() and living.reader.cache.space.own().exists()
 
 
 def test_full_disk_while_fetching_is_one_sentence(source, tmp_path, monkeypatch):
@@ -237,21 +237,56 @@ def test_full_disk_while_fetching_is_one_sentence(source, tmp_path, monkeypatch)
         batches(loader, 5)
 
 
-def test_evictions_prefer_what_is_not_wanted_and_longest_unused(tmp_path):
-    cache = RemoteCache("file:///nowhere", tmp_path, limit=35)
-    for i, name in enumerate(("a", "b", "c")):
-        (tmp_path / name).write_bytes(b"x" * 10)
-        os.utime(tmp_path / name, (i, i))
+def shelf(folder, limit, names):
+    space = CacheSpace(folder, limit)
+    space.register(dict.fromkeys("abcd", 10))
+    for i, name in enumerate(names):
+        (folder / name).write_bytes(b"x" * 10)
+        os.utime(folder / name, (i, i))
+    space.start_counting()
+    return space
+
+
+def test_evictions_prefer_what_nobody_wants_and_what_was_fetched_first(tmp_path):
+    space = shelf(tmp_path, 35, "abc")
     (tmp_path / "other").write_bytes(b"x" * 100)
-    cache.register({"a": 10, "b": 10, "c": 10, "d": 10})
-    cache.want("web", frozenset({"a"}))
-    assert cache.has_room(20) and not cache.has_room(30)
-    with cache.room(10):
+    space.want("web", {"a"})
+    with space.claim("d", 10):
         assert files(tmp_path) == ["a", "c", "other"]
-        with cache.room(5):
+        with space.claim("b", 5):
             assert files(tmp_path) == ["a", "c", "other"]
-    with cache.room(25):
+    with space.claim("d", 25):
         assert files(tmp_path) == ["a", "other"]
+    assert space.stats()["evicted_files"] == 2
+
+
+def test_what_is_fetched_ahead_evicts_nothing_that_any_process_wants(tmp_path):
+    space, other = shelf(tmp_path, 30, "abc"), shelf(tmp_path, 30, "")
+    space.want("web", {"a"})
+    other.want("web", {"b", "c"})
+    with space.claim("d", 10, ahead=True) as folder:
+        assert folder is None and files(tmp_path) == ["a", "b", "c"]
+    with space.claim("d", 10) as folder:
+        assert folder is not None and files(tmp_path) == ["b", "c"]
+
+
+def test_claims_of_all_processes_count_and_those_who_find_no_room_wait_for_it(tmp_path):
+    space, other, order = shelf(tmp_path, 30, "a"), shelf(tmp_path, 30, ""), []
+
+    def fetch_too():
+        with other.claim("c", 15):
+            order.append("second")
+
+    with space.claim("b", 20) as folder:
+        thread = threading.Thread(target=fetch_too)
+        thread.start()
+        time.sleep(0.2)
+        assert files(tmp_path) == ["a"] and folder.is_dir(), "nothing goes while that would not be enough"
+        order.append("first")
+    thread.join(timeout=20)
+    assert order == ["first", "second"]
+    with pytest.raises(DataError, match="d takes 31 bytes while it is fetched, more than the cache_limit 30"):
+        space.claim("d", 31).__enter__()
 
 
 # --- a real S3 server, and a wire that misbehaves ------------------------------------------------------------------

@@ -32,6 +32,10 @@ def _default_workers() -> int:
 @click.option("--train-tokenizer", type=int, metavar="VOCAB", help="Train a byte-level BPE of this size on the corpus.")
 @click.option("--eos", metavar="TOKEN", help="End-of-text token, where the tokenizer's own is not found.")
 @click.option(
+    "--special-tokens", type=click.Choice(["text", "parse"]), default="text", show_default=True,
+    help="What '<|endoftext|>' in a text is: text, or its id.",
+)  # fmt: skip
+@click.option(
     "--domain", default="folder", show_default=True, metavar="RULE",
     help="folder, file, field:<dotted.path> or path:<regex>.",
 )  # fmt: skip

@@ -42,6 +42,7 @@ def convert(
     train_tokenizer: int | None = None,
     seq_len: int,
     eos: str | None = None,
+    special_tokens: str = "text",
     domain: str = "folder",
     domain_map: str | os.PathLike[str] | Mapping[str, str | None] | None = None,
     text_field: str = "text",
@@ -87,6 +88,7 @@ def convert(
         train_tokenizer: vocabulary size of a byte-level BPE trained on a sample of the corpus.
         seq_len: tokens per sample.
         eos: the end-of-text token, where the tokenizer's own is not found.
+        special_tokens: what a special token that is spelled out in a text is: ``text``, or with ``parse`` its id.
         domain: ``folder``, ``file``, ``field:<dotted.path>`` or ``path:<regex>``; see ``converters.domains``.
         domain_map: a mapping or JSON file that renames, merges and (null) drops domains; ``"*"`` is all others.
         text_field: dotted path of a record's text; several joined (``title,body``); or ``{title}: {body}``.
@@ -132,6 +134,7 @@ def convert(
     stage_options = StageOptions(
         format=format, include=tuple(include), exclude=tuple(exclude), domain=domain, text_field=text_field,
         on_bad_record=on_bad_record, max_bad=max_bad, seed=seed, train_tokenizer=train_tokenizer,
+        special_tokens=special_tokens,
         domain_map={} if domain_map is None else load_mapping(domain_map),
         unit_bytes=None if unit_size is None else size_in_bytes(unit_size, "unit_size"),
     )  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any
 from converters.domains import domain_rule
 from converters.readers import FORMATS
 from converters.texts import text_rule
+from converters.tokenizers import SPECIAL_TOKENS
 from mixer.errors import InputError
 
 __all__ = ["DEFAULT_EXCLUDE", "ON_BAD_RECORD", "PackOptions", "StageOptions", "size_in_bytes"]
@@ -60,11 +61,13 @@ class StageOptions:
     unit_bytes: int | None = None
     train_tokenizer: int | None = None
     seed: int = 0
+    special_tokens: str = "text"
 
     def __post_init__(self) -> None:
         domain_rule(self.domain)
         text_rule(self.text_field)
         _one_of("format", self.format, ("auto", *FORMATS))
+        _one_of("special_tokens", self.special_tokens, SPECIAL_TOKENS)
         _one_of("on_bad_record", self.on_bad_record, ON_BAD_RECORD)
         if not 0 <= self.max_bad <= 1:
             raise InputError(f"max_bad is a share of the documents, 0 to 1; got {self.max_bad}.")

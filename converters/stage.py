@@ -148,7 +148,9 @@ class _UnitWriter:
 
     def __init__(self, folder: Path, task: StageTask) -> None:
         self._task = task
-        self._encoder = load_encoder(task.tokenizer.kind, task.tokenizer_file, task.backend)
+        self._encoder = load_encoder(
+            task.tokenizer.kind, task.tokenizer_file, task.backend, task.options.special_tokens
+        )
         self._dtype = id_dtype(task.tokenizer.vocab_size)
         self._waiting: dict[str, list[str]] = {}
         self._characters: Counter[str] = Counter()

@@ -5,8 +5,9 @@
     bytes           the bytes of UTF-8 themselves, 0 to 255, and 256 as end of text
 
 ``tiktoken:cl100k_base`` and ``tiktoken:o200k_base`` become a ``tokenizer.json``, see ``converters.tiktoken_ranks``.
-An encoder is made once per process from the kind and the file. A special token that is spelled out in a text is text:
-only the converter writes the end-of-text id.
+An encoder is made once per process from the kind and the file. A special token that is spelled out in a text is text,
+and only the converter writes the end-of-text id, unless special tokens are to be parsed: then ``<|endoftext|>`` in a
+text becomes its id, and ends a document for all that find documents by that id.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,9 +27,10 @@ from numpy.typing import NDArray
 from mixer.errors import InputError
 from mixer.manifest import TokenizerInfo
 
-__all__ = ["BACKENDS", "KINDS", "Encoder", "describe", "id_dtype", "load_encoder"]
+__all__ = ["BACKENDS", "KINDS", "SPECIAL_TOKENS", "Encoder", "describe", "id_dtype", "load_encoder"]
 
 LONG_TEXT = 1 << 18  # characters
+SPECIAL_TOKENS = ("text", "parse")
 
 # Names that end-of-text tokens go by, most usual first.
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]", "[SEP]")
@@ -70,13 +72,13 @@ def _split(ids: NDArray[Any], lengths: NDArray[np.int64]) -> list[NDArray[Any]]:
 class HuggingFaceEncoder:
     """A ``tokenizer.json``."""
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, special_tokens: str = "text") -> None:
         # One thread per worker process: the processes are the parallelism.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._tokenizer = load_tokenizer_json(file)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.encode_special_tokens = special_tokens == "text"
         self._may_cut = splits_between_words(self._tokenizer, json.loads(Path(file).read_bytes()))
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -125,7 +127,8 @@ def splits_between_words(tokenizer: Any, facts: Mapping[str, Any]) -> bool:
     normalizer = (facts.get("normalizer") or {}).get("type")
     if normalizer not in _HARMLESS_NORMALIZERS or tokenizer.pre_tokenizer is None:
         return False
-    if any("\n" in token["content"] for token in facts.get("added_tokens", [])):
+    added = [token["content"] for token in facts.get("added_tokens", [])]
+    if any("\n" in content or _AFTER_WORD.search(content) for content in added):
         return False
     probe = "one two\nthree 45\n\n6x\n\t7 été ü x2 y\n"
     words = tokenizer.pre_tokenizer.pre_tokenize_str(probe)
@@ -138,15 +141,15 @@ def splits_between_words(tokenizer: Any, facts: Mapping[str, Any]) -> bool:
 class GigatokenEncoder(HuggingFaceEncoder):
     """The same ``tokenizer.json`` through gigatoken, which is about twenty times as fast; decodes by ``tokenizers``."""
 
-    def __init__(self, file: str) -> None:
-        super().__init__(file)
+    def __init__(self, file: str, special_tokens: str = "text") -> None:
+        super().__init__(file, special_tokens)
         try:
             import gigatoken
         except ImportError as error:
             raise InputError("the backend gigatoken is not installed: pip install gigatoken, or use 'hf'.") from error
-        # gigatoken has no switch for special tokens in the text, so it is not told of them.
         facts = json.loads(Path(file).read_bytes())
-        facts["added_tokens"] = [token for token in facts.get("added_tokens", []) if not token.get("special")]
+        if special_tokens == "text":  # gigatoken has no switch for it, so it is not told of special tokens
+            facts["added_tokens"] = [token for token in facts.get("added_tokens", []) if not token.get("special")]
         self._fast = gigatoken.Tokenizer.from_json(json.dumps(facts).encode("utf-8"))
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -166,9 +169,9 @@ class GigatokenEncoder(HuggingFaceEncoder):
 
 
 class SentencePieceEncoder:
-    """A SentencePiece model."""
+    """A SentencePiece model. ``special_tokens`` is about its control symbols; user-defined ones are always parsed."""
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, special_tokens: str = "text") -> None:
         try:
             import sentencepiece
         except ImportError as error:
@@ -177,9 +180,20 @@ class SentencePieceEncoder:
             self.processor = sentencepiece.SentencePieceProcessor(model_file=file)
         except (OSError, RuntimeError) as error:
             raise InputError(f"{file} is not a SentencePiece model: {error}.") from error
+        size = self.processor.get_piece_size() if special_tokens == "parse" else 0
+        controls = [number for number in range(size) if self.processor.is_control(number)]
+        self._specials = {self.processor.id_to_piece(number): number for number in controls}
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        return _joined(self.processor.encode(list(texts), num_threads=1))
+        if not self._specials:
+            return _joined(self.processor.encode(list(texts), num_threads=1))
+        return _joined([self._parsed(text) for text in texts])
+
+    def _parsed(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in _parts(text, self._specials):
+            ids += [self._specials[part]] if part in self._specials else self.processor.encode(part)
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         eos = self.processor.eos_id()
@@ -192,18 +206,37 @@ class SentencePieceEncoder:
         return self.processor.id_to_piece(eos).join(map(self.processor.decode, parts))
 
 
+def _parts(text: str, specials: Iterable[str]) -> list[str]:
+    """Return what ``text`` is made of: special tokens, and the texts around them.
+
+    >>> _parts("one</s>two</s></s>", ["</s>"])
+    ['one', '</s>', 'two', '</s>', '</s>']
+    """
+    longest_first = sorted(specials, key=len, reverse=True)
+    return [part for part in re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if part]
+
+
+_END_OF_BYTES = "<|endoftext|>"
+
+
 class BytesEncoder:
     """The bytes of UTF-8."""
 
-    def __init__(self, file: str | None = None) -> None:
-        pass
+    def __init__(self, file: str | None = None, special_tokens: str = "text") -> None:
+        self._parse = special_tokens == "parse"
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        if self._parse:
+            return _joined([self._parsed(text) for text in texts])
         raw = [text.encode("utf-8") for text in texts]
         return np.frombuffer(b"".join(raw), np.uint8), np.fromiter(map(len, raw), np.int64, len(raw))
 
+    def _parsed(self, text: str) -> list[int]:
+        parts = _parts(text, [_END_OF_BYTES])
+        return [id for part in parts for id in ([BYTES.eos_id] if part == _END_OF_BYTES else part.encode("utf-8"))]
+
     def decode(self, ids: Sequence[int]) -> str:
-        raw = b"".join(bytes([token]) if token < 256 else b"<|endoftext|>" for token in ids)
+        raw = b"".join(bytes([token]) if token < 256 else _END_OF_BYTES.encode() for token in ids)
         return raw.decode("utf-8", errors="replace")
 
 
@@ -281,10 +314,10 @@ def _configured_eos(file: Path) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=2)
-def load_encoder(kind: str, file: str | None, backend: str = "hf") -> Encoder:
+def load_encoder(kind: str, file: str | None, backend: str = "hf", special_tokens: str = "text") -> Encoder:
     """Return the encoder, made once per process."""
     if backend == "gigatoken":
         if kind != "hf":
             raise InputError(f"the backend gigatoken reads a tokenizer.json; this tokenizer is of kind {kind!r}.")
-        return GigatokenEncoder(str(file))
-    return KINDS[kind](file)
+        return GigatokenEncoder(str(file), special_tokens)
+    return KINDS[kind](file, special_tokens)

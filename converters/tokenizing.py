@@ -79,7 +79,7 @@ def _check_backend(job: Job, tokenizer: TokenizerInfo, file: str | None) -> None
     from converters.tokenizers import GigatokenEncoder
     from converters.training import sample_documents
 
-    encoder = load_encoder(tokenizer.kind, file, job.backend)
+    encoder = load_encoder(tokenizer.kind, file, job.backend, job.stage_options.special_tokens)
     assert isinstance(encoder, GigatokenEncoder)
     some = job.plan.units[:: max(1, len(job.plan.units) // 4)]
     encoder.check([*sample_documents(some, job.stage_options, 1 << 20), "a<|endoftext|>b </s>", "e\u0301 \u212b"])

@@ -49,6 +49,77 @@ def test_special_token_in_the_text_is_text(tokenizer_json):
     assert 0 not in encoder.encode(["<|endoftext|>"])[0]
 
 
+@pytest.fixture(scope="module")
+def sentencepiece_model(tmp_path_factory) -> Path:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = tmp_path_factory.mktemp("spm")
+    (folder / "lines.txt").write_text("\n".join(" ".join(text.split()) for text in documents("web", 300)))
+    options = {"vocab_size": 400, "byte_fallback": True, "model_type": "bpe", "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "lines.txt"), model_prefix=str(folder / "spm"), **options
+    )
+    return folder / "spm.model"
+
+
+SPECIAL_CASES = ["hf", "gigatoken", "sentencepiece", "bytes", "tiktoken"]
+
+
+def special_case(name: str, request) -> tuple[tuple, int, str]:
+    """Return what to load, the id of the end of text, and how that is spelled."""
+    if name == "bytes":
+        return ("bytes", None, "hf"), 256, "<|endoftext|>"
+    if name == "sentencepiece":
+        info = describe(request.getfixturevalue("sentencepiece_model"))
+        return (info.kind, info.file, "hf"), info.eos_id, "</s>"
+    if name == "tiktoken":
+        pytest.importorskip("bpe_openai")
+        info = describe("tiktoken:cl100k_base")
+        return ("hf", info.file, "hf"), info.eos_id, "<|endoftext|>"
+    if name == "gigatoken":
+        pytest.importorskip("gigatoken")
+    return ("hf", str(request.getfixturevalue("tokenizer_json")), name), 0, "<|endoftext|>"
+
+
+@pytest.mark.parametrize("name", SPECIAL_CASES)
+def test_special_token_in_the_text_becomes_its_id_only_where_asked(name, request):
+    source, eos, spelled = special_case(name, request)
+    as_text, parsed = load_encoder(*source), load_encoder(*source, "parse")
+    text = f"one{spelled}two {spelled}{spelled}"
+    assert eos not in as_text.encode([text])[0]
+    ids = parsed.encode([text])[0].tolist()
+    assert ids.count(eos) == 3
+    assert ids[-2:] == [eos, eos]
+    assert as_text.decode(as_text.encode([text])[0].tolist()).replace(" ", "") == text.replace(" ", "")
+    assert parsed.encode(["plain text"])[0].tolist() == as_text.encode(["plain text"])[0].tolist()
+
+
+def test_special_tokens_are_part_of_what_is_asked(tmp_path):
+    write_corpus(tmp_path / "corpus")
+    given: dict = {"tokenizer": "bytes", "seq_len": 64, "held_out": 0}
+    text = convert([tmp_path / "corpus"], tmp_path / "text", **given)
+    parsed = convert([tmp_path / "corpus"], tmp_path / "parsed", special_tokens="parse", **given)
+    assert (text.converter["request"]["special_tokens"], parsed.converter["request"]["special_tokens"]) == (
+        "text",
+        "parse",
+    )
+    spelled = sum(text.count("<|endoftext|>") for text in documents("web", 300))
+    saved = text.domains["web"].tokens_in["train"] - parsed.domains["web"].tokens_in["train"]
+    assert saved == spelled * (len("<|endoftext|>") - 1) > 0
+    with pytest.raises(InputError, match="special_tokens: parse -> text"):
+        convert([tmp_path / "corpus"], tmp_path / "parsed", **given)
+    with pytest.raises(InputError, match=r"special_tokens 'allow' is not one of \['text', 'parse'\]"):
+        convert([tmp_path / "corpus"], tmp_path / "x", special_tokens="allow", **given)
+
+
+def test_gigatoken_writes_the_same_bytes_where_special_tokens_are_parsed(tmp_path, tokenizer_json):
+    pytest.importorskip("gigatoken")
+    write_corpus(tmp_path / "corpus")
+    given: dict = {"tokenizer": tokenizer_json, "seq_len": 64, "special_tokens": "parse"}
+    for backend in ("hf", "gigatoken"):
+        convert([tmp_path / "corpus"], tmp_path / backend, backend=backend, **given)
+    assert tree_hash(tmp_path / "hf") == tree_hash(tmp_path / "gigatoken")
+
+
 def test_fingerprint_is_of_the_content(tokenizer_json, tmp_path):
     copy = tmp_path / "copy.json"
     copy.write_bytes(tokenizer_json.read_bytes())
@@ -122,15 +193,9 @@ def test_missing_backend_and_unknown_backend_are_refused(tmp_path, tokenizer_jso
         convert([tmp_path / "corpus"], tmp_path / "out", backend="abacus", **options)
 
 
-def test_sentencepiece_model_gives_back_the_text(tmp_path):
-    sentencepiece = pytest.importorskip("sentencepiece")
+def test_sentencepiece_model_gives_back_the_text(tmp_path, sentencepiece_model):
     write_corpus(tmp_path / "corpus")
-    (tmp_path / "lines.txt").write_text("\n".join(" ".join(text.split()) for text in documents("web", 300)))
-    options = {"vocab_size": 400, "byte_fallback": True, "model_type": "bpe", "minloglevel": 2}
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "lines.txt"), model_prefix=str(tmp_path / "spm"), **options
-    )
-    given: dict = {"tokenizer": tmp_path / "spm.model", "seq_len": 64, "held_out": 0}
+    given: dict = {"tokenizer": sentencepiece_model, "seq_len": 64, "held_out": 0}
     manifest = convert([tmp_path / "corpus"], tmp_path / "out", **given)
     assert manifest.tokenizer.kind == "sentencepiece"
     assert manifest.tokenizer.file == "tokenizer/tokenizer.model"

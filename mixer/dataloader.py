@@ -25,10 +25,9 @@ from mixer.dataset import MixtureDataset
 from mixer.errors import DataError, ExhaustedError, InputError
 from mixer.folders import load_manifest
 from mixer.manifest import Manifest
-from mixer.mixer import Mixer, RunEnded, Snapshot, Weights
+from mixer.mixer import Draws, Mixer, RunEnded, Snapshot, Weights
 from mixer.plan_ahead import PlanSampler, as_is
-from mixer.remote_shards import RemoteShards
-from mixer.setup import MixtureLike, mixer_for, resolve_curriculum, resolve_mixture
+from mixer.setup import MixtureLike, mixer_for, resolve_curriculum, resolve_mixture, tokens_in
 from mixer.units import parse_bytes, short
 
 __all__ = ["MixtureLoader", "resolve_mixture"]
@@ -48,10 +47,13 @@ class MixtureLoader(DataLoader[Any]):
         split: "train" or "validation".
         seed: of the order of samples and of the batches.
         rank, world_size: which share of every global batch to deliver; default torch.distributed's, else torchrun's.
-        num_workers: processes that run ``transform``. Without one none is started: reading in the training process is
-            faster than any hand-over from another.
+        num_workers: processes that run ``collate`` and ``transform``. Without either none is started: reading in the
+            training process is faster than any hand-over from another.
         columns: other columns of the shards to deliver beside the tokens: tensors where all values have one shape, else
             lists; ``mixer.boundaries`` turns ``doc_starts`` into position ids.
+        collate: from a list of samples (dicts of ``input_ids`` (n,), ``domain_ids``, ``sample_ids``, other columns) to
+            a batch; must be importable for processes. Samples of one length are gathered faster without it; where they
+            differ in length the default is ``mixer.padding.Padding``, with the tokenizer's end-of-text id.
         transform: from a batch of this rank to what is delivered; must be importable (it is pickled) for processes.
         read_ahead: batches that may be planned before they are delivered. A change of weights holds after that many:
             none without processes, 8 with any number of them. Give it to have the same samples with and without.
@@ -67,7 +69,10 @@ class MixtureLoader(DataLoader[Any]):
     Raises: InputError, DataError: one sentence that names what does not fit.
 
     Attributes: ``domains`` (sorted names that ``domain_ids`` index), ``num_samples`` (by domain), ``manifest``,
-    ``mixture``, ``step`` (batches delivered), ``weights``.
+    ``mixture``, ``step`` (batches delivered), ``weights``, ``variable_length``.
+
+    Where samples differ in length, a batch has ``global_batch_size`` of them, weights are shares of tokens, and what is
+    owed is counted in tokens: see ``mixer.token_allocation``.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class MixtureLoader(DataLoader[Any]):
         pin_memory: bool = False,
         dtype: Literal["int64", "stored"] = "int64",
         columns: Sequence[str] = (),
+        collate: Callable[[list[dict[str, Any]]], Any] | None = None,
         transform: Callable[[Batch], Any] | None = None,
         read_ahead: int | None = None,
     ) -> None:
@@ -111,13 +117,17 @@ class MixtureLoader(DataLoader[Any]):
             on_exhausted=on_exhausted,
         )
         dataset._loader, dataset.transform = self, transform
+        dataset.collate = collate or dataset.collate
+        self.variable_length = dataset.variable
+        if self.variable_length:
+            self.mixer.lengths = dataset.lengths
         if cache is not None:
             self._check_limit(dataset, cache)
         self.reader: MixtureDataset = dataset
         self._ended, self._generation = "", 0
         self._last: tuple[torch.Tensor | None, np.ndarray] = (None, np.zeros(0, np.int64))
-        # Reading takes no processes: they would only be slower. A transform is what they are for.
-        processes = num_workers if transform is not None else 0
+        # Reading takes no processes: they would only be slower. The user's own code is what they are for.
+        processes = num_workers if transform is not None or collate is not None else 0
         self.read_ahead = (_READ_AHEAD if processes else 0) if read_ahead is None else read_ahead
         if self.read_ahead < processes:
             raise InputError(
@@ -143,7 +153,7 @@ class MixtureLoader(DataLoader[Any]):
         needed = {
             name: shards.window_bytes(order.shards_at(0)[0])
             for name, shards, order, weight in zip(self.domains, dataset.shards, dataset.orders, self.mixer.weights)
-            if weight > 0 and isinstance(shards, RemoteShards) and order is not None
+            if weight > 0 and shards is not None and order is not None
         }
         total = sum(needed.values())
         if cache.limit is not None and total > cache.limit:
@@ -231,7 +241,7 @@ class MixtureLoader(DataLoader[Any]):
         """Plan and read one batch, or return None at the end; after an error the counters stand before it."""
         before = self.mixer.snapshot()
         try:
-            draws = self.mixer.next_batch()
+            draws = self._plan_batch()
             sample_ids = self.reader.sample_ids(draws)
             mine = slice(self.rank, None, self.world_size)
             batch = self.reader.batch(draws.domain_ids[mine], sample_ids[mine])
@@ -242,9 +252,14 @@ class MixtureLoader(DataLoader[Any]):
             self.mixer.restore(before)
             raise
         if self.pin_memory and torch.cuda.is_available():
-            batch = {name: value.pin_memory() for name, value in batch.items()}
-        self._last = (batch.get("domain_ids"), draws.counts)
+            batch = _pinned(batch)
+        self._last = (batch.get("domain_ids") if isinstance(batch, Mapping) else None, draws.counts)
         return batch
+
+    def _plan_batch(self) -> Draws:
+        if self.variable_length:
+            self.reader.expect(self.mixer.positions, self.mixer.weights)
+        return self.mixer.next_batch()
 
     def _from_workers(self) -> Iterator[Any]:
         """Deliver what the workers have made ready; begin anew where a state was loaded meanwhile."""
@@ -270,8 +285,8 @@ class MixtureLoader(DataLoader[Any]):
     def _ready(self) -> Iterator[Any]:
         try:
             yield from super().__iter__()
-        except (RuntimeError, EOFError, ConnectionError) as error:  # killed while it handed a batch over: the latter two
-            if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
                 raise
             what = " ".join(str(error).split())
             raise DataError(f"a worker process of the loader died: {what}. Go on from the last state.") from error
@@ -308,7 +323,7 @@ class MixtureLoader(DataLoader[Any]):
         and whether the run ends early; scheduled changes of weights are not part of it (``mixer simulate`` follows
         them).
         """
-        sizes = np.array([self.num_samples[name] for name in self.domains], np.float64) * self.manifest.seq_len
+        sizes = np.array([tokens_in(self.manifest, name, self.split) for name in self.domains], np.float64)
         weights, mixer = self.mixer.weights_at(self._now), self.mixer
         return plan_budget(self.domains, weights, sizes, budget_tokens, mixer.max_epochs, mixer.on_exhausted)
 
@@ -321,24 +336,28 @@ class MixtureLoader(DataLoader[Any]):
         return flat | {f"{prefix}waited_seconds": stats["waited_seconds"]}
 
     def stats(self) -> dict[str, Any]:
-        """Return what was delivered so far, by domain: target and realised share, samples, tokens, epochs."""
+        """Return what was delivered so far, by domain: target and realised share, samples, tokens, epochs.
+
+        Shares are of samples, or of tokens where samples differ in length, as the weights are.
+        """
         now, limits, weights = self._now, self.mixer.sample_limits, self.weights
-        total, domains = max(int(now.drawn.sum()), 1), {}
+        tokens = now.tokens if self.variable_length else now.drawn * self.manifest.seq_len
+        counted = now.tokens if self.variable_length else now.drawn  # what weights are shares of
+        total, domains = max(int(counted.sum()), 1), {}
         for i, name in enumerate(self.domains):
-            drawn = int(now.drawn[i])
             domains[name] = {
                 "weight": weights[name],
-                "target_share": (drawn + float(now.credit[i])) / total,
-                "share": drawn / total,
-                "samples": drawn,
-                "tokens": drawn * self.manifest.seq_len,
+                "target_share": (int(counted[i]) + float(now.credit[i])) / total,
+                "share": int(counted[i]) / total,
+                "samples": int(now.drawn[i]),
+                "tokens": int(tokens[i]),
                 "epochs": float(now.positions[i] / max(self.num_samples[name], 1)),
                 "exhausted": bool(limits is not None and now.positions[i] >= limits[i]),
             }
-        stats = {"step": now.step, "samples": int(now.drawn.sum()), "domains": domains}
+        stats = {"step": now.step, "samples": int(now.drawn.sum()), "tokens": int(tokens.sum()), "domains": domains}
         stats["waited_seconds"] = self.reader.waited_seconds
         if self.reader.cache is not None:
-            stats["cache"] = self.reader.cache.space.stats()
+            stats["cache"] = self.reader.cache.stats()
         return stats
 
 
@@ -350,7 +369,15 @@ def _cache(shards: str | os.PathLike[str], remote: str | None, cache_limit: int 
             )
         return None
     cache = RemoteCache(remote, shards, None if cache_limit is None else parse_bytes(cache_limit, "a cache_limit"))
+    cache.sweep()
     return cache
+
+
+def _pinned(batch: Any) -> Any:
+    """Return a batch with its tensors in page-locked memory, from which copies to a GPU need not wait."""
+    if isinstance(batch, Mapping):
+        return {name: _pinned(value) for name, value in batch.items()}
+    return batch.pin_memory() if isinstance(batch, torch.Tensor) else batch
 
 
 def _rank_and_world(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -24,11 +24,13 @@ from mixer.folders import load_manifest
 from mixer.manifest import Manifest
 from mixer.mixer import Draws
 from mixer.order import Order
+from mixer.padding import Padding, stacked
 from mixer.shards import DomainShards, Verify, View, open_domain
 
 __all__ = ["MixtureDataset"]
 
 Ids = NDArray[np.int64]
+_LENGTHS_AHEAD = 64  # samples whose lengths are looked up at a time
 
 
 class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
@@ -85,7 +87,13 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
         self._domain_firsts = self._firsts[self._domain_shards]
         self._views: dict[int, View] = {}
         self._ahead = np.full(len(self.domains), -1, np.int64)
+        self._ids = np.arange(len(self.domains))
         self._loader: Any = None
+        self.variable = self.manifest.variable_length
+        self._lengths: dict[int, tuple[int, Ids]] = {}  # domain → first position, lengths from there on
+        self.collate: Callable[[list[dict[str, Any]]], Any] | None = None
+        if self.variable:
+            self.collate = Padding(max(self.manifest.tokenizer.eos_id, 0))
         self.cache, self.waited_seconds = cache, 0.0
         self.transform: Callable[[dict[str, torch.Tensor]], Any] | None = None
 
@@ -99,20 +107,70 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
             if order is not None:
                 order.grow(*grown.get(name, (0, [])))
         self._ahead[:] = -1
+        self._lengths.clear()
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def sample_ids(self, draws: Draws, *, ahead: bool = True) -> Ids:
         """Return the sample indices (B,) of a planned batch, in its order; read ahead where a window begins."""
-        stops = draws.firsts + draws.counts
-        if ahead and ((stops > self._ahead) & (draws.counts > 0)).any():
-            self._read_ahead(stops, draws)
+        if ahead:
+            self._read_ahead(draws.firsts, draws.counts)
         parts = [
             self.orders[d].take(first, count)  # type: ignore[union-attr]
             for d, (first, count) in enumerate(zip(draws.firsts.tolist(), draws.counts.tolist()))
             if count
         ]
         return np.concatenate(parts)[draws.places]
+
+    def expect(self, positions: Ids, weights: NDArray[np.float64]) -> None:
+        """Look up, all domains side by side, what planning by lengths is about to ask for."""
+        self._read_ahead(positions, np.where(weights > 0, _LENGTHS_AHEAD, 0))
+        for d in np.flatnonzero(weights > 0).tolist():
+            if d not in self._lengths:
+                order, shards = self.orders[d], self._of(d)
+                assert order is not None
+                shards.need(np.unique(self._shards_of(d, order.take(int(positions[d]), _LENGTHS_AHEAD))).tolist())
+
+    def lengths(self, domain: int, first: int, count: int) -> Ids:
+        """Return the tokens (count,) of the samples at positions ``first`` … of a domain's order.
+
+        They stand in the shards, which are opened and checked for it a little before they are read.
+        """
+        start, known = self._lengths.get(domain, (0, np.zeros(0, np.int64)))
+        if not start <= first <= first + count <= start + len(known):
+            start, known = first, self._look_up(domain, first, max(count, _LENGTHS_AHEAD))
+            self._lengths[domain] = start, known
+        return known[first - start : first - start + count]
+
+    def _look_up(self, domain: int, first: int, count: int) -> Ids:
+        self._read_ahead(*(np.where(self._ids == domain, value, 0) for value in (first, count)))
+        order, owner = self.orders[domain], self._of(domain)
+        assert order is not None
+        samples = order.take(first, count)
+        shards = self._shards_of(domain, samples)
+        rows, found = samples - owner.firsts[shards], np.full(count, owner.seq_len, np.int64)
+        wanted = np.unique(shards).tolist()
+        owner.need(wanted)
+        for shard in wanted:
+            lengths = owner.view(shard).lengths
+            if lengths is not None:
+                here = shards == shard
+                found[here] = lengths[rows[here]]
+        return found
+
+    def _shards_of(self, domain: int, samples: Ids) -> Ids:
+        return np.asarray(self._of(domain).firsts.searchsorted(samples, side="right") - 1, np.int64)
+
+    def read_lists(self, domain_ids: Ids, sample_ids: Ids) -> list[NDArray[Any]]:
+        """Return the tokens of n samples, each of its own length, in the stored dtype."""
+        samples = self._domain_firsts[domain_ids] + sample_ids
+        shards = self._firsts.searchsorted(samples, side="right") - 1
+        self._get_views([shard for shard in dict.fromkeys(shards.tolist()) if shard not in self._views])
+        found = []
+        for shard, row in zip(shards.tolist(), (samples - self._firsts[shards]).tolist()):
+            view = self._views[shard]
+            found.append(np.frombuffer(view.data, self.dtype, view.length(row, self.seq_len), view.start(row)))
+        return found
 
     def read(self, domain_ids: Ids, sample_ids: Ids) -> NDArray[Any]:
         """Return the token rows (n, T) of n samples, in the stored dtype."""
@@ -123,10 +181,10 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
         at, wanted = 0, shards.tolist()
         for shard, row in zip(wanted, (samples - self._firsts[shards]).tolist()):
             try:
-                data, first, stride, starts = views[shard]
+                data, first, stride, starts, _ = views[shard]
             except KeyError:  # rare: look for all that this batch lacks at once
                 self._get_views([other for other in dict.fromkeys(wanted) if other not in views])
-                data, first, stride, starts = views[shard]
+                data, first, stride, starts, _ = views[shard]
             start = first + row * stride if starts is None else starts[row]
             target[at : at + width] = data[start : start + width]
             at += width
@@ -148,14 +206,17 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
         assert shards is not None
         return shards
 
-    def _read_ahead(self, stops: Ids, draws: Draws) -> None:
+    def _read_ahead(self, firsts: Ids, counts: Ids) -> None:
         """Where a domain enters a new window: prepare it and the next one, and let go of those behind."""
-        moved = np.flatnonzero((stops > self._ahead) & (draws.counts > 0)).tolist()
+        stops = firsts + counts
+        moved = np.flatnonzero((stops > self._ahead) & (counts > 0)).tolist()
+        if not moved:
+            return
         upcoming: list[tuple[int, list[int]]] = []
         for d in moved:
             order, shards = self.orders[d], self.shards[d]
             assert order is not None and shards is not None
-            current, end = order.shards_at(int(draws.firsts[d]))
+            current, end = order.shards_at(int(firsts[d]))
             needed = current.tolist()
             while end < stops[d]:
                 more, end = order.shards_at(end)
@@ -177,7 +238,7 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
     # --- torch's protocol ------------------------------------------------------------------------------------------
 
     def __getitem__(self, draw: tuple[int, int]) -> dict[str, torch.Tensor]:
-        return {name: value[0] for name, value in self.batch(np.array([draw[0]]), np.array([draw[1]])).items()}
+        return self.samples(np.array([draw[0]]), np.array([draw[1]]))[0]
 
     def __getitems__(self, draws: Sequence[tuple[int, int]]) -> Any:
         pairs = np.array(draws, np.int64).reshape(-1, 2)
@@ -189,7 +250,13 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
             return error  # torch would wrap it in a traceback; the loader raises it in the training process as it is
 
     def batch(self, domain_ids: Ids, sample_ids: Ids) -> dict[str, torch.Tensor]:
-        """Return a batch as delivered: ``input_ids`` (n, T), ``domain_ids`` (n,), ``sample_ids`` (n,), int64."""
+        """Return a batch as delivered: ``input_ids`` (n, T), ``domain_ids`` (n,), ``sample_ids`` (n,), int64.
+
+        Where samples differ in length, and wherever a ``collate`` is given, it is what that makes of ``samples``.
+        """
+        if self.collate is not None:
+            made = self.collate(self.samples(domain_ids, sample_ids))
+            return made if self.transform is None else self.transform(made)
         rows = self.read(domain_ids, sample_ids)
         batch = {
             "input_ids": torch.from_numpy(rows.astype(np.int64) if self._as_int64 else rows),
@@ -197,21 +264,37 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
             "sample_ids": torch.from_numpy(sample_ids),
         }
         if self.columns:
-            batch |= self._other_columns(domain_ids, sample_ids)
+            rows_of_values = self._other_columns(domain_ids, sample_ids)
+            batch |= {name: stacked(list(values)) for name, values in zip(self.columns, zip(*rows_of_values))}
         return batch if self.transform is None else self.transform(batch)
 
-    def _other_columns(self, domain_ids: Ids, sample_ids: Ids) -> dict[str, Any]:
-        """Return the other columns, decoded sample by sample: tensors where all values have one shape, else lists."""
+    def samples(self, domain_ids: Ids, sample_ids: Ids) -> list[dict[str, Any]]:
+        """Return n samples as dicts: ``input_ids`` (length,), ``domain_ids`` and ``sample_ids`` (), other columns."""
+        if self.variable:
+            rows: Sequence[NDArray[Any]] = self.read_lists(domain_ids, sample_ids)
+        else:
+            rows = list(self.read(domain_ids, sample_ids))
+        others = self._other_columns(domain_ids, sample_ids) if self.columns else [[]] * len(rows)
+        made = []
+        for i, row in enumerate(rows):
+            tokens = torch.from_numpy(row.astype(np.int64 if self._as_int64 else row.dtype))
+            ids = {"domain_ids": torch.tensor(int(domain_ids[i])), "sample_ids": torch.tensor(int(sample_ids[i]))}
+            made.append({"input_ids": tokens, **ids, **dict(zip(self.columns, others[i]))})
+        return made
+
+    def _other_columns(self, domain_ids: Ids, sample_ids: Ids) -> list[list[Any]]:
+        """Return the values of the other columns, sample by sample."""
         found: list[list[Any]] = []
         for domain, sample in zip(domain_ids.tolist(), sample_ids.tolist()):
             shards = self._of(domain)
             shard = int(shards.firsts.searchsorted(sample, side="right")) - 1
             row = sample - int(shards.firsts[shard])
             found.append(mds.sample_values(shards.view(shard).data, row, shards.columns, self.columns))
-        return {name: _stacked(list(values)) for name, values in zip(self.columns, zip(*found))}
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_views": {}, "_ahead": np.full(len(self.domains), -1, np.int64), "_loader": None}
+        fresh = {"_views": {}, "_lengths": {}, "_ahead": np.full(len(self.domains), -1, np.int64), "_loader": None}
+        return {**self.__dict__, **fresh}
 
     # --- Composer's protocol: it saves and restores the dataset, not the loader -------------------------------------
 
@@ -235,13 +318,3 @@ def _check_columns(shards: DomainShards, wanted: Sequence[str]) -> None:
     if missing or unsafe:
         why = f"has no columns {missing}" if missing else f"stores {unsafe} as pickle, which would run code when read"
         raise InputError(f"domain {shards.domain!r} {why}; its columns are {dict(shards.columns)}. Ask for others.")
-
-
-def _stacked(values: list[Any]) -> Any:
-    """Return one tensor where that is possible; unsigned integers become int64, as torch knows few of them."""
-    if all(isinstance(value, bool | int | float) for value in values):
-        return torch.tensor(values)
-    if not all(isinstance(v, np.ndarray) and v.shape == values[0].shape and v.dtype == values[0].dtype for v in values):
-        return values
-    table = np.stack(values)
-    return torch.from_numpy(table.astype(np.int64) if table.dtype.kind == "u" and table.dtype != np.uint8 else table)

@@ -72,25 +72,37 @@ def fetch_index(cache: RemoteCache, split: Split) -> None:
 
 
 def synthesise_manifest(root: Path, found: dict[str, dict[str, Path]]) -> Manifest:
-    """Return a manifest for MDS folders by domain and split; of the tokenizer only the absence is known."""
+    """Return a manifest for MDS folders by domain and split; of the tokenizer only the absence is known.
+
+    Where samples differ in length, the tokens of a domain are estimated from those of its first shard.
+    """
     from mixer.shards import DomainShards
 
-    domains, shapes = {}, {}
+    domains: dict[str, Domain] = {}
+    shapes: dict[tuple[str, str], tuple[str, str, int]] = {}
+    variable = False
     for domain, splits in sorted(found.items()):
         described = {}
         for split, folder in sorted(splits.items()):
-            shards = DomainShards(domain, split, folder, verify="never")
+            shards = DomainShards(domain, split, folder, verify="never", variable=None)
             shapes[domain, split] = (shards.column, shards.dtype.name, shards.seq_len)
+            variable |= shards.variable
             described[split] = _describe(root, folder, shards)
         domains[domain] = Domain(described)
-    if len(set(shapes.values())) > 1:
+    if len({shape[:2] if variable else shape for shape in shapes.values()}) > 1:
         raise InputError(
             f"the domains in {root} differ in token column, dtype or length: {shapes}. One loader reads samples of one"
             " shape; convert them alike, or load them separately."
         )
-    column, dtype, seq_len = next(iter(shapes.values()))
+    column, dtype, _ = next(iter(shapes.values()))
     return Manifest(
-        domains, seq_len, dtype, TokenizerInfo("unknown", "", 0, -1), column=column, converter={"synthesised": True}
+        domains,
+        max(seq_len for *_, seq_len in shapes.values()),
+        dtype,
+        TokenizerInfo("unknown", "", 0, -1),
+        column=column,
+        converter={"synthesised": True},
+        variable_length=variable,
     )
 
 
@@ -98,7 +110,7 @@ def _describe(root: Path, folder: Path, shards: DomainShards) -> Split:
     return Split(
         path=os.path.relpath(folder, root),
         num_samples=shards.num_samples,
-        num_tokens=shards.num_samples * shards.seq_len,
+        num_tokens=round(shards.num_samples * (shards.mean_length or shards.seq_len)),
         num_documents=0,
         num_shards=len(shards.shard_sizes),
         size_bytes=int(shards.index.raw_bytes.sum()),

@@ -57,7 +57,7 @@ class Stage(NamedTuple):
 
     ``samples`` is where it begins in samples of the run, if that is how it was asked for: then it stays there when the
     batch size changes. With ``tokens`` it begins with the first batch after so many, ``ramp`` is in tokens too, and
-    ``step`` only an estimate.
+    ``step`` only says about when.
     """
 
     step: int
@@ -274,11 +274,10 @@ class Mixer:
 
     def schedule_at_tokens(self, tokens: int, weights: Weights, *, ramp: int = 0) -> Stage:
         """Like ``schedule``, with start and ramp in tokens of the run, where samples differ in length."""
-        assert self._means is not None
-        wanted = self._as_weights(weights)
-        per_batch = self.batch_size / math.fsum((wanted / self._means).tolist())
-        step = self.step + max(math.ceil((tokens - int(self._tokens.sum())) / per_batch), 0)
-        stage = Stage(step, int(ramp), wanted, tokens=int(tokens))
+        if self._means is None:
+            raise InputError("samples of one length are scheduled by samples (schedule_at), not by tokens.")
+        about = math.ceil(tokens / (self.batch_size * math.fsum(self._means.tolist()) / len(self._means)))
+        stage = Stage(about, int(ramp), self._as_weights(weights), tokens=int(tokens))
         self._stages = _with_stage(self._stages, stage)
         return stage
 

@@ -40,7 +40,7 @@ class PlanSampler(DistributedSampler):  # type: ignore[type-arg]
         loader, mine = self._loader, slice(self.rank, None, self.num_replicas)
         while True:
             try:
-                draws = loader.mixer.next_batch()
+                draws = loader._plan_batch()
             except (RunEnded, DataError) as end:
                 self.end = end
                 return

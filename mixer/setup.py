@@ -15,7 +15,7 @@ from mixer.mixer import Mixer
 from mixer.mixture import Mixture
 from mixer.static_weights import proportional, uniform
 
-__all__ = ["MixtureLike", "mixer_for", "resolve_curriculum", "resolve_mixture"]
+__all__ = ["MixtureLike", "mixer_for", "resolve_curriculum", "resolve_mixture", "tokens_in"]
 
 MixtureLike = str | os.PathLike[str] | Mapping[str, float] | Mixture
 
@@ -27,15 +27,34 @@ def mixer_for(manifest: Manifest, stages: Sequence[CurriculumStage], *, split: s
         {name: 0 if entry is None else entry.num_samples for name, entry in splits.items()},
         fingerprints={name: "" if entry is None else entry.fingerprint for name, entry in splits.items()},
         weights=stages[0].mixture.weights,
+        mean_tokens=_mean_tokens(manifest, split) if manifest.variable_length else None,
         **options,
     )
     for stage in stages[1:]:
-        if stage.in_tokens:
+        if stage.in_tokens and manifest.variable_length:
+            mixer.schedule_at_tokens(stage.start, stage.mixture.weights, ramp=stage.ramp)
+        elif stage.in_tokens:
             samples, ramp = -(-stage.start // manifest.seq_len), stage.ramp // manifest.seq_len
             mixer.schedule_at(samples, stage.mixture.weights, ramp=ramp)
         else:
             mixer.schedule(stage.start, stage.mixture.weights, ramp=stage.ramp)
     return mixer
+
+
+def tokens_in(manifest: Manifest, domain: str, split: str) -> int:
+    """Return the tokens of a domain's split, 0 where it has none."""
+    entry = manifest.domains[domain].splits.get(split)
+    if entry is None:
+        return 0
+    return entry.num_tokens if manifest.variable_length else entry.num_samples * manifest.seq_len
+
+
+def _mean_tokens(manifest: Manifest, split: str) -> dict[str, float]:
+    splits = {name: domain.splits.get(split) for name, domain in manifest.domains.items()}
+    return {
+        name: entry.num_tokens / entry.num_samples if entry is not None and entry.num_samples else 1.0
+        for name, entry in splits.items()
+    }
 
 
 def resolve_mixture(
@@ -70,6 +89,8 @@ def resolve_curriculum(
             f"no domain has a sample in split {split!r}. Convert with a held-out share, or use another split."
         )
     if isinstance(mixture, str) and mixture in ("proportional", "uniform"):
+        if manifest.variable_length:  # weights are shares of tokens
+            sizes = np.array([tokens_in(manifest, name, split) for name in manifest.names], np.float64)
         values = proportional(sizes) if mixture == "proportional" else uniform(len(sizes))
         found = Mixture(dict(zip(manifest.names, values.tolist())), {"rule": mixture})
     elif isinstance(mixture, Mixture | Mapping):

@@ -18,19 +18,17 @@ import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixer import mds
+from mixer.cache import RemoteCache
 from mixer.errors import DataError, InputError
 from mixer.folders import fetch_index, load_manifest
 from mixer.index import ShardIndex, cache_folder, read_index
 from mixer.manifest import Manifest
-
-if TYPE_CHECKING:
-    from mixer.cache import RemoteCache
 
 __all__ = ["DomainShards", "Verify", "View", "decompress", "open_domain"]
 
@@ -45,10 +43,14 @@ class View(NamedTuple):
     data: memoryview
     first: int
     stride: int
-    starts: list[int] | None  # where rows lie at no fixed distance
+    starts: list[int] | NDArray[np.int64] | None  # where rows lie at no fixed distance
+    lengths: NDArray[np.int64] | None = None  # tokens of each row, where they differ
 
     def start(self, row: int) -> int:
-        return self.first + row * self.stride if self.starts is None else self.starts[row]
+        return self.first + row * self.stride if self.starts is None else int(self.starts[row])
+
+    def length(self, row: int, seq_len: int) -> int:
+        return seq_len if self.lengths is None else int(self.lengths[row])
 
 
 class DomainShards:
@@ -59,11 +61,9 @@ class DomainShards:
         num_samples, shard_sizes: samples, and (S,) samples per shard.
         columns: name → MDS encoding.
         column, dtype, seq_len: the token column, its stored dtype, its length T.
+        variable: whether samples differ in length; ``seq_len`` is then the greatest that is known.
         fingerprint: ``sha256:`` of the index.
-        cache: where shards come from, if they are remote.
     """
-
-    cache: RemoteCache | None = None
 
     def __init__(
         self,
@@ -74,11 +74,16 @@ class DomainShards:
         column: str | None = None,
         dtype: str | None = None,
         verify: Verify = "hash",
+        cache: RemoteCache | None = None,
+        path: str = "",
+        variable: bool | None = False,
+        seq_len: int = 0,
     ) -> None:
         if verify not in ("hash", "never"):
             raise InputError(f"verify must be 'hash' or 'never'; got {verify!r}.")
         self.domain, self.split, self.folder, self.verify = domain, split, folder, verify
         self.index: ShardIndex = read_index(folder, domain)
+        self.cache, self.path = cache, path
         self.columns = self.index.columns
         self.fingerprint = self.index.fingerprint
         self.shard_sizes = self.index.samples
@@ -89,7 +94,13 @@ class DomainShards:
         self._verified: set[int] = set()
         self._lock = threading.Lock()
         self.column = _token_column(self.columns, column, domain)
-        self.dtype, self.seq_len, self._prefix = self._token_shape(dtype)
+        self.mean_length: float | None = None  # of the first shard, where that was looked at
+        self.variable = bool(variable)
+        kind, length = mds.ndarray_spec(self.columns[self.column])
+        if variable and (kind or self.columns[self.column] == "bytes"):
+            self.dtype, self.seq_len, self._prefix = np.dtype(kind or dtype or "int64"), length or seq_len, b""
+        else:
+            self.dtype, self.seq_len, self._prefix = self._token_shape(dtype, variable)
         self.row_bytes = self.dtype.itemsize * self.seq_len
 
     def __len__(self) -> int:
@@ -102,6 +113,8 @@ class DomainShards:
             raise InputError(
                 f"domain {self.domain!r} has samples 0…{self.num_samples - 1:,}; asked for {rows.min()}…{rows.max()}."
             )
+        if self.variable:
+            raise InputError(f"samples of domain {self.domain!r} differ in length: use read_lists instead of read.")
         out = np.empty((len(rows), self.seq_len), self.dtype)
         if not out.size:
             return out
@@ -112,6 +125,16 @@ class DomainShards:
             start = view.start(row)
             target[k * width : (k + 1) * width] = view.data[start : start + width]
         return out
+
+    def read_lists(self, indices: Indices) -> list[NDArray[Any]]:
+        """Return the tokens of samples (n,) as n arrays, each of its own length, in the stored dtype."""
+        shards = np.searchsorted(self.firsts, indices, side="right") - 1
+        found = []
+        for shard, row in zip(shards.tolist(), (np.asarray(indices, np.int64) - self.firsts[shards]).tolist()):
+            view = self.view(shard)
+            count = view.length(row, self.seq_len)
+            found.append(np.frombuffer(view.data, self.dtype, count, view.start(row)).copy())
+        return found
 
     def view(self, shard: int) -> View:
         """Return a shard ready to be read, waiting for its preparation if need be.
@@ -149,6 +172,8 @@ class DomainShards:
     def keep(self, shards: Iterable[int]) -> None:
         """Let go of the memory maps of all other shards, and of what was to be prepared of them."""
         wanted = set(shards)
+        if self.cache is not None:
+            self.cache.want(self.domain, frozenset(self._cached_name(shard) for shard in wanted))
         with self._lock:
             for shard in [shard for shard in self._views if shard not in wanted]:
                 del self._views[shard]
@@ -171,13 +196,15 @@ class DomainShards:
         try:
             return self._checked_view(shard, path)
         except DataError:
-            # A copy of something that can be had again: another program may have left it damaged, or removed it.
-            if self.index.zip_name(shard) is None:
+            # A copy of something that can be had again: another program may have left it damaged, or evicted it.
+            if self.cache is None and self.index.zip_name(shard) is None:
                 raise
             return self._checked_view(shard, self._raw_file(shard, anew=True))
 
     def _open_ahead(self, shard: int) -> View | None:
-        """Open a shard before it is needed, or leave it until then and return None."""
+        """Open a shard, unless that would evict others that will be read before it."""
+        if self.cache is not None and not self.cache.has_room(self._cached_bytes(shard)):
+            return None
         return self._open(shard)
 
     def _checked_view(self, shard: int, path: Path) -> View:
@@ -188,6 +215,8 @@ class DomainShards:
     def _raw_file(self, shard: int, *, anew: bool = False) -> Path:
         """Return the path of the raw shard, decompressing it if it is not there in full or is wanted ``anew``."""
         raw = self.folder / self.index.raw_name(shard)
+        if self.cache is not None:
+            return self._fetched(shard, raw, anew=anew)
         zip_name = self.index.zip_name(shard)
         kept = self.cache_folder() / self.index.raw_name(shard)
         for path in (raw, kept):
@@ -203,6 +232,63 @@ class DomainShards:
                 if target == kept or error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM):
                     raise self._no_room(target, content, error) from error
         raise AssertionError("unreachable: the last target returns or raises")
+
+    def _fetched(self, shard: int, raw: Path, *, anew: bool) -> Path:
+        """Return the path of a raw shard in the cache, fetching it if it is not there in full or is wanted ``anew``."""
+        cache, size_bytes = self.cache, int(self.index.raw_bytes[shard])
+        assert cache is not None
+        if not anew and _size(raw) == size_bytes:
+            cache.hits += 1
+            return raw
+        with cache.lock(self._cached_name(shard)):
+            if not anew and _size(raw) == size_bytes:  # another rank or thread has fetched it meanwhile
+                return raw
+            raw.unlink(missing_ok=True)
+            names = {self._cached_name(shard), f"{self.path}/{self.index.zip_name(shard)}"}
+            with cache.room(self._cached_bytes(shard), frozenset(names)):
+                return self._fetch_raw(shard, raw)
+
+    def _fetch_raw(self, shard: int, raw: Path) -> Path:
+        size_bytes, zip_name = int(self.index.raw_bytes[shard]), self.index.zip_name(shard)
+        try:
+            if zip_name is None:
+                return self._fetch(self.index.raw_name(shard), size_bytes, self.index.raw_hashes[shard])
+            zipped = self._fetch(zip_name, int(self.index.zip_bytes[shard]), self.index.zip_hashes[shard])
+        except DataError as error:
+            raise DataError(f"domain {self.domain!r}, shard {raw}: {error}") from error
+        content = b""
+        try:
+            content = self._decompressed(zipped, size_bytes)
+            return _write_atomically(raw, content)
+        except OSError as error:
+            raise self._no_room(raw, content, error) from error
+        finally:
+            zipped.unlink(missing_ok=True)
+
+    def _fetch(self, name: str, size_bytes: int, digest: bytes) -> Path:
+        assert self.cache is not None
+        return self.cache.fetch(f"{self.path}/{name}", check=lambda path: self._check_file(path, size_bytes, digest))
+
+    def _cached_name(self, shard: int) -> str:
+        return f"{self.path}/{self.index.raw_name(shard)}"
+
+    def _cached_bytes(self, shard: int) -> int:
+        return int(self.index.raw_bytes[shard] + self.index.zip_bytes[shard])
+
+    def register(self) -> None:
+        """Tell the cache which of its files belong to this domain, and so may be evicted."""
+        assert self.cache is not None
+        if self.cache.limit is not None:
+            index = self.index
+            files = {self._cached_name(i): int(size) for i, size in enumerate(index.raw_bytes)}
+            if index.compression is not None:
+                end = f".{mds.compression_extension(index.compression)}"
+                files |= {f"{self._cached_name(i)}{end}": int(size) for i, size in enumerate(index.zip_bytes)}
+            self.cache.register(files)
+
+    def window_bytes(self, shards: Indices) -> int:
+        """Return the bytes that these shards take when raw, and that their fetching takes on top at a time."""
+        return int(self.index.raw_bytes[shards].sum() + self.index.zip_bytes[shards].max(initial=0))
 
     def _check_file(self, path: Path, size_bytes: int, digest: bytes) -> None:
         self._check_hash(None, path, self._map(path, size_bytes), digest)
@@ -267,6 +353,8 @@ class DomainShards:
             raise self._damaged(
                 path, f"holds {header.num_samples:,} samples, its index says {self.shard_sizes[shard]:,}"
             )
+        if self.variable:
+            return View(data, 0, 0, *self._lengths(path, content, (starts, sizes), self.dtype))
         prefix, alike = self._prefix, True
         if prefix:  # every value must announce the same shape
             announced = content[starts[:, None] + np.arange(len(prefix))]
@@ -283,29 +371,44 @@ class DomainShards:
             return View(data, int(starts[0]) + len(prefix), stride, None)
         return View(data, 0, 0, (starts + len(prefix)).tolist())
 
+    def _lengths(self, path: Path, content: NDArray[np.uint8], spans: tuple[Indices, Indices], dtype: Any) -> Any:
+        """Return where the tokens of every row begin, and how many there are, both (n,)."""
+        try:
+            return mds.row_lengths(content, self.columns[self.column], dtype, *spans)
+        except DataError as error:
+            raise self._damaged(path, f"has values of column {self.column!r} that are no tokens: {error}") from error
+
     def _damaged(self, path: Path, what: str) -> DataError:
         return DataError(
             f"domain {self.domain!r}, shard {path}: {what}. The file is damaged or not the one the index was written"
             " for: restore it from where it came from, or convert the domain again."
         )
 
-    def _raw_content(self, shard: int) -> memoryview:
-        return self._map(self._raw_file(shard), int(self.index.raw_bytes[shard]))
+    def _token_shape(self, dtype: str | None, variable: bool | None) -> tuple[np.dtype[Any], int, bytes]:
+        """Return dtype, T and what precedes every row, from the encoding or else from the first shard.
 
-    def _token_shape(self, dtype: str | None) -> tuple[np.dtype[Any], int, bytes]:
-        """Return dtype, T and what precedes every row, from the encoding or else from the first sample."""
+        Where nobody knows yet, its samples and the index also tell whether lengths differ.
+        """
         encoding = self.columns[self.column]
         size = mds.encoded_size(encoding)
         if size is not None and encoding.startswith("ndarray"):
             _, kind, shape = mds.ndarray_prefix(encoding, b"")
             return np.dtype(kind), int(np.prod(shape or ())), b""
         shard = int(np.flatnonzero(self.shard_sizes)[0])
-        path, content = self.folder / self.index.raw_name(shard), np.frombuffer(self._raw_content(shard), np.uint8)
+        path = self._raw_file(shard)
+        content = np.frombuffer(self._map(path, int(self.index.raw_bytes[shard])), np.uint8)
         try:
             starts, sizes = mds.column_spans(content, mds.parse_header(content, "it"), self.columns, self.column)
         except DataError as error:
             raise self._damaged(path, f"does not hold what an MDS shard holds: {error}") from error
         value = bytes(content[starts[0] : starts[0] + sizes[0]])
+        if variable is None:
+            self.variable = self._differs(shard, sizes)
+        if self.variable:
+            of_first = mds.ndarray_prefix(encoding, value)[1] if encoding != "bytes" else dtype or "int64"
+            _, lengths = self._lengths(path, content, (starts, sizes), of_first)
+            self.mean_length = float(lengths.mean())
+            return np.dtype(of_first), int(lengths.max()), b""
         if encoding == "bytes":  # llm-foundry writes int64 ids
             kind_of_bytes = np.dtype(dtype or "int64")
             return kind_of_bytes, len(value) // kind_of_bytes.itemsize, b""
@@ -313,6 +416,16 @@ class DomainShards:
         if kind is None or shape is None:
             raise self._damaged(path, f"has a first sample whose column {self.column!r} ({encoding}) cannot be decoded")
         return np.dtype(kind), int(np.prod(shape)), value[:length]
+
+    def _differs(self, shard: int, sizes: NDArray[np.int64]) -> bool:
+        """Say whether the first shard's samples differ in size, or the other shards are not multiples of them."""
+        if (sizes != sizes[0]).any():
+            return True
+        if [mds.encoded_size(encoding) for encoding in self.columns.values()].count(None) > 1:
+            return False  # another column's sizes are in the index too
+        fixed = sum(mds.encoded_size(encoding) or 0 for encoding in self.columns.values())
+        rest = self.index.raw_bytes - self.shard_sizes * (8 + fixed + sizes[0])
+        return bool((rest != rest[shard]).any())
 
 
 def open_domain(
@@ -337,19 +450,27 @@ def open_domain(
     entry, folder = manifest.split(domain, split), Path(root) / manifest.split(domain, split).path
     if ".." in Path(entry.path).parts or os.path.isabs(entry.path):
         raise DataError(f"domain {domain!r}: the manifest of {root} points outside it: {entry.path!r}. Restore it.")
-    options: dict[str, Any] = {"column": manifest.column, "dtype": manifest.dtype, "verify": verify}
-    if cache is not None and cache.holds(entry.path):
-        from mixer.remote_shards import RemoteShards
-
+    if cache is not None:
         fetch_index(cache, entry)
-        shards: DomainShards = RemoteShards(domain, split, entry.path, cache=cache, **options)
-    else:
-        shards = DomainShards(domain, split, folder, **options)
+    shards = DomainShards(
+        domain,
+        split,
+        folder,
+        column=manifest.column,
+        dtype=manifest.dtype,
+        verify=verify,
+        cache=cache,
+        path=entry.path,
+        variable=manifest.variable_length,
+        seq_len=manifest.seq_len,
+    )
     if entry.fingerprint and shards.fingerprint != entry.fingerprint:
         raise DataError(
             f"domain {domain!r}: {folder / 'index.json'} has fingerprint {shards.fingerprint}, the manifest of"
             f" {root} says {entry.fingerprint}. One of the two was changed; restore it, or convert again."
         )
+    if cache is not None:
+        shards.register()
     return shards
 
 

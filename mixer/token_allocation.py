@@ -11,9 +11,9 @@ and claims are compared one by one, so every rank and machine decides alike. For
 ``mixer.allocation``.
 
 How near: at every batch each domain is within 1.5 of the longest samples of the mixture from its share of the tokens
-drawn so far, for weights that do not aim at the allocation (at most 1.0 measured, over fixed, skewed and moving weights,
-2 to 300 domains, lengths uniform, heavy-tailed and up to 65,536 apart). Less is not possible: a single sample of that
-length moves every domain's target by its share of it.
+drawn so far, for weights that do not aim at the allocation (at most 1.0 measured, over fixed, skewed and moving
+weights, 2 to 300 domains, lengths uniform, heavy-tailed and up to 65,536 apart). Much less is not possible: a single
+sample of that length moves every domain's target by its share of it.
 """
 
 from __future__ import annotations

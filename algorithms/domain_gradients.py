@@ -2,7 +2,7 @@
 
 For rules that look at how domains pull on the parameters (DoGE, PiKE, lookahead DRO). One measurement costs as much as
 the forward and backward pass of one step, or one pass per sample where the variance is asked for; take them every
-20 or more steps. Memory: D vectors of the size of the parameters measured.
+20 or more steps. Memory: D vectors of the size of the parameters measured, or of this rank's shards of them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from algorithms.losses import target_domains, weighted_loss
-from algorithms.ranks import all_reduce
+from algorithms.ranks import all_reduce, world_size
 from mixer.errors import InputError
 
 __all__ = ["GradientSums", "measure_gradients", "measured_parameters"]
@@ -35,7 +36,7 @@ class GradientSums(NamedTuple):
 def measured_parameters(model: nn.Module, of: str | Callable[[str], bool]) -> list[nn.Parameter]:
     """Return the trainable parameters of ``model`` to take gradients of: "all", or those whose name ``of`` accepts.
 
-    Raises: InputError: if there are none, or they are sharded over ranks.
+    Raises: InputError: if there are none, or they are sharded over some ranks and replicated over others.
     """
     accepts = (lambda name: True) if of == "all" else of
     if isinstance(accepts, str):
@@ -43,8 +44,10 @@ def measured_parameters(model: nn.Module, of: str | Callable[[str], bool]) -> li
     chosen = [parameter for name, parameter in model.named_parameters() if parameter.requires_grad and accepts(name)]
     if not chosen:
         raise InputError("no trainable parameter was chosen to measure gradients of.")
-    if any(hasattr(parameter, "full_tensor") for parameter in chosen):
-        raise InputError("gradients of single domains cannot be measured on sharded parameters (FSDP). Use DDP.")
+    if any(is_sharded(parameter) and parameter.device_mesh.ndim > 1 for parameter in chosen):  # type: ignore[attr-defined]
+        raise InputError(
+            "gradients of single domains cannot be measured under hybrid sharding. Use plain FSDP2 or DDP."
+        )
     return chosen
 
 
@@ -64,47 +67,171 @@ def measure_gradients(
         rows_at_once: samples per forward pass.
         variance: measure each sample on its own. A domain's gradient is then the mean over samples, not over tokens.
     """
+    kind = _Sharded if is_sharded(parameters[0]) else _Whole
+    gradients = kind(losses_of, batch, parameters)
     if variance:
-        return _per_sample(losses_of, batch, len(num_tokens), parameters)
-    gradients = []
+        return _per_sample(gradients, batch, len(num_tokens))
+    rows = []
     for domain in range(len(num_tokens)):
         coefficients = torch.zeros(len(num_tokens), dtype=torch.float64)
         coefficients[domain] = 1.0 / max(float(num_tokens[domain]), 1.0)
-        total = _zeros(parameters)
-        rows = _rows_of(batch, domain)
-        for start in range(0, len(rows), rows_at_once):
-            part = _take(batch, rows[start : start + rows_at_once])
-            loss, mask = losses_of(part)
-            total += _flat_gradient(weighted_loss(loss, mask, part["domain_ids"], coefficients), parameters)
-        gradients.append(total)
-    matrix = all_reduce(torch.stack(gradients))
-    return _sums(matrix, num_tokens > 0, torch.zeros(len(num_tokens)))
+        rows.append(gradients.of_rows(_rows_of(batch, domain), rows_at_once, coefficients))
+    return _sums(gradients.products(torch.stack(rows)), num_tokens > 0, torch.zeros(len(num_tokens)))
 
 
-def _per_sample(
-    losses_of: LossesOf, batch: Mapping[str, Any], num_domains: int, parameters: Sequence[nn.Parameter]
-) -> GradientSums:
+def is_sharded(parameter: Tensor) -> bool:
+    """Return whether this rank holds a part of ``parameter`` only (FSDP2)."""
+    return hasattr(parameter, "to_local")
+
+
+class _Whole:
+    """Gradients where every rank holds all parameters: taken by each rank of its own rows, and added up."""
+
+    def __init__(self, losses_of: LossesOf, batch: Mapping[str, Any], parameters: Sequence[nn.Parameter]) -> None:
+        self.losses_of, self.batch, self.parameters = losses_of, batch, parameters
+
+    def of_rows(self, rows: Tensor, rows_at_once: int, coefficients: Tensor) -> Tensor:
+        """Return the gradient, over all ranks, of the token losses in ``rows`` of each times their coefficient (D,)."""
+        total = self.zeros()
+        for part in rows.split(rows_at_once) if len(rows) else ():
+            total += self.flat(self._weighted(part, coefficients))
+        return all_reduce(total)
+
+    def of_samples(self) -> list[tuple[int, Tensor]]:
+        """Return the domain and the gradient of the mean token loss of each of this rank's samples."""
+        domains = self.batch["domain_ids"].tolist()
+        return [(domain, self.flat(self.mean_of(row))) for row, domain in enumerate(domains)]
+
+    def products(self, gradients: Tensor) -> Tensor:
+        """Return the inner products (n, n) of the gradients (n, size)."""
+        return (gradients @ gradients.T).double().cpu()
+
+    def added(self, sums: Tensor) -> Tensor:
+        """Return per-domain sums of ``of_samples`` over all ranks."""
+        return all_reduce(sums)
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(sum(parameter.numel() for parameter in self.parameters), device=self.parameters[0].device)
+
+    def mean_of(self, row: int) -> Tensor:
+        loss, mask = self.losses_of(_take(self.batch, torch.tensor([row])))
+        return (loss * mask).sum() / mask.sum().clamp(min=1)
+
+    def flat(self, loss: Tensor) -> Tensor:
+        # autograd.grad leaves .grad and the hooks of DistributedDataParallel alone.
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        return _concatenated(self.parameters, gradients)
+
+    def _weighted(self, rows: Tensor, coefficients: Tensor) -> Tensor:
+        part = _take(self.batch, rows)
+        loss, mask = self.losses_of(part)
+        return weighted_loss(loss, mask, part["domain_ids"], coefficients)
+
+
+class _Sharded(_Whole):
+    """Gradients where each rank holds a part of every parameter (FSDP2), and gets that part of the sum over ranks.
+
+    Every forward and backward pass is one of all ranks together, so a rank that has run out of rows takes part with a
+    loss of 0.
+    """
+
+    def __init__(self, losses_of: LossesOf, batch: Mapping[str, Any], parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__(losses_of, batch, parameters)
+        self._to_sum = _ranks_per_reduction(parameters[0])
+
+    def of_rows(self, rows: Tensor, rows_at_once: int, coefficients: Tensor) -> Tensor:
+        total = self.zeros()
+        for start in range(0, _most(len(rows)), rows_at_once):
+            part = rows[start : start + rows_at_once]
+            here = self._weighted(part, coefficients) if len(part) else self.mean_of(0) * 0.0
+            total += self.flat(here)
+        return total
+
+    def of_samples(self) -> list[tuple[int, Tensor]]:
+        domains, found = self.batch["domain_ids"].tolist(), []
+        for rank in range(world_size()):
+            theirs = _shared(domains if dist.get_rank() == rank else None, rank)
+            for row, domain in enumerate(theirs):
+                mine = dist.get_rank() == rank
+                found.append((domain, self.flat(self.mean_of(row) if mine else self.mean_of(0) * 0.0)))
+        return found
+
+    def products(self, gradients: Tensor) -> Tensor:
+        return all_reduce((gradients @ gradients.T).double()).cpu()
+
+    def added(self, sums: Tensor) -> Tensor:
+        return sums  # of_samples went over those of all ranks
+
+    def zeros(self) -> Tensor:
+        parts = [_local(parameter) for parameter in self.parameters]
+        return torch.zeros(sum(part.numel() for part in parts), device=parts[0].device)
+
+    def flat(self, loss: Tensor) -> Tensor:
+        kept = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        loss.backward()
+        gradients = [None if p.grad is None else _local(p.grad) for p in self.parameters]
+        for parameter, gradient in zip(self.parameters, kept):
+            parameter.grad = gradient
+        return _concatenated([_local(parameter) for parameter in self.parameters], gradients) * self._to_sum
+
+
+def _ranks_per_reduction(parameter: Any) -> float:
+    """Return what turns FSDP2's reduced gradients into sums: it asks for means, and gloo gives sums all the same."""
+    group = parameter.device_mesh.get_group()
+    ranks = dist.get_world_size(group)
+    ones = torch.ones(ranks, device=_local(parameter).device)
+    got = torch.empty(1, device=ones.device)
+    dist.reduce_scatter_tensor(got, ones, op=dist.ReduceOp.AVG, group=group)
+    return ranks / got.item()
+
+
+def _most(count: int) -> int:
+    counts: list[Any] = [None] * world_size()
+    dist.all_gather_object(counts, count)
+    return max(counts)
+
+
+def _shared(value: list[int] | None, source: int) -> list[int]:
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0] or []
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def _concatenated(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, gradients)]
+    )
+
+
+def _per_sample(gradients: _Whole, batch: Mapping[str, Any], num_domains: int) -> GradientSums:
     if batch["domain_ids"].ndim != 1:
         raise InputError(
             "the variance of gradients over samples needs one domain per sample: domain_ids of shape (B,)."
         )
-    sums = torch.stack([_zeros(parameters)] * num_domains)
+    sums = torch.stack([gradients.zeros()] * num_domains)
     squares, counts = torch.zeros(num_domains, dtype=torch.float64), torch.zeros(num_domains, dtype=torch.float64)
-    for row, domain in enumerate(batch["domain_ids"].tolist()):
-        loss, mask = losses_of(_take(batch, torch.tensor([row])))
-        gradient = _flat_gradient((loss * mask).sum() / mask.sum().clamp(min=1), parameters)
+    for domain, gradient in gradients.of_samples():
         sums[domain] += gradient
         squares[domain] += gradient.double().square().sum().item()
         counts[domain] += 1
-    sums, squares, counts = all_reduce(sums), all_reduce(squares), all_reduce(counts)
+    sums, counts = gradients.added(sums), gradients.added(counts)
     mean = sums / counts.clamp(min=1)[:, None].to(sums)
-    spread = squares - counts * mean.double().square().sum(1).cpu()
-    return _sums(mean, counts > 0, spread.clamp(min=0) / (counts - 1).clamp(min=1))
+    products = gradients.products(mean)
+    spread = all_reduce(squares) - counts * products.diagonal()
+    # One sample has no spread; what rounding leaves of the difference is none.
+    variance = torch.where(counts > 1, spread.clamp(min=0) / (counts - 1).clamp(min=1), 0.0)
+    return _sums(products, counts > 0, variance)
 
 
-def _sums(gradients: Tensor, present: Tensor, variance: Tensor) -> GradientSums:
+def _sums(products: Tensor, present: Tensor, variance: Tensor) -> GradientSums:
     both = (present[:, None] & present[None, :]).double().cpu()
-    return GradientSums((gradients @ gradients.T).double().cpu().numpy(), both.numpy(), variance.double().numpy())
+    return GradientSums(products.numpy(), both.numpy(), variance.double().numpy())
 
 
 def _rows_of(batch: Mapping[str, Any], domain: int) -> Tensor:
@@ -114,15 +241,3 @@ def _rows_of(batch: Mapping[str, Any], domain: int) -> Tensor:
 
 def _take(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
     return {name: value[rows] for name, value in batch.items() if isinstance(value, Tensor)}
-
-
-def _zeros(parameters: Sequence[nn.Parameter]) -> Tensor:
-    return torch.zeros(sum(parameter.numel() for parameter in parameters), device=parameters[0].device)
-
-
-def _flat_gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-    # autograd.grad leaves .grad and the hooks of DistributedDataParallel alone.
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return torch.cat(
-        [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, gradients)]
-    )

@@ -143,6 +143,20 @@ def signals(folder: Path, rank: int, world_size: int) -> list[Any]:
 
 
 @job
+def fsdp2_signals(folder: Path, rank: int, world_size: int) -> list[Any]:
+    """The same where no rank holds a whole parameter."""
+    found = []
+    for needs in ("gradients", "gradient_variance", "heldout"):
+        rule, seen = recorder(needs)
+        algorithm = DomainReweighting(rule, heldout=heldout_windows(), every=1)
+        sharded = ParallelismConfig(fsdp2=FSDP2Config())
+        loader = Loader(rank=rank, world_size=world_size)
+        fit(algorithm, loader=loader, micro=3, steps=2, lr=0.1 / world_size, parallelism_config=sharded)
+        found.append(seen)
+    return found
+
+
+@job
 def mixture_loader(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
     """The real loader on several ranks, driven by a sampling rule."""
     options: dict[str, Any] = {"global_batch_size": 12, "seed": 17, "rank": rank, "world_size": world_size}

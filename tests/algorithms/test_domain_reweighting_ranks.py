@@ -81,13 +81,15 @@ def test_fsdp2_finds_the_same_weights_and_resumes(ranks: Any, alone: Any) -> Non
         assert torch.equal(sharded["resumed_parameters"], sharded["parameters"])
 
 
-def test_everything_a_rule_may_ask_for_is_the_same_on_two_ranks(ranks: Any) -> None:
-    for ours, expected in zip(ranks[0]["signals"], rank_jobs.signals(Path(), 0, 1), strict=True):
-        for step, alone_step in zip(ours, expected, strict=True):
-            for name, value in step._asdict().items():
-                if value is not None:
-                    other = getattr(alone_step, name)
-                    np.testing.assert_allclose(value, other, rtol=2e-5, atol=1e-7, err_msg=name)
+@pytest.mark.parametrize("job", ["signals", "fsdp2_signals"])
+def test_everything_a_rule_may_ask_for_is_the_same_on_two_ranks(job: str, ranks: Any) -> None:
+    for rank in ranks:
+        for ours, expected in zip(rank[job], rank_jobs.signals(Path(), 0, 1)):
+            for step, alone_step in zip(ours, expected, strict=True):
+                for name, value in step._asdict().items():
+                    if value is not None:
+                        other = getattr(alone_step, name)
+                        np.testing.assert_allclose(value, other, rtol=2e-5, atol=1e-7, err_msg=name)
 
 
 def test_the_real_loader_is_driven_alike_on_two_ranks(ranks: Any, folder: Path) -> None:

@@ -27,6 +27,7 @@ from mixer.folders import load_manifest
 from mixer.manifest import Manifest
 from mixer.mixer import Draws, Mixer, RunEnded, Snapshot, Weights
 from mixer.plan_ahead import PlanSampler, as_is
+from mixer.remote_shards import RemoteShards
 from mixer.setup import MixtureLike, mixer_for, resolve_curriculum, resolve_mixture, tokens_in
 from mixer.units import parse_bytes, short
 
@@ -153,7 +154,7 @@ class MixtureLoader(DataLoader[Any]):
         needed = {
             name: shards.window_bytes(order.shards_at(0)[0])
             for name, shards, order, weight in zip(self.domains, dataset.shards, dataset.orders, self.mixer.weights)
-            if weight > 0 and shards is not None and order is not None
+            if weight > 0 and isinstance(shards, RemoteShards) and order is not None
         }
         total = sum(needed.values())
         if cache.limit is not None and total > cache.limit:
@@ -285,8 +286,8 @@ class MixtureLoader(DataLoader[Any]):
     def _ready(self) -> Iterator[Any]:
         try:
             yield from super().__iter__()
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error):
+        except (RuntimeError, EOFError, ConnectionError) as error:  # killed while it handed a batch over: the latter two
+            if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
                 raise
             what = " ".join(str(error).split())
             raise DataError(f"a worker process of the loader died: {what}. Go on from the last state.") from error
@@ -357,7 +358,7 @@ class MixtureLoader(DataLoader[Any]):
         stats = {"step": now.step, "samples": int(now.drawn.sum()), "tokens": int(tokens.sum()), "domains": domains}
         stats["waited_seconds"] = self.reader.waited_seconds
         if self.reader.cache is not None:
-            stats["cache"] = self.reader.cache.stats()
+            stats["cache"] = self.reader.cache.space.stats()
         return stats
 
 
@@ -369,7 +370,6 @@ def _cache(shards: str | os.PathLike[str], remote: str | None, cache_limit: int 
             )
         return None
     cache = RemoteCache(remote, shards, None if cache_limit is None else parse_bytes(cache_limit, "a cache_limit"))
-    cache.sweep()
     return cache
 
 

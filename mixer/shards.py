@@ -18,17 +18,19 @@ import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixer import mds
-from mixer.cache import RemoteCache
 from mixer.errors import DataError, InputError
 from mixer.folders import fetch_index, load_manifest
 from mixer.index import ShardIndex, cache_folder, read_index
 from mixer.manifest import Manifest
+
+if TYPE_CHECKING:
+    from mixer.cache import RemoteCache
 
 __all__ = ["DomainShards", "Verify", "View", "decompress", "open_domain"]
 
@@ -63,7 +65,10 @@ class DomainShards:
         column, dtype, seq_len: the token column, its stored dtype, its length T.
         variable: whether samples differ in length; ``seq_len`` is then the greatest that is known.
         fingerprint: ``sha256:`` of the index.
+        cache: where shards come from, if they are remote.
     """
+
+    cache: RemoteCache | None = None
 
     def __init__(
         self,
@@ -74,8 +79,6 @@ class DomainShards:
         column: str | None = None,
         dtype: str | None = None,
         verify: Verify = "hash",
-        cache: RemoteCache | None = None,
-        path: str = "",
         variable: bool | None = False,
         seq_len: int = 0,
     ) -> None:
@@ -83,7 +86,6 @@ class DomainShards:
             raise InputError(f"verify must be 'hash' or 'never'; got {verify!r}.")
         self.domain, self.split, self.folder, self.verify = domain, split, folder, verify
         self.index: ShardIndex = read_index(folder, domain)
-        self.cache, self.path = cache, path
         self.columns = self.index.columns
         self.fingerprint = self.index.fingerprint
         self.shard_sizes = self.index.samples
@@ -172,8 +174,6 @@ class DomainShards:
     def keep(self, shards: Iterable[int]) -> None:
         """Let go of the memory maps of all other shards, and of what was to be prepared of them."""
         wanted = set(shards)
-        if self.cache is not None:
-            self.cache.want(self.domain, frozenset(self._cached_name(shard) for shard in wanted))
         with self._lock:
             for shard in [shard for shard in self._views if shard not in wanted]:
                 del self._views[shard]
@@ -196,15 +196,13 @@ class DomainShards:
         try:
             return self._checked_view(shard, path)
         except DataError:
-            # A copy of something that can be had again: another program may have left it damaged, or evicted it.
-            if self.cache is None and self.index.zip_name(shard) is None:
+            # A copy of something that can be had again: another program may have left it damaged, or removed it.
+            if self.index.zip_name(shard) is None:
                 raise
             return self._checked_view(shard, self._raw_file(shard, anew=True))
 
     def _open_ahead(self, shard: int) -> View | None:
-        """Open a shard, unless that would evict others that will be read before it."""
-        if self.cache is not None and not self.cache.has_room(self._cached_bytes(shard)):
-            return None
+        """Open a shard before it is needed, or leave it until then and return None."""
         return self._open(shard)
 
     def _checked_view(self, shard: int, path: Path) -> View:
@@ -215,8 +213,6 @@ class DomainShards:
     def _raw_file(self, shard: int, *, anew: bool = False) -> Path:
         """Return the path of the raw shard, decompressing it if it is not there in full or is wanted ``anew``."""
         raw = self.folder / self.index.raw_name(shard)
-        if self.cache is not None:
-            return self._fetched(shard, raw, anew=anew)
         zip_name = self.index.zip_name(shard)
         kept = self.cache_folder() / self.index.raw_name(shard)
         for path in (raw, kept):
@@ -232,63 +228,6 @@ class DomainShards:
                 if target == kept or error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM):
                     raise self._no_room(target, content, error) from error
         raise AssertionError("unreachable: the last target returns or raises")
-
-    def _fetched(self, shard: int, raw: Path, *, anew: bool) -> Path:
-        """Return the path of a raw shard in the cache, fetching it if it is not there in full or is wanted ``anew``."""
-        cache, size_bytes = self.cache, int(self.index.raw_bytes[shard])
-        assert cache is not None
-        if not anew and _size(raw) == size_bytes:
-            cache.hits += 1
-            return raw
-        with cache.lock(self._cached_name(shard)):
-            if not anew and _size(raw) == size_bytes:  # another rank or thread has fetched it meanwhile
-                return raw
-            raw.unlink(missing_ok=True)
-            names = {self._cached_name(shard), f"{self.path}/{self.index.zip_name(shard)}"}
-            with cache.room(self._cached_bytes(shard), frozenset(names)):
-                return self._fetch_raw(shard, raw)
-
-    def _fetch_raw(self, shard: int, raw: Path) -> Path:
-        size_bytes, zip_name = int(self.index.raw_bytes[shard]), self.index.zip_name(shard)
-        try:
-            if zip_name is None:
-                return self._fetch(self.index.raw_name(shard), size_bytes, self.index.raw_hashes[shard])
-            zipped = self._fetch(zip_name, int(self.index.zip_bytes[shard]), self.index.zip_hashes[shard])
-        except DataError as error:
-            raise DataError(f"domain {self.domain!r}, shard {raw}: {error}") from error
-        content = b""
-        try:
-            content = self._decompressed(zipped, size_bytes)
-            return _write_atomically(raw, content)
-        except OSError as error:
-            raise self._no_room(raw, content, error) from error
-        finally:
-            zipped.unlink(missing_ok=True)
-
-    def _fetch(self, name: str, size_bytes: int, digest: bytes) -> Path:
-        assert self.cache is not None
-        return self.cache.fetch(f"{self.path}/{name}", check=lambda path: self._check_file(path, size_bytes, digest))
-
-    def _cached_name(self, shard: int) -> str:
-        return f"{self.path}/{self.index.raw_name(shard)}"
-
-    def _cached_bytes(self, shard: int) -> int:
-        return int(self.index.raw_bytes[shard] + self.index.zip_bytes[shard])
-
-    def register(self) -> None:
-        """Tell the cache which of its files belong to this domain, and so may be evicted."""
-        assert self.cache is not None
-        if self.cache.limit is not None:
-            index = self.index
-            files = {self._cached_name(i): int(size) for i, size in enumerate(index.raw_bytes)}
-            if index.compression is not None:
-                end = f".{mds.compression_extension(index.compression)}"
-                files |= {f"{self._cached_name(i)}{end}": int(size) for i, size in enumerate(index.zip_bytes)}
-            self.cache.register(files)
-
-    def window_bytes(self, shards: Indices) -> int:
-        """Return the bytes that these shards take when raw, and that their fetching takes on top at a time."""
-        return int(self.index.raw_bytes[shards].sum() + self.index.zip_bytes[shards].max(initial=0))
 
     def _check_file(self, path: Path, size_bytes: int, digest: bytes) -> None:
         self._check_hash(None, path, self._map(path, size_bytes), digest)
@@ -384,6 +323,9 @@ class DomainShards:
             " for: restore it from where it came from, or convert the domain again."
         )
 
+    def _raw_content(self, shard: int) -> memoryview:
+        return self._map(self._raw_file(shard), int(self.index.raw_bytes[shard]))
+
     def _token_shape(self, dtype: str | None, variable: bool | None) -> tuple[np.dtype[Any], int, bytes]:
         """Return dtype, T and what precedes every row, from the encoding or else from the first shard.
 
@@ -395,8 +337,7 @@ class DomainShards:
             _, kind, shape = mds.ndarray_prefix(encoding, b"")
             return np.dtype(kind), int(np.prod(shape or ())), b""
         shard = int(np.flatnonzero(self.shard_sizes)[0])
-        path = self._raw_file(shard)
-        content = np.frombuffer(self._map(path, int(self.index.raw_bytes[shard])), np.uint8)
+        path, content = self.folder / self.index.raw_name(shard), np.frombuffer(self._raw_content(shard), np.uint8)
         try:
             starts, sizes = mds.column_spans(content, mds.parse_header(content, "it"), self.columns, self.column)
         except DataError as error:
@@ -450,27 +391,20 @@ def open_domain(
     entry, folder = manifest.split(domain, split), Path(root) / manifest.split(domain, split).path
     if ".." in Path(entry.path).parts or os.path.isabs(entry.path):
         raise DataError(f"domain {domain!r}: the manifest of {root} points outside it: {entry.path!r}. Restore it.")
-    if cache is not None:
+    options: dict[str, Any] = {"column": manifest.column, "dtype": manifest.dtype, "verify": verify}
+    options |= {"variable": manifest.variable_length, "seq_len": manifest.seq_len}
+    if cache is not None and cache.holds(entry.path):
+        from mixer.remote_shards import RemoteShards
+
         fetch_index(cache, entry)
-    shards = DomainShards(
-        domain,
-        split,
-        folder,
-        column=manifest.column,
-        dtype=manifest.dtype,
-        verify=verify,
-        cache=cache,
-        path=entry.path,
-        variable=manifest.variable_length,
-        seq_len=manifest.seq_len,
-    )
+        shards: DomainShards = RemoteShards(domain, split, entry.path, cache=cache, **options)
+    else:
+        shards = DomainShards(domain, split, folder, **options)
     if entry.fingerprint and shards.fingerprint != entry.fingerprint:
         raise DataError(
             f"domain {domain!r}: {folder / 'index.json'} has fingerprint {shards.fingerprint}, the manifest of"
             f" {root} says {entry.fingerprint}. One of the two was changed; restore it, or convert again."
         )
-    if cache is not None:
-        shards.register()
     return shards
 
 

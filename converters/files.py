@@ -1,13 +1,14 @@
-"""Files on disk or behind a URL: find them, open them, tell when they change.
+"""Input files on disk or behind a URL: find them, open them, tell when they change.
 
-A path with ``://`` (``s3://bucket/corpus``, ``https://host/a.jsonl.zst``, ``memory://a``) goes through fsspec; its
-protocol's package must be installed. Everything else is a local path. Compression goes by the last suffix.
+A path with ``://`` goes through fsspec, see ``converters.urls``; everything else is a local path. Compression goes by
+the last suffix.
 """
 
 from __future__ import annotations
 
 import bz2
 import contextlib
+import functools
 import glob
 import gzip
 import io
@@ -19,9 +20,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from converters.urls import BLOCK_BYTES, UrlReader, file_system, is_url, persistently
 from mixer.errors import DataError, InputError
 
-__all__ = ["Status", "compression_suffix", "find", "is_url", "naming", "open_bytes", "open_raw", "status"]
+__all__ = ["Status", "can_seek", "compression_suffix", "find", "naming", "open_bytes", "open_raw", "status"]
 
 
 class Status(NamedTuple):
@@ -31,31 +33,18 @@ class Status(NamedTuple):
     version: str
 
 
-def is_url(path: str) -> bool:
-    """Return whether a path goes through fsspec.
-
-    >>> is_url("s3://bucket/a.jsonl"), is_url("corpus/a.jsonl")
-    (True, False)
-    """
-    return "://" in path
+def open_raw(path: str, block_bytes: int = BLOCK_BYTES) -> IO[bytes]:
+    """Open a file for reading, as it is; ``block_bytes`` is what a server is asked for at a time."""
+    return io.BufferedReader(UrlReader(path), block_bytes) if is_url(path) else open(path, "rb")
 
 
-def file_system(url: str) -> tuple[Any, str]:
-    """Return fsspec's file system for a URL and the path in it."""
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise InputError(f"cannot read {url}: {error}. Install the package for this protocol.") from error
-
-
-def open_raw(path: str) -> IO[bytes]:
-    """Open a file for reading, as it is."""
-    if is_url(path):
-        system, name = file_system(path)
-        return io.BufferedReader(system.open(name, "rb"), 1 << 20)
-    return open(path, "rb")
+@functools.lru_cache(maxsize=1 << 16)
+def can_seek(path: str) -> bool:
+    """Return whether a file can be read from its middle: always, but for some web servers."""
+    if not path.startswith("http"):
+        return True
+    with UrlReader(path) as file:
+        return file.has_ranges()
 
 
 def status(path: str) -> Status:
@@ -64,8 +53,8 @@ def status(path: str) -> Status:
         found = os.stat(path)
         return Status(found.st_size, str(found.st_mtime_ns))
     system, name = file_system(path)
-    facts = system.info(name)
-    keys = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "created")
+    facts = persistently("ask for", path, lambda: system.info(name))
+    keys = ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "mtime", "created")
     version = next((str(facts[key]) for key in keys if facts.get(key)), "")
     return Status(int(facts.get("size") or 0), version)
 
@@ -116,18 +105,28 @@ def _before_magic(pattern: str) -> str:
 
 
 def _find_url(url: str) -> Iterator[tuple[str, str]]:
-    system, name = file_system(url)
-    if glob.has_magic(name) and not url.startswith("http"):
-        found, base = system.glob(name), _before_magic(name).rpartition("/")[0]
-    elif system.isfile(name):
-        yield url, name.rpartition("/")[2]
-        return
-    else:
-        found, base = system.find(name), name
+    try:
+        found, base = _listed(url)
+    except FileNotFoundError:
+        found = []
     if not found:
         raise InputError(f"no input at {url}.")
+    if found == [base]:
+        yield url, base.rpartition("/")[2]
+        return
+    system, _ = file_system(url)
     for file in found:
         yield system.unstrip_protocol(file), file.removeprefix(base).lstrip("/")
+
+
+def _listed(url: str) -> tuple[list[str], str]:
+    """Return the names at a URL, and what of them all is the place where they were looked for."""
+    system, name = file_system(url)
+    if glob.has_magic(name) and not url.startswith("http"):
+        return persistently("list", url, lambda: system.glob(name)), _before_magic(name).rpartition("/")[0]
+    if persistently("ask for", url, lambda: system.isfile(name)):
+        return [name], name
+    return persistently("list", url, lambda: system.find(name)), name
 
 
 # --- compression ---------------------------------------------------------------------------------------------------

@@ -11,16 +11,19 @@ import fnmatch
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import orjson
 import xxhash
 
-from converters.files import Status, compression_suffix, find, is_url, open_bytes, open_raw, status
+from converters.files import Status, can_seek, compression_suffix, find, open_bytes, open_raw, status
 from converters.options import StageOptions
 from converters.readers import FORMATS, Piece
 from converters.texts import text_columns
+from converters.token_shards import in_its_domain, is_conversion_file
+from converters.urls import is_url
 from mixer.errors import DataError, InputError
 
 __all__ = ["Plan", "Unit", "difference", "make_plan"]
@@ -77,7 +80,8 @@ def make_plan(
             f"nothing to convert in {[os.fspath(item) for item in inputs]}: no file left after include"
             f" {list(options.include)} and exclude {list(options.exclude)}."
         )
-    rows = [_fingerprint(piece) for piece in files]
+    with ThreadPoolExecutor(16) as threads:  # each waits for a disk or a server most of the time
+        rows = list(threads.map(_fingerprint, files))
     if known:
         new = [number for number, row in enumerate(rows) if not _is_known(row, known)]
         files, rows = [files[number] for number in new], [rows[number] for number in new]
@@ -104,7 +108,7 @@ def _files(inputs: Sequence[str | os.PathLike[str]], options: StageOptions) -> I
                 raise InputError(f"{file} comes in twice, by {seen[file]!r} and {item!r}; give it once.")
             seen[file] = item
             size, version = _status(file)
-            yield Piece(file, name, root, _format(file, options), size, version)
+            yield in_its_domain(Piece(file, name, root, _format(file, options), size, version), options)
 
 
 def _listed(inputs: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
@@ -149,6 +153,10 @@ def _wanted_files(path: str, options: StageOptions) -> Iterator[tuple[str, str]]
 def _is_side_file(name: str, names: set[str]) -> bool:
     """Return whether a file only describes others: the JSON beside a saved Hugging Face dataset or MDS shards."""
     folder, _, last = name.rpartition("/")
+    if last.endswith(".mds") and any(f"{name}.{end}" in names for end in ("zstd", "zst", "gz", "bz2")):
+        return True  # unpacked beside the compressed shard
+    if is_conversion_file(name, names):
+        return True
     prefix = f"{folder}/" if folder else ""
     if last in ("state.json", "dataset_info.json"):
         return {f"{prefix}state.json", f"{prefix}dataset_info.json"} <= names
@@ -195,14 +203,14 @@ def _looks_like_jsonl(file: str, text_field: str) -> bool:
 
 
 def _fingerprint(piece: Piece) -> dict[str, Any]:
-    """Return name, size, version and a hash of the first and last MiB."""
+    """Return name, size, version and a hash of the first and last MiB (the first, where a server gives no other)."""
     digest = xxhash.xxh3_128()
     try:
-        with open_raw(piece.path) as file:
+        with open_raw(piece.path, _HEAD_BYTES) as file:
             digest.update(file.read(_HEAD_BYTES))
-            if piece.size_bytes > 2 * _HEAD_BYTES:
-                file.seek(piece.size_bytes - _HEAD_BYTES)
-            digest.update(file.read(_HEAD_BYTES))
+            if piece.size_bytes > _HEAD_BYTES and can_seek(piece.path):
+                file.seek(max(piece.size_bytes - _HEAD_BYTES, _HEAD_BYTES))
+                digest.update(file.read(_HEAD_BYTES))
     except OSError as error:
         raise DataError(
             f"cannot read {piece.path}: {error.strerror or error}. Make it readable, or leave it out with --exclude."
@@ -235,10 +243,12 @@ def inputs_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
 def _cut(piece: Piece, unit_bytes: int) -> Iterator[Piece]:
     """Cut a large file where its format allows it."""
     unit = FORMATS[piece.format].unit
-    if unit == "bytes" and not compression_suffix(piece.path) and piece.size_bytes > unit_bytes:
+    if piece.size_bytes <= unit_bytes or not can_seek(piece.path):
+        yield piece
+    elif unit == "bytes" and not compression_suffix(piece.path):
         for start in range(0, piece.size_bytes, unit_bytes):
             yield piece._replace(start=start, stop=min(start + unit_bytes, piece.size_bytes))
-    elif unit == "groups" and piece.size_bytes > unit_bytes:
+    elif unit == "groups":
         yield from _cut_groups(piece, unit_bytes)
     else:
         yield piece

@@ -1,0 +1,253 @@
+"""Where shards and stage files lie: a folder of this machine, or one behind a URL, with the same few operations.
+
+    location("shards") / "web"              a pathlib.Path
+    location("s3://bucket/shards") / "web"  a UrlPath, which has the methods of it that are used here
+
+A file appears whole or not at all: on disk by a rename, on a server because a put is atomic there.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.urls import file_system, is_url, persistently
+from mixer.errors import InputError
+from mixer.manifest import FILE_NAME, Manifest
+
+__all__ = [
+    "Location",
+    "UrlPath",
+    "children",
+    "load_arrays",
+    "load_manifest",
+    "local_file",
+    "location",
+    "read_many",
+    "read_range",
+    "remove_tree",
+    "save_arrays",
+    "size_of",
+    "write_file",
+    "write_whole",
+]
+
+
+@dataclass(frozen=True)
+class UrlPath:
+    """A file or folder behind a URL; the methods mean what they mean on ``pathlib.Path``."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __truediv__(self, name: str | os.PathLike[str]) -> UrlPath:
+        return UrlPath(f"{self.url}/{os.fspath(name)}")
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+    @property
+    def parent(self) -> UrlPath:
+        return UrlPath(self.url.rpartition("/")[0])
+
+    def exists(self) -> bool:
+        """Return whether there is such an object, or any below."""
+        return bool(self._ask("exists"))
+
+    def is_dir(self) -> bool:
+        """Return whether there is any object below."""
+        return bool(self._ask("isdir"))
+
+    def is_file(self) -> bool:
+        return bool(self._ask("isfile"))
+
+    def read_bytes(self) -> bytes:
+        return self._ask("cat_file")
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        try:
+            self._ask("rm_file")
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def _ask(self, method: str, *arguments: Any, what: str = "read", **options: Any) -> Any:
+        system, name = file_system(self.url)
+        return persistently(what, self.url, lambda: getattr(system, method)(name, *arguments, **options))
+
+
+Location = Path | UrlPath
+
+
+def location(path: str | os.PathLike[str] | UrlPath) -> Location:
+    """Return the place that a path or URL names.
+
+    >>> location("s3://bucket/shards/") / "web"
+    UrlPath(url='s3://bucket/shards/web')
+    """
+    if isinstance(path, UrlPath):
+        return path
+    return UrlPath(os.fspath(path).rstrip("/")) if is_url(path) else Path(path)
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def size_of(where: Location) -> int:
+    """Return a file's bytes. Raises: FileNotFoundError."""
+    return where.stat().st_size if isinstance(where, Path) else int(where._ask("info")["size"])
+
+
+def read_range(where: Location, start: int, stop: int) -> bytes:
+    """Return the bytes ``start`` to ``stop`` of a file."""
+    if isinstance(where, Path):
+        with open(where, "rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+    return where._ask("cat_file", start=start, end=stop)
+
+
+def read_many(places: Sequence[Location], at_a_time: int = 256) -> Iterator[bytes | None]:
+    """Yield the bytes of many small files in order, None for those that are not there."""
+    for first in range(0, len(places), at_a_time):
+        several = places[first : first + at_a_time]
+        urls = [where.url for where in several if isinstance(where, UrlPath)]
+        found = _fetched(urls) if urls else {}
+        for where in several:
+            yield found.get(where.url) if isinstance(where, UrlPath) else _bytes_of(where)
+
+
+def _fetched(urls: Sequence[str]) -> dict[str, bytes]:
+    system, _ = file_system(urls[0])
+    names = [file_system(url)[1] for url in urls]
+
+    def fetch() -> Mapping[str, Any]:
+        answers = system.cat(names, on_error="return")
+        for answer in answers.values():
+            if isinstance(answer, Exception) and not isinstance(answer, FileNotFoundError):
+                raise answer
+        return answers
+
+    answers = persistently("read", f"{urls[0]} and {len(urls) - 1} more", fetch)
+    return {url: answers[name] for url, name in zip(urls, names) if isinstance(answers[name], bytes)}
+
+
+def _bytes_of(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def children(where: Location) -> list[str]:
+    """Return the names of the files and folders right below, sorted; none if there is no such folder."""
+    if isinstance(where, Path):
+        return sorted(path.name for path in where.iterdir()) if where.is_dir() else []
+    try:
+        return sorted(name.rstrip("/").rpartition("/")[2] for name in where._ask("ls", detail=False, what="list"))
+    except FileNotFoundError:
+        return []
+
+
+def load_manifest(where: Location) -> Manifest:
+    """Read ``manifest.json``, see ``Manifest.load``."""
+    if isinstance(where, Path):
+        return Manifest.load(where)
+    try:
+        raw = json.loads((where / FILE_NAME).read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{where} has no {FILE_NAME}: the conversion did not finish, or this is another folder. Run `mixer convert`"
+            " again with the same options; it continues."
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{where / FILE_NAME} is damaged ({error}). Convert again, or restore the file.") from error
+    return Manifest.from_dict(raw, str(where / FILE_NAME))
+
+
+def load_arrays(where: Location | str) -> dict[str, NDArray[Any]]:
+    """Read what ``save_arrays`` wrote."""
+    with np.load(io.BytesIO(location(where).read_bytes())) as arrays:
+        return dict(arrays)
+
+
+@functools.lru_cache(maxsize=8)
+def local_file(path: str) -> str:
+    """Return a path of this machine with the content of a file, which is fetched once per process."""
+    if not is_url(path):
+        return path
+    folder = _scratch()
+    file = os.path.join(folder, f"{len(os.listdir(folder))}-{path.rpartition('/')[2]}")
+    Path(file).write_bytes(UrlPath(path).read_bytes())
+    return file
+
+
+@functools.cache
+def _scratch() -> str:
+    import atexit
+
+    folder = tempfile.mkdtemp(prefix="mixer-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def write_whole(where: Location, data: bytes) -> None:
+    """Write a file that is there whole or not at all, also after a power failure."""
+    if isinstance(where, UrlPath):
+        where._ask("pipe_file", data, what="write")
+        return
+    where.parent.mkdir(parents=True, exist_ok=True)
+    partial = where.with_name(f".{where.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, where)
+
+
+def write_file(where: Location, source: Path) -> None:
+    """Copy a file of this machine, so that the copy is there whole or not at all."""
+    if isinstance(where, UrlPath):
+        system, name = file_system(where.url)
+        persistently("write", where.url, lambda: system.put_file(str(source), name))
+        return
+    where.parent.mkdir(parents=True, exist_ok=True)
+    partial = where.with_name(f".{where.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    shutil.copyfile(source, partial)
+    os.replace(partial, where)
+
+
+def save_arrays(where: Location, **arrays: NDArray[Any]) -> None:
+    """Write arrays by name, see ``load_arrays``."""
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    write_whole(where, file.getvalue())
+
+
+def remove_tree(where: Location) -> None:
+    """Remove a folder with all that is in it, if it is there."""
+    if isinstance(where, Path):
+        shutil.rmtree(where, ignore_errors=True)
+        return
+    try:
+        where._ask("rm", recursive=True, what="remove")
+    except FileNotFoundError:
+        pass

@@ -1,0 +1,136 @@
+"""Servers on loopback: S3 by moto, the web by ``http.server``, and a wire before them that misbehaves as asked."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import os
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@contextmanager
+def s3_server(bucket: str = "corpus") -> Iterator[tuple[Any, int]]:
+    """Run an S3 server with one empty bucket; yield a client and the port."""
+    server_module = pytest.importorskip("moto.server", reason="needs moto[server]")
+    pytest.importorskip("s3fs", reason="needs s3fs")
+    import logging
+
+    import boto3
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1")
+    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
+    client.create_bucket(Bucket=bucket)
+    try:
+        yield client, port
+    finally:
+        server.stop()
+
+
+def upload(client: Any, folder: Path, prefix: str, bucket: str = "corpus") -> str:
+    """Copy a folder to the server; return its URL."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            client.upload_file(str(path), bucket, f"{prefix}/{path.relative_to(folder)}")
+    return f"s3://{bucket}/{prefix}"
+
+
+def objects(client: Any, prefix: str, bucket: str = "corpus") -> dict[str, bytes]:
+    """Return what lies below a prefix, by name."""
+    found: dict[str, bytes] = {}
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/"):
+        for row in page.get("Contents", []):
+            name = row["Key"].removeprefix(f"{prefix}/")
+            found[name] = client.get_object(Bucket=bucket, Key=row["Key"])["Body"].read()
+    return found
+
+
+class Wire:
+    """A TCP proxy. ``cut(number)`` says after how many bytes of answers a connection breaks (None: never)."""
+
+    def __init__(self, port: int) -> None:
+        self._target, self._number = port, 0
+        self.cut: Callable[[int], int | None] = lambda number: None
+        self.cuts = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            self._number += 1
+            server = socket.create_connection(("127.0.0.1", self._target))
+            limit = self.cut(self._number)
+            threading.Thread(target=self._pump, args=(client, server, None), daemon=True).start()
+            threading.Thread(target=self._pump, args=(server, client, limit), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, limit: int | None) -> None:
+        passed = 0
+        try:
+            while data := source.recv(1 << 16):
+                if limit is not None and passed + len(data) > limit:
+                    sink.sendall(data[: limit - passed])
+                    self.cuts += 1
+                    break
+                passed += len(data)
+                sink.sendall(data)
+        except OSError:
+            pass
+        for end in (source, sink):
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+                end.close()
+            except OSError:
+                pass
+
+
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    """Python's own, which knows no byte ranges."""
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+class _RangeHandler(_Handler):
+    """The same with byte ranges."""
+
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not wanted or not path.is_file():
+            return super().do_GET()
+        data = path.read_bytes()
+        first, last = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        self.send_header("Content-Length", str(last - first + 1))
+        self.end_headers()
+        self.wfile.write(data[first : last + 1])
+
+
+@contextmanager
+def web_server(folder: Path, ranges: bool) -> Iterator[int]:
+    """Serve a folder; yield the port."""
+    handler = functools.partial(_RangeHandler if ranges else _Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()

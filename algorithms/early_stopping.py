@@ -71,6 +71,13 @@ class WorstDomainEarlyStopping(Callback):
         if self.num_worse >= self.patience:
             state.stop_training()
 
+    @property
+    def reason(self) -> str:
+        """Why the run was ended; "" where it was not."""
+        if self.num_worse < self.patience:
+            return ""
+        return f"the worst domain's held-out loss has not improved since step {self.best_step} ({self.best:.3f})"
+
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "best_step": self.best_step, "num_worse": self.num_worse}
 

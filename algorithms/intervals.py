@@ -1,10 +1,13 @@
-"""Times between events of a Composer run: "20ba", "5000sp", "1000000tok"."""
+"""Times between events of a Composer run: "20ba", "5000sp", "1Mtok"."""
 
 from __future__ import annotations
+
+import re
 
 from composer.core import State, Time, TimeUnit
 
 from mixer.errors import InputError
+from mixer.units import parse_count
 
 __all__ = ["interval", "is_due"]
 
@@ -14,18 +17,18 @@ def interval(every: str | int) -> Time:
 
     Raises: InputError: unless it is at least one batch, sample or token.
 
-    >>> str(interval(20)), str(interval("1000tok"))
-    ('20ba', '1000tok')
+    >>> str(interval(20)), str(interval("1000tok")), str(interval("1.5Mtok"))
+    ('20ba', '1000tok', '1500000tok')
     """
+    wrong = f'every={every!r} is not a time: expected "20ba" (batches), "5000sp" (samples) or "1Mtok" (tokens).'
+    match = re.fullmatch(r"\s*(.+?)\s*(ba|sp|tok|)\s*", str(every))
     try:
-        time = Time.from_input(every, TimeUnit.BATCH)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f'every={every!r} is not a time: expected "20ba" (batches), "5000sp" (samples) or "1000000tok" (tokens).'
-        ) from error
-    if time.unit not in (TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN) or time.value < 1:
+        count = parse_count(match[1] if match else "")
+    except InputError as error:
+        raise InputError(wrong) from error
+    if count < 1:
         raise InputError(f'every={every!r} has to be at least one batch ("ba"), sample ("sp") or token ("tok").')
-    return time
+    return Time(count, TimeUnit(match[2] or "ba") if match else TimeUnit.BATCH)
 
 
 def is_due(every: Time, state: State) -> bool:

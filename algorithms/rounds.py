@@ -34,7 +34,7 @@ from algorithms.rules.base import Domains, UpdateRule, as_domains
 from algorithms.rules.bounds import bounded
 from algorithms.rules.stopping import RoundVerdict, extrapolate, round_verdict, standard_error
 from algorithms.runs import begin_run, finish_run
-from algorithms.training import TrainSettings
+from algorithms.training import TrainSettings, without_defaults
 from algorithms.training_run import fingerprints, train_on
 from mixer.errors import InputError
 from mixer.manifest import Manifest
@@ -42,6 +42,8 @@ from mixer.mixture import Mixture
 from mixer.setup import resolve_curriculum
 
 __all__ = ["SearchSettings", "find_mixture", "make_rule"]
+
+_WORDS = ("train", "cached", "bigram", "none")  # references that are no path
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class SearchSettings:
         proxy, reference_steps: how proxy and reference are trained; the reference takes ``reference_steps`` steps.
         rounds, tolerance: at most so many rounds; stop when no weight moved by ``tolerance`` or beyond its noise.
         reference: where a rule that compares gets its losses from. "train": a model trained first, run online;
-            "cached": the same, its losses computed once; "bigram": tables counted from the shards; or the path of a
-            model, of what ``mixer score`` wrote, or of a file of target losses.
+            "cached": the same, its losses computed once; "bigram": tables counted from the shards; "none": nowhere; or
+            the path of a model, of what ``mixer score`` wrote, or of a file of target losses.
         reference_mixture: what the first round's reference is trained on: "proportional" (to size; the paper's choice
             for The Pile), "uniform" (its choice for GLaM), or the path of a mixture file. A reference that hardly saw a
             domain is no yardstick for it: excess losses there come out low, and the domain is starved.
@@ -67,6 +69,9 @@ class SearchSettings:
             ``max_epochs`` times; no cap where either is None.
         extrapolate_to: steps that the averaged weights should stand for, beyond those the proxy was trained.
         heldout_samples: per domain, for the held-out losses of reference and proxy.
+        prior: what samples are drawn by while weights act on the loss, and what a rule that samples starts from where
+            it has no start of its own: "uniform", "proportional", or the path of a mixture file.
+        min_tokens: see ``DomainReweighting``.
     """
 
     method: str = "doremi"
@@ -85,6 +90,13 @@ class SearchSettings:
     budget_tokens: int | None = None
     extrapolate_to: int | None = None
     heldout_samples: int = 256
+    prior: str = "uniform"
+    min_tokens: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all settings; later ones only where they are in use, so that searches from before them go on."""
+        settings = without_defaults(asdict(self), {"prior": "uniform", "min_tokens": 0})
+        return {**settings, "proxy": self.proxy.to_dict()}
 
 
 def make_rule(settings: SearchSettings) -> UpdateRule:
@@ -115,7 +127,7 @@ def find_mixture(
     """Return the mixture found, after writing everything about it into ``out``; finished parts are not done again."""
     search = _Search(shards, Manifest.load(shards), make_rule(settings), settings, console)
     search.check()
-    asked = {"command": "optimize", "shards": fingerprints(search.manifest), **asdict(settings)}
+    asked = {"command": "optimize", "shards": fingerprints(search.manifest), **settings.to_dict()}
     if begin_run(out, asked) is not None:
         return Mixture.load(Path(out) / "mixture.json")
     if settings.proxy.global_batch_size < 2 * len(search.names):
@@ -124,7 +136,7 @@ def find_mixture(
             f"of {len(search.names)} domains; their losses per step will be noisy. "
             f"--batch-size {4 * len(search.names)} is safer."
         )
-    weights = _first_weights(settings, search.manifest)
+    weights = _fixed_weights(settings.reference_mixture, search.manifest)
     verdicts: list[RoundVerdict] = []
     for number in range(1, settings.rounds + 1):
         mixture, errors = search.round(weights, Path(out) / f"round-{number}")
@@ -141,10 +153,10 @@ def find_mixture(
     return mixture
 
 
-def _first_weights(settings: SearchSettings, manifest: Manifest) -> dict[str, float]:
-    stages = resolve_curriculum(settings.reference_mixture, manifest)
+def _fixed_weights(source: str, manifest: Manifest) -> dict[str, float]:
+    stages = resolve_curriculum(source, manifest)
     if len(stages) > 1:
-        raise InputError(f"{settings.reference_mixture} has {len(stages)} stages; a reference trains on one mixture.")
+        raise InputError(f"{source} has {len(stages)} stages; a search takes one mixture.")
     return dict(stages[0].mixture.weights)
 
 
@@ -164,7 +176,9 @@ class _Search:
 
     @property
     def domains(self) -> Domains:
-        return as_domains(self.names, [self.manifest.split(name, "train").num_tokens for name in self.names])
+        prior = _fixed_weights(self.settings.prior, self.manifest)
+        sizes = [self.manifest.split(name, "train").num_tokens for name in self.names]
+        return as_domains(self.names, sizes, [prior[name] for name in self.names])
 
     def check(self) -> None:
         """Refuse, before anything is trained, what would fail only afterwards.
@@ -172,7 +186,7 @@ class _Search:
         Raises: InputError: for an interval without an update, floors that do not fit, a reference that is nowhere.
         """
         settings = self.settings
-        _first_weights(settings, self.manifest)
+        _fixed_weights(settings.reference_mixture, self.manifest)
         every = interval(settings.every or ("20ba" if self.rule.needs & COSTLY else "1ba"))
         if every.unit == TimeUnit.BATCH and every.value > settings.proxy.steps:
             raise InputError(
@@ -182,7 +196,12 @@ class _Search:
         if settings.floor * len(self.names) > 1:
             raise InputError(f"a floor of {settings.floor} for {len(self.names)} domains is more than 1 in all.")
         self.rule.weights(self.rule.init(self.domains))
-        if "reference" in self.rule.needs and settings.reference not in ("train", "cached", "bigram"):
+        if "reference" in self.rule.needs and settings.reference == "none":
+            raise InputError(
+                f"the method {settings.method!r} compares with a reference: --reference none leaves it nothing. Take "
+                "train, cached, bigram or a path; or a method that needs none (`mixer methods`)."
+            )
+        if self.rule.needs & {"reference", "heldout_reference"} and settings.reference not in _WORDS:
             as_reference(settings.reference)
 
     def round(self, weights: Mapping[str, float], folder: Path) -> tuple[Mixture, Any]:
@@ -200,13 +219,16 @@ class _Search:
         """Return what the rule compares with, if it does."""
         source = self.settings.reference
         if "reference" not in self.rule.needs:
-            return None
+            # Losses of a reference on held-out windows are optional: without them it is the model's own first ones.
+            wanted = "heldout_reference" in self.rule.needs and source not in _WORDS
+            return as_reference(source) if wanted else None
         if source == "bigram":
             self.console.print(f"[dim]{folder.name}: counting bigrams[/dim]")
             return as_reference(count_bigrams(self.shards, folder / "scores"))
         if source not in ("train", "cached"):
             return as_reference(source)
-        settings = replace(self.settings.proxy, steps=self.settings.reference_steps or self.settings.proxy.steps)
+        steps = self.settings.reference_steps or self.settings.proxy.steps
+        settings = replace(self.settings.proxy, steps=steps, patience=None)
         self._train(Mixture(weights), settings, folder / "reference")
         model = FrozenModel(folder / "reference" / "model")
         if source == "train":
@@ -226,9 +248,11 @@ class _Search:
             every=settings.every,
             heldout=windows,
             domains=self.domains,
+            min_tokens=settings.min_tokens,
+            on_nonfinite=settings.proxy.on_nonfinite,
         )
-        uniform = np.full(len(self.names), 1 / len(self.names))
-        sampling = rule.weights(rule.init(self.domains)) if algorithm.target == "sampling" else uniform
+        domains = self.domains
+        sampling = rule.weights(rule.init(domains)) if algorithm.target == "sampling" else domains.prior
         # A proxy that started as its own reference would have no excess loss anywhere, and learn nothing from it.
         proxy = replace(settings.proxy, seed=settings.proxy.seed + 1)
         self._train(Mixture(dict(zip(self.names, sampling.tolist()))), proxy, folder / "proxy", algorithm)

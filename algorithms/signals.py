@@ -47,7 +47,8 @@ class Signals(NamedTuple):
         reference_loss: sum of the reference's token losses (needs "reference").
         clipped_excess: sum of max(loss − reference loss, 0) per token (needs "reference").
         heldout_loss, heldout_tokens: sums over held-out windows evaluated at this update (needs "heldout").
-        heldout_reference_loss: the reference's sum over the same windows.
+        heldout_reference_loss: the reference's sum over the same windows; without a reference, that of the model before
+            its first step (needs "heldout_reference").
         behaviour: sum over batches of the weights their samples were drawn by; only its direction matters, so it may
             be added once per batch or once per rank (needs "behaviour").
         gradient_products: (D, D) sum over measurements of the inner products of the domains' mean-loss gradients, each

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,6 +26,7 @@ from composer.optim import CosineAnnealingWithWarmupScheduler, DecoupledAdamW
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from algorithms.domain_losses import OnNonfinite
 from algorithms.models import samples_per_forward
 from mixer.dataloader import MixtureLoader
 from mixer.errors import ExhaustedError, InputError
@@ -47,6 +48,9 @@ class TrainSettings:
         learning_rate: peak; linear warm-up over ``warmup`` of the run, then cosine to a tenth.
         weight_decay: decoupled from the learning rate's peak, per step.
         seed: model weights, sample order and dropout.
+        patience: end the run when the worst domain's held-out loss, evaluated every 50 steps, has not improved so many
+            times in a row; None for the full length.
+        on_nonfinite: "fail" or "skip", see ``DomainReweighting``.
     """
 
     model: str = "nano"
@@ -56,6 +60,8 @@ class TrainSettings:
     warmup: float = 0.06
     weight_decay: float = 1e-5
     seed: int = 17
+    patience: int | None = None
+    on_nonfinite: OnNonfinite = "fail"
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "learning_rate"):
@@ -63,7 +69,13 @@ class TrainSettings:
                 raise InputError(f"{name} must be positive; got {getattr(self, name)}.")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return all settings; later ones only where they are in use, so that runs from before them go on."""
+        return without_defaults(asdict(self), {"patience": None, "on_nonfinite": "fail"})
+
+
+def without_defaults(settings: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``settings`` without those of ``defaults`` that have their default."""
+    return {name: value for name, value in settings.items() if name not in defaults or value != defaults[name]}
 
 
 def train(
@@ -73,6 +85,7 @@ def train(
     folder: Path,
     *,
     algorithms: Sequence[Algorithm] = (),
+    callbacks: Sequence[Callback] = (),
     label: str = "training",
     save_every: int = 50,
     console: Console | None = None,
@@ -86,43 +99,14 @@ def train(
         DataError: from a loss that is not finite or a shard that is damaged.
     """
     _quiet()
-    composer_model = HuggingFaceModel(model, use_logits=True, shift_labels=True)
-    optimizer = DecoupledAdamW(
-        composer_model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
-    )
     stopper = _StopAfterStep()
-    latest = folder / "checkpoints" / "latest-rank{rank}.pt"
-    gpu = torch.cuda.is_available()
-    fits = samples_per_forward(model.config.vocab_size, loader.manifest.seq_len)
-
-    def save_now(state: State, event: Event) -> bool:
-        done = state.timestamp.batch.value
-        due = stopper.requested or done % save_every == 0 or done == settings.steps
-        return event == Event.BATCH_CHECKPOINT and due
-
-    trainer = Trainer(
-        model=composer_model,
-        train_dataloader=loader,
-        max_duration=f"{settings.steps}ba",
+    trainer = _make_trainer(
+        HuggingFaceModel(model, use_logits=True, shift_labels=True),
+        loader,
+        settings,
         algorithms=[*algorithms, GradientClipping(clipping_type="norm", clipping_threshold=1.0)],
-        optimizers=optimizer,
-        schedulers=CosineAnnealingWithWarmupScheduler(
-            t_warmup=f"{round(settings.warmup * settings.steps)}ba", alpha_f=0.1
-        ),
-        callbacks=[_ProgressBar(label, settings.steps, loader, console), stopper],
-        save_folder=str(latest.parent),
-        save_latest_filename=latest.name,
-        save_overwrite=True,
-        save_interval=save_now,
-        save_num_checkpoints_to_keep=1,
-        load_path=str(latest) if Path(str(latest).format(rank=0)).exists() else None,
-        device="gpu" if gpu else "cpu",
-        precision="amp_bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32",
-        device_train_microbatch_size="auto" if gpu else min(loader.batch_size or 1, fits),
-        progress_bar=False,
-        log_to_console=False,
-        auto_log_hparams=False,
-        seed=settings.seed,
+        callbacks=[*callbacks, _ProgressBar(label, settings.steps, loader, console), stopper],
+        **_checkpoints(folder, settings.steps, save_every, stopper),
     )
     try:
         if trainer.state.timestamp < trainer.state.max_duration:
@@ -138,6 +122,48 @@ def train(
         trainer.close()
     if stopper.requested:
         raise KeyboardInterrupt
+
+
+def _make_trainer(model: HuggingFaceModel, loader: MixtureLoader, settings: TrainSettings, **options: Any) -> Trainer:
+    gpu = torch.cuda.is_available()
+    fits = samples_per_forward(model.model.config.vocab_size, loader.manifest.seq_len)  # type: ignore[union-attr, arg-type]
+    return Trainer(
+        model=model,
+        train_dataloader=loader,
+        max_duration=f"{settings.steps}ba",
+        optimizers=DecoupledAdamW(
+            model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
+        ),
+        schedulers=CosineAnnealingWithWarmupScheduler(
+            t_warmup=f"{round(settings.warmup * settings.steps)}ba", alpha_f=0.1
+        ),
+        device="gpu" if gpu else "cpu",
+        precision="amp_bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32",
+        device_train_microbatch_size="auto" if gpu else min(loader.batch_size or 1, fits),
+        progress_bar=False,
+        log_to_console=False,
+        auto_log_hparams=False,
+        seed=settings.seed,
+        **options,
+    )
+
+
+def _checkpoints(folder: Path, steps: int, save_every: int, stopper: _StopAfterStep) -> dict[str, Any]:
+    """Return Trainer's options for one checkpoint at a time, and to continue from the one that is there."""
+    latest = folder / "checkpoints" / "latest-rank{rank}.pt"
+
+    def save_now(state: State, event: Event) -> bool:
+        done = state.timestamp.batch.value
+        return event == Event.BATCH_CHECKPOINT and (stopper.requested or done % save_every == 0 or done == steps)
+
+    return {
+        "save_folder": str(latest.parent),
+        "save_latest_filename": latest.name,
+        "save_overwrite": True,
+        "save_interval": save_now,
+        "save_num_checkpoints_to_keep": 1,
+        "load_path": str(latest) if Path(str(latest).format(rank=0)).exists() else None,
+    }
 
 
 class _StopAfterStep(Callback):

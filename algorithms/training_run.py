@@ -18,6 +18,7 @@ import numpy as np
 from rich.console import Console
 
 from algorithms.domain_reweighting import DomainReweighting
+from algorithms.early_stopping import WorstDomainEarlyStopping
 from algorithms.evaluation import HeldOut, heldout_losses
 from algorithms.evaluation import heldout_samples as _heldout_samples
 from algorithms.models import build_model
@@ -57,7 +58,8 @@ def train_on(
     for name in manifest.names:
         # Missing or damaged held-out samples should be known before hours of training, not after.
         _heldout_samples(shards, name, max_samples=heldout_samples)
-    algorithm = algorithm or DomainReweighting()
+    algorithm = algorithm or DomainReweighting(on_nonfinite=settings.on_nonfinite)
+    stopping = _early_stopping(shards, settings)
     asked = _asked(manifest, mixture, settings, algorithm, loader_options) | {"heldout_samples": heldout_samples}
     if curriculum is not None:
         asked["curriculum"] = json.loads(Path(curriculum).read_text(encoding="utf-8"))
@@ -76,18 +78,35 @@ def train_on(
     model = build_model(
         settings.model, vocab_size=manifest.tokenizer.vocab_size, seq_len=manifest.seq_len, seed=settings.seed
     )
-    train(model, loader, settings, folder, algorithms=[algorithm], label=label, save_every=save_every, console=console)
-    if loader.ended:
-        console.print(f"{label}: ended after {loader.step} of {settings.steps} steps: {loader.ended}", markup=False)
+    train(
+        model,
+        loader,
+        settings,
+        folder,
+        algorithms=[algorithm],
+        callbacks=stopping,
+        label=label,
+        save_every=save_every,
+        console=console,
+    )
+    ended = loader.ended or "".join(callback.reason for callback in stopping)
+    if ended:
+        console.print(f"{label}: ended after {loader.step} of {settings.steps} steps: {ended}", markup=False)
     algorithm.save_trajectory(folder / "trajectory.npz")
     if algorithm.rule is not None:
         algorithm.mixture().save(folder / "mixture.json")
     model.save_pretrained(folder / "model")
     _save_tokenizer(Path(shards), manifest, folder / "model")
     heldout = heldout_losses(model, shards, max_samples=heldout_samples)
-    result = finish_run(folder, _outcome(loader, heldout, mixture, model, settings))
+    result = finish_run(folder, _outcome(loader, heldout, mixture, model, ended))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
+
+
+def _early_stopping(shards: str | os.PathLike[str], settings: TrainSettings) -> list[WorstDomainEarlyStopping]:
+    if settings.patience is None:
+        return []
+    return [WorstDomainEarlyStopping(Path(shards), every="50ba", patience=settings.patience)]
 
 
 def _asked(
@@ -112,7 +131,7 @@ def _outcome(
     heldout: dict[str, HeldOut],
     mixture: Mixture,
     model: PreTrainedModel,
-    settings: TrainSettings,
+    ended: str,
 ) -> dict[str, Any]:
     losses = [value.loss for value in heldout.values()]
     delivered = loader.stats()
@@ -124,7 +143,7 @@ def _outcome(
         "weights": dict(mixture.weights) if len(loader.curriculum) == 1 else realised,
         "num_samples": dict(loader.num_samples),
         "loader": delivered,
-        "ended": loader.ended,
+        "ended": ended,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "num_tokens": delivered["samples"] * loader.manifest.seq_len,
     }

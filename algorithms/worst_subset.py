@@ -23,10 +23,10 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor, nn
 
-from algorithms.forward import evaluation_mode, losses_on
+from algorithms.forward import evaluation_mode, losses_on, predicts_next
 from algorithms.losses import labels_of, loss_mask
 from algorithms.references import Reference, as_reference
-from algorithms.references.frozen import is_encoder_decoder, language_model, unwrapped
+from algorithms.references.frozen import unwrapped
 from algorithms.rules.best_response import worst_case_subset
 from mixer.errors import DataError, InputError
 
@@ -68,13 +68,15 @@ class WorstSubset(Algorithm):
             self._prune(state, logger)
 
     def _begin(self, state: State) -> None:
-        if is_encoder_decoder(language_model(state.model)):
-            raise InputError("WorstSubset is for causal models; this one is an encoder-decoder model.")
+        self._shift = predicts_next(state.model)
         if self.reference is not None:
+            self.reference.shift = self._shift
             self.reference.to(next(state.model.parameters()).device)
             self.reference.bind(getattr(state.dataloader, "domains", ()), state.dataloader)
 
     def _prune(self, state: State, logger: Logger) -> None:
+        if not self._shift and "labels" not in state.batch:
+            raise InputError(f"an encoder-decoder model needs 'labels' in the batch; it has {sorted(state.batch)}.")
         batch = {**state.batch, "labels": labels_of(state.batch).clone()}
         rows = _gathered(batch)
         scores = np.concatenate(dist.all_gather_object(self._scores(state, batch)))
@@ -103,11 +105,11 @@ class WorstSubset(Algorithm):
 
     def _excess(self, state: State, model: nn.Module, part: dict[str, Tensor]) -> Tensor:
         part = state.device.batch_to_device(part)
-        losses = losses_on(state, model, part)
+        losses = losses_on(state, model, part, shift=self._shift)
         if self.reference is not None:
             with get_precision_context(state.precision, state.precision_config):
                 losses = losses - self.reference.token_losses(part)
-        mask = loss_mask(part["labels"])
+        mask = loss_mask(part["labels"], shift=self._shift)
         return torch.where(mask, losses, 0.0).sum(1) / mask.sum(1).clamp(min=1)
 
     def _log(self, state: State, logger: Logger, rows: dict[str, Tensor], scores: np.ndarray, kept: np.ndarray) -> None:

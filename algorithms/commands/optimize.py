@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from algorithms.commands.options import parse_settings, training_options
+from algorithms.commands.options import parse_settings, training_options, training_settings
 
 __all__ = ["optimize"]
 
@@ -19,7 +19,11 @@ __all__ = ["optimize"]
 )
 @click.option("--method", default="doremi", show_default=True, help="An update rule; `mixer methods` lists them.")
 @click.option(
-    "--set", "rule", multiple=True, metavar="KEY=VALUE", help="A setting of the rule, e.g. eta=0.1 (repeatable)."
+    "--set",
+    "rule",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A setting of the rule, e.g. eta=0.1, or targets=@targets.json to read a file (repeatable).",
 )
 @training_options
 @click.option(
@@ -27,7 +31,7 @@ __all__ = ["optimize"]
     default="train",
     show_default=True,
     help="What losses are compared with: train (a model, first), cached (the same, its losses computed once), bigram, "
-    "or a path: a model, an OUT of `mixer score`, or a file of target losses.",
+    "none, or a path: a model, an OUT of `mixer score`, or a file of target losses.",
 )
 @click.option("--reference-steps", type=click.IntRange(1), help="Steps of the reference model.  [default: --steps]")
 @click.option(
@@ -55,8 +59,19 @@ __all__ = ["optimize"]
     type=click.Choice(["loss", "sampling"]),
     help="What the weights act on while the proxy trains.  [default: the method's own]",
 )
+@click.option("--every", metavar="TIME", help="Time between updates: 20ba, 5000sp, 1Mtok.  [default: 1ba, or 20ba]")
 @click.option(
-    "--every", metavar="TIME", help="Time between updates: 20ba, 5000sp, 1000000tok.  [default: 1ba, or 20ba]"
+    "--min-tokens",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Tokens of a domain that have to add up before it takes part in an update.",
+)
+@click.option(
+    "--prior",
+    default="uniform",
+    show_default=True,
+    help="What samples are drawn by where no rule decides: uniform, proportional, or a mixture file.",
 )
 @click.option("--floor", default=0.0, show_default=True, type=click.FloatRange(0, 1), help="Least weight of a domain.")
 @click.option("--max-epochs", type=float, help="Cap the weights so that no domain repeats more often; needs --budget.")
@@ -66,14 +81,7 @@ __all__ = ["optimize"]
 def optimize(
     shards: Path,
     out: Path,
-    method: str,
     rule: tuple[str, ...],
-    model: str,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
-    heldout_samples: int,
     resume: bool,
     budget: str | None,
     **options: Any,
@@ -90,13 +98,14 @@ def optimize(
       mixer optimize shards --method group_dro --steps 400 --out run
       mixer optimize shards --method dro_lm --reference bigram --out run
       mixer optimize shards --method on_demand --every 20ba --out run
+      mixer optimize shards --method validation_feedback --model pretrained --set targets="{'new': 2.1}" \\
+        --set others=reference --out stage
       mixer optimize shards --method doremi --max-epochs 4 --budget 50M --out run
     """
     from rich.console import Console
 
     from algorithms.report import draw_search, search_table
     from algorithms.rounds import SearchSettings, find_mixture
-    from algorithms.training import TrainSettings
     from mixer.errors import InputError
     from mixer.units import parse_count
 
@@ -105,11 +114,9 @@ def optimize(
     if resume and not (out / "run.json").is_file():
         raise InputError(f"there is no run to resume in {out}. Leave out --resume to start one.")
     settings = SearchSettings(
-        method=method,
         rule=parse_settings(rule),
-        proxy=TrainSettings(model=model, steps=steps, global_batch_size=batch_size, learning_rate=lr, seed=seed),
+        proxy=training_settings(options),
         budget_tokens=parse_count(budget, "a number of tokens") if budget else None,
-        heldout_samples=heldout_samples,
         **options,
     )
     console = Console(stderr=True)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mixer.errors import InputError
 
-__all__ = ["parse_settings", "training_options"]
+if TYPE_CHECKING:
+    from algorithms.training import TrainSettings
+
+__all__ = ["parse_settings", "training_options", "training_settings"]
 
 
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,6 +40,26 @@ _OPTIONS = (
         "--lr", default=2e-3, show_default=True, type=float, help="Peak learning rate; warm-up, then cosine to a tenth."
     ),
     click.option(
+        "--weight-decay",
+        default=1e-5,
+        show_default=True,
+        type=click.FloatRange(0),
+        help="Decoupled from the learning rate's peak, per step.",
+    ),
+    click.option(
+        "--patience",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Stop when the worst domain's held-out loss has not improved N times, evaluated every 50 steps.",
+    ),
+    click.option(
+        "--on-nonfinite",
+        default="fail",
+        show_default=True,
+        type=click.Choice(["fail", "skip"]),
+        help="What a NaN or infinite loss does: end the run, or leave its domain out of the step, counted.",
+    ),
+    click.option(
         "--seed",
         default=17,
         show_default=True,
@@ -52,18 +77,41 @@ _OPTIONS = (
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """Return ``{"eta": 0.1}`` for ``("eta=0.1",)``: numbers, booleans and lists as in Python, the rest as text.
+    """Return ``{"eta": 0.1}`` for ``("eta=0.1",)``.
 
-    >>> parse_settings(["eta=0.1", "clip=token"])
-    {'eta': 0.1, 'clip': 'token'}
+    Numbers, booleans, lists and dicts are written as in Python; ``key=@file.json`` reads a file; the rest is text.
+
+    Raises: InputError: on what is no pair, or a file that is not there or not JSON.
+
+    >>> parse_settings(["eta=0.1", "clip=token", "targets={'law': 2.1}"])
+    {'eta': 0.1, 'clip': 'token', 'targets': {'law': 2.1}}
     """
     settings = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator or not key:
             raise InputError(f"--set takes key=value; got {pair!r}.")
-        try:
-            settings[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            settings[key] = value
+        settings[key] = _from_file(value[1:], key) if value.startswith("@") else _literal(value)
     return settings
+
+
+def training_settings(options: dict[str, Any]) -> TrainSettings:
+    """Take the options of ``training_options`` out of a command's, and return what they say."""
+    from algorithms.training import TrainSettings
+
+    taken = {name: options.pop(name) for name in ("model", "steps", "seed", "weight_decay", "patience", "on_nonfinite")}
+    return TrainSettings(global_batch_size=options.pop("batch_size"), learning_rate=options.pop("lr"), **taken)
+
+
+def _literal(value: str) -> Any:
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _from_file(path: str, key: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--set {key}=@{path} cannot be read as JSON: {error}.") from error

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from algorithms.commands.options import training_options
+from algorithms.commands.options import training_options, training_settings
 
 __all__ = ["train"]
 
@@ -36,15 +36,11 @@ def train(
     shards: Path,
     mixture: str,
     out: Path,
-    model: str,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
     heldout_samples: int,
     max_epochs: float | None,
     on_exhausted: str,
     force: bool,
+    **options: Any,
 ) -> None:
     """Train a causal language model on SHARDS, drawn by a frozen mixture, and measure every domain's held-out loss.
 
@@ -57,14 +53,13 @@ def train(
     from rich.console import Console
 
     from algorithms.report import train_table
-    from algorithms.training import TrainSettings
     from algorithms.training_run import train_on
     from mixer.manifest import Manifest
     from mixer.setup import resolve_curriculum
 
     manifest = Manifest.load(shards)
     stages = resolve_curriculum(mixture, manifest, force=force)
-    settings = TrainSettings(model=model, steps=steps, global_batch_size=batch_size, learning_rate=lr, seed=seed)
+    settings = training_settings(options)
     limited = max_epochs is not None or on_exhausted != "repeat"
     caps: dict[str, Any] = {"max_epochs": max_epochs, "on_exhausted": on_exhausted} if limited else {}
     console = Console(stderr=True)

@@ -65,8 +65,8 @@ class UpdateRule(NamedTuple):
         update: ``(state, Signals) -> (state, weights (D,))``; the returned weights are those to use from now on.
         weights: ``state -> (D,)``, the weights in force (the first ones right after ``init``).
         result: ``state -> (D,)``, the weights to freeze into a mixture (an average where the method says so).
-        needs: optional signals it reads: "reference", "heldout", "behaviour", "gradients", "gradient_variance",
-            "histogram" (see ``Signals``).
+        needs: optional signals it reads: "reference", "heldout", "heldout_reference", "behaviour", "gradients",
+            "gradient_variance", "histogram" (see ``Signals``).
         applies: what its weights act on by default: the per-domain "loss" or the "sampling".
         normalization: how loss weights meet token counts: "domain" is Σ_d w_d · mean loss of d (paper form);
             "tokens" is Σ w_d ℓ / Σ w_d over all tokens (official DoReMi code).

@@ -7,9 +7,13 @@
     progress   w ~ p * exp(eta * R),  R <- (1 - s) R + s (v before - v now)      follow what is being learnt
 
 each followed by (1 - c) w + c p, p the prior. "target" is the stage mix for continual training: targets are the start
-model's losses for old domains (above it: forgetting) and a real goal for new ones; no second model is resident.
-Targets: by name; "reference" (Signals.heldout_reference_loss, from losses computed once); or "best", the domain's
-lowest held-out loss so far, which only guards against getting worse.
+model's losses for old domains (above it: forgetting) and a real goal for new ones; no second model is resident:
+
+    validation_feedback(targets={"new": 2.1}, others="reference")
+
+Targets: by name; "reference", Signals.heldout_reference_loss: what a reference, or without one the model before its
+first step, loses on the windows; or "best", the domain's lowest held-out loss so far, which only guards against getting
+worse.
 
 ``sheared_llama`` is "target" with eta = 1, c = 1e-4 towards uniform and the excess clipped at 0: Xia, Gao, Zeng, Chen
 2023, arXiv:2310.06694, Algorithm 1. Their code (``clip=False``) does not clip.
@@ -49,7 +53,7 @@ __all__ = ["FeedbackState", "sheared_llama", "validation_feedback"]
 
 class FeedbackState(NamedTuple):
     """The ascent, and (D,) vectors: the targets (or lowest losses so far), what is added to the excess, the last
-    held-out losses, their moving-average progress and 1 where it is known."""
+    held-out losses, their moving-average progress and 1 where it is known; 1 for targets that were given by name."""
 
     ascent: AscentState
     target: Vector
@@ -57,12 +61,14 @@ class FeedbackState(NamedTuple):
     loss: Vector
     progress: Vector
     moved: Vector
+    named: Vector
 
 
 def validation_feedback(
     mode: str | None = None,
     eta: float = 1.0,
     targets: Mapping[str, float] | str | None = None,
+    others: str | None = None,
     smoothing: float = 1e-3,
     tau: float = 1.0,
     newest: float = 0.5,
@@ -75,6 +81,8 @@ def validation_feedback(
         mode: "level", "target" or "progress"; by default "target" where targets are given, else "level".
         eta: step size of "target"; sharpness of "progress", per nat of progress between updates.
         targets: of "target": nats per token by name, "reference" or "best".
+        others: "reference" or "best" for domains that ``targets`` does not name; None refuses to leave one out, because
+            a forgotten target starves its domain.
         smoothing: c, the share of the prior in the weights.
         tau: temperature of "level", nats.
         newest: s, share of the newest difference in the moving average of "progress".
@@ -96,25 +104,31 @@ def validation_feedback(
     smoothing, newest = number(smoothing, "smoothing", low=0, high=1), number(newest, "newest", low=0, high=1)
     if isinstance(targets, str):
         choice(targets, "targets", ("reference", "best"))
+    if others is not None:
+        choice(others, "others", ("reference", "best"))
+        if not isinstance(targets, Mapping):
+            raise InputError(f"others={others!r} is for domains that targets do not name; got targets {targets!r}.")
+    unnamed = targets if isinstance(targets, str) else others
 
     def init(domains: Domains | Sequence[str]) -> FeedbackState:
         known = as_domains(domains)
         zeros = np.zeros(len(known.names))
-        fixed = by_name(targets, known, "targets") if isinstance(targets, Mapping) else zeros
+        fixed, named = _given(targets, known, default=None if others is None else 0.0)
         added = number(adjustment, "adjustment") / np.sqrt(np.maximum(known.num_tokens, 1.0))
-        return FeedbackState(begin(known.prior, known.prior), fixed, added, zeros, zeros, zeros)
+        return FeedbackState(begin(known.prior, known.prior), fixed, added, zeros, zeros, zeros, named)
 
     def update(state: FeedbackState, signals: Signals) -> tuple[FeedbackState, Vector]:
         fresh, present = heldout(signals, state.loss.size)
         if not present.any():
             return state, weights_of(state.ascent.log_weights)
         if targets is not None:
-            new = _towards_targets(state, fresh, present, signals, targets, clip, eta, smoothing)
+            new = _towards_targets(state, fresh, present, signals, unnamed, clip, eta, smoothing)
         else:
             new = _tilt(state, fresh, present, reading, 1 / tau if reading == "level" else eta, smoothing, newest)
         return new, weights_of(new.ascent.log_weights)
 
-    return _rule("validation_feedback", settings, init, update, result="average")
+    needs = {"heldout", "heldout_reference"} if unnamed == "reference" else {"heldout"}
+    return _rule("validation_feedback", settings, init, update, frozenset(needs), result="average")
 
 
 def sheared_llama(
@@ -144,14 +158,15 @@ def sheared_llama(
         known = as_domains(domains)
         zeros = np.zeros(len(known.names))
         ascent = begin(known.prior, uniform(zeros.size))
-        return FeedbackState(ascent, by_name(targets, known, "targets"), zeros, zeros, zeros, zeros)
+        fixed, named = _given(targets, known)
+        return FeedbackState(ascent, fixed, zeros, zeros, zeros, zeros, named)
 
     def update(state: FeedbackState, signals: Signals) -> tuple[FeedbackState, Vector]:
         fresh, present = heldout(signals, state.loss.size)
-        new = _towards_targets(state, fresh, present, signals, targets, clip, eta, smoothing)
+        new = _towards_targets(state, fresh, present, signals, None, clip, eta, smoothing)
         return new, weights_of(new.ascent.log_weights)
 
-    return _rule("sheared_llama", settings, init, update, result="last")
+    return _rule("sheared_llama", settings, init, update, frozenset({"heldout"}), result="last")
 
 
 def _rule(
@@ -159,6 +174,7 @@ def _rule(
     settings: dict[str, Any],
     init: Callable[[Domains | Sequence[str]], FeedbackState],
     update: Callable[[FeedbackState, Signals], tuple[FeedbackState, Vector]],
+    needs: frozenset[str],
     result: Literal["average", "last"],
 ) -> UpdateRule:
     def frozen(state: FeedbackState) -> Vector:
@@ -171,9 +187,19 @@ def _rule(
         update=update,
         weights=lambda state: weights_of(state.ascent.log_weights),
         result=frozen,
-        needs=frozenset({"heldout"}),
+        needs=needs,
         applies="sampling",
     )
+
+
+def _given(
+    targets: Mapping[str, float] | str | None, known: Domains, default: float | None = None
+) -> tuple[Vector, Vector]:
+    """Return the targets given by name, and 1 for the domains that have one."""
+    if not isinstance(targets, Mapping):
+        return np.zeros(len(known.names)), np.zeros(len(known.names))
+    named = np.array([float(name in targets) for name in known.names])
+    return by_name(targets, known, "targets", default), named
 
 
 def _towards_targets(
@@ -181,18 +207,18 @@ def _towards_targets(
     fresh: Vector,
     present: Present,
     signals: Signals,
-    targets: Mapping[str, float] | str,
+    unnamed: str | None,
     clip: bool,
     eta: float,
     smoothing: float,
 ) -> FeedbackState:
-    target = state.target
-    if targets == "best":
+    target, open_ = state.target, present & (state.named == 0)
+    if unnamed == "best":
         lowest = np.where(state.ascent.seen > 0, np.minimum(target, fresh), fresh)
-        target = np.where(present, lowest, target)
-    elif targets == "reference":
+        target = np.where(open_, lowest, target)
+    elif unnamed == "reference":
         reference, _ = mean_of(signals, "heldout_reference_loss", "heldout_tokens", fresh.size)
-        target = np.where(present, reference, target)
+        target = np.where(open_, reference, target)
     excess = fresh - target + state.added
     score = np.maximum(excess, 0.0) if clip else excess
     ascent = ascend(state.ascent, score, present, eta, smoothing)

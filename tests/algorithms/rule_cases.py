@@ -50,6 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "divergence_ball:baseline": {"baseline": "reference"},
     "validation_feedback:best": {"targets": "best"},
     "validation_feedback:reference": {"targets": "reference", "clip": True, "adjustment": 3.0},
+    "validation_feedback:stage": {"targets": {"web": 1.5}, "others": "reference"},
     "validation_feedback:progress": {"mode": "progress"},
     "modified_doremi:no clip": {"clip": False, "targets": {"web": 1.5}},
     "odm:official": {"variant": "official"},

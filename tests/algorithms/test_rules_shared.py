@@ -259,6 +259,7 @@ def test_settings_survive_json_and_make_the_same_rule(name):
 NEEDED = {
     "reference": ("reference_loss",),
     "heldout": ("heldout_loss", "heldout_tokens"),
+    "heldout_reference": ("heldout_reference_loss",),
     "gradients": ("gradient_products", "gradient_counts"),
     "gradient_variance": ("gradient_variance",),
     "histogram": ("histogram",),

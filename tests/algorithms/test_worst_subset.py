@@ -57,7 +57,7 @@ def test_what_cannot_work_is_refused() -> None:
     for keep in (0.0, 1.5):
         with pytest.raises(InputError, match=r"in \(0, 1\]"):
             WorstSubset(keep=keep)
-    with pytest.raises(InputError, match="is for causal models"):
+    with pytest.raises(InputError, match="an encoder-decoder model needs 'labels'"):
         fit(WorstSubset(), model=wrap(t5()))
     broken = llama()
     with torch.no_grad():

@@ -12,6 +12,7 @@ is faster than any hand-over from another process, and nothing planned ahead has
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from mixer.budget import Plan, plan_budget
 from mixer.cache import RemoteCache
+from mixer.composer_door import is_spinning, keep_place
 from mixer.dataset import MixtureDataset
 from mixer.errors import DataError, ExhaustedError, InputError
 from mixer.folders import load_manifest
@@ -227,6 +229,10 @@ class MixtureLoader(DataLoader[Any]):
 
         Raises: ExhaustedError: if the run had ended before this iteration began.
         """
+        caller = sys._getframe(1)
+        if is_spinning(self, caller):
+            return iter(())
+        keep_place(self, caller)
         if self._ended:
             raise ExhaustedError(
                 f"this loader has ended ({self._ended}); iterating it again would yield nothing. Make a new one, load"

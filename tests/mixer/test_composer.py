@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 
 from mixer import MixtureLoader
@@ -34,19 +35,21 @@ class Tiny(composer.ComposerModel):
 class Recorder(composer.Callback):
     """Keep what was delivered, and move the weights at every batch."""
 
-    def __init__(self):
-        self.batches = []
+    def __init__(self, moving):
+        self.batches, self.moving = [], moving
 
     def after_dataloader(self, state, logger):
         self.batches.append({name: value.clone() for name, value in state.batch.items()})
 
     def batch_end(self, state, logger):
-        state.dataloader.set_weights([1, 1, state.timestamp.batch.value])
+        if self.moving:
+            state.dataloader.set_weights([1, 1, state.timestamp.batch.value])
 
 
-def train(shards, folder, duration, load=None, callbacks=(), **options):
-    recorder = Recorder()
-    loader = MixtureLoader(shards, mixture="uniform", global_batch_size=12, seed=3)
+def train(shards, folder, duration, load=None, callbacks=(), num_workers=0, moving=True, **options):
+    recorder = Recorder(moving)
+    transform = {"transform": same, "num_workers": num_workers} if num_workers else {}
+    loader = MixtureLoader(shards, mixture="uniform", global_batch_size=12, seed=3, **transform)
     trainer = composer.Trainer(
         model=Tiny(),
         train_dataloader=loader,
@@ -65,6 +68,10 @@ def train(shards, folder, duration, load=None, callbacks=(), **options):
     )
     trainer.fit()
     return recorder.batches, loader, trainer
+
+
+def same(batch):
+    return batch
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +98,61 @@ def test_dataset_state_in_a_checkpoint_loads_with_weights_only(shards, tmp_path)
     fresh = MixtureLoader(shards, mixture="uniform", global_batch_size=12, seed=3)
     fresh.dataset.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert fresh.state_dict() == loader.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_state_survives_every_kind_of_plain_checkpoint(shards, tmp_path):
+    """torch.save with weights_only loading, torch.distributed.checkpoint, JSON: all in the middle of an epoch."""
+    whole, _, _ = train(shards, tmp_path, "5ba")
+    other = MixtureLoader(shards, mixture="uniform", global_batch_size=12, seed=3)
+    trainer_like = {"loader": other.state_dict()}
+    _, reader, _ = train(shards, None, "3ba")
+    reader.schedule(40, [1, 2, 3], ramp=5)
+    state = reader.state_dict()
+
+    torch.save({"loader": state}, tmp_path / "plain.pt")
+    loaded = torch.load(tmp_path / "plain.pt", weights_only=True)["loader"]
+    assert_same(loaded, state)
+
+    dcp.save({"loader": reader.dataset}, checkpoint_id=tmp_path / "dcp")
+    dcp.load({"loader": other.dataset}, checkpoint_id=tmp_path / "dcp")
+    assert other.state_dict() == state != trainer_like["loader"]
+    assert_same({**next(iter(other))}, whole[3])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_second_fit_needs_no_callback_in_a_fresh_or_resumed_run_nor_with_workers(shards, tmp_path):
+    whole, _, _ = train(shards, None, "8ba")
+    found, loader, trainer = train(shards, tmp_path, "3ba")
+    trainer.fit(duration="2ba")
+    trainer.fit(duration="1ba")
+    assert_same(found, whole[:6])
+    assert loader.step == 6
+    found, _, trainer = train(shards, None, "5ba", load=tmp_path / "3.pt")
+    trainer.fit(duration="3ba")
+    assert_same(found, whole[3:8])
+    ahead, _, _ = train(shards, None, "6ba", num_workers=2)
+    found, _, trainer = train(shards, None, "4ba", num_workers=2)
+    trainer.fit(duration="2ba")
+    assert_same(found, ahead)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_epochs_of_some_batches_follow_each_other_without_a_gap_over_fits(shards):
+    whole, _, _ = train(shards, None, "8ba")
+    found, loader, trainer = train(shards, None, "2ep", train_subset_num_batches=3)
+    trainer.fit(duration="2ba")
+    assert_same(found, whole[:8])
+    assert loader.step == 8
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_checkpoint_without_the_loaders_state_lets_composer_skip(shards, tmp_path):
+    fixed, _, _ = train(shards, tmp_path, "5ba", moving=False)
+    found, _, _ = train(
+        shards, None, "5ba", load=tmp_path / "3.pt", load_ignore_keys=["state/dataset_state"], moving=False
+    )
+    assert_same(found, fixed[3:])
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -35,6 +35,8 @@ def _default_workers() -> int:
     "--special-tokens", type=click.Choice(["text", "parse"]), default="text", show_default=True,
     help="What '<|endoftext|>' in a text is: text, or its id.",
 )  # fmt: skip
+@click.option("--tokens-from", metavar="TOKENIZER", help="What made the ids in MDS input, if no manifest says.")
+@click.option("--retokenize", is_flag=True, help="Decode the ids in MDS input, and encode the text anew.")
 @click.option(
     "--domain", default="folder", show_default=True, metavar="RULE",
     help="folder, file, field:<dotted.path> or path:<regex>.",

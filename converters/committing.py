@@ -19,7 +19,7 @@ from converters.job import PACK, QUARANTINE, TOKENIZER, Job, Progress
 from converters.packing import PackTask, check_accounting, pack_shard, pack_tasks, read_record, shard_path
 from converters.readers import Piece
 from converters.splits import DomainPlan, SplitPlan, copies_across_splits, plan_splits, require_samples
-from converters.stage import unit_folder
+from converters.stage import GIVEN, unit_folder
 from converters.streams import keep_first_copies
 from converters.tokenizers import id_dtype
 from converters.tokenizing import Staged, copy_file
@@ -91,7 +91,7 @@ def _deduplicated(job: Job, staged: Staged) -> tuple[str | None, Staged]:
     folder = job.out / PACK / "keep"
     skipped = {name: Counter(reasons) for name, reasons in staged.skipped.items()}
     for name, count in keep_first_copies(str(job.stage), _unit_numbers(job), folder).items():
-        skipped.setdefault(name, Counter())["duplicate"] += count
+        skipped.setdefault(name.removesuffix(GIVEN), Counter())["duplicate"] += count
     return str(folder), staged._replace(skipped=skipped)
 
 

@@ -43,6 +43,8 @@ def convert(
     seq_len: int,
     eos: str | None = None,
     special_tokens: str = "text",
+    tokens_from: str | os.PathLike[str] | None = None,
+    retokenize: bool = False,
     domain: str = "folder",
     domain_map: str | os.PathLike[str] | Mapping[str, str | None] | None = None,
     text_field: str = "text",
@@ -89,6 +91,8 @@ def convert(
         seq_len: tokens per sample.
         eos: the end-of-text token, where the tokenizer's own is not found.
         special_tokens: what a special token that is spelled out in a text is: ``text``, or with ``parse`` its id.
+        tokens_from: the tokenizer that made the ids in MDS shards that are given as input, where no manifest says it.
+        retokenize: decode such ids and encode the text anew; otherwise ``tokenizer`` must be the one that made them.
         domain: ``folder``, ``file``, ``field:<dotted.path>`` or ``path:<regex>``; see ``converters.domains``.
         domain_map: a mapping or JSON file that renames, merges and (null) drops domains; ``"*"`` is all others.
         text_field: dotted path of a record's text; several joined (``title,body``); or ``{title}: {body}``.
@@ -134,7 +138,8 @@ def convert(
     stage_options = StageOptions(
         format=format, include=tuple(include), exclude=tuple(exclude), domain=domain, text_field=text_field,
         on_bad_record=on_bad_record, max_bad=max_bad, seed=seed, train_tokenizer=train_tokenizer,
-        special_tokens=special_tokens,
+        special_tokens=special_tokens, retokenize=retokenize,
+        tokens_from=None if tokens_from is None else describe(tokens_from, eos),
         domain_map={} if domain_map is None else load_mapping(domain_map),
         unit_bytes=None if unit_size is None else size_in_bytes(unit_size, "unit_size"),
     )  # fmt: skip

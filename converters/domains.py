@@ -117,7 +117,7 @@ def load_mapping(source: str | os.PathLike[str] | Mapping[str, str | None]) -> d
 
 def check_domain_name(name: str, known: int) -> None:
     """Raise InputError for a name that cannot be a folder beside the manifest, or if there are too many domains."""
-    if name.startswith(".") or name == "manifest.json" or len(domain_folder(name)) > 255:
+    if name.startswith(".") or "\0" in name or name == "manifest.json" or len(domain_folder(name)) > 255:
         raise InputError(f"a domain cannot be called {name[:80]!r}: choose another --domain rule, or rename it.")
     if known >= MAX_DOMAINS:
         raise InputError(

@@ -64,7 +64,7 @@ def _tokens(split: Split | None) -> int:
     return split.num_tokens if split else 0
 
 
-_SHORT = {"documents": "docs", "samples": "samples"}
+_SHORT = {"documents": "docs", "samples": "samples", "given": "given"}
 
 
 def _held_out(facts: Any) -> str:

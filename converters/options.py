@@ -17,6 +17,7 @@ from converters.readers import FORMATS
 from converters.texts import text_rule
 from converters.tokenizers import SPECIAL_TOKENS
 from mixer.errors import InputError
+from mixer.manifest import TokenizerInfo
 
 __all__ = ["DEFAULT_EXCLUDE", "ON_BAD_RECORD", "PackOptions", "StageOptions", "size_in_bytes"]
 
@@ -62,6 +63,8 @@ class StageOptions:
     train_tokenizer: int | None = None
     seed: int = 0
     special_tokens: str = "text"
+    tokens_from: TokenizerInfo | None = None
+    retokenize: bool = False
 
     def __post_init__(self) -> None:
         domain_rule(self.domain)
@@ -78,7 +81,10 @@ class StageOptions:
 
     def facts(self) -> dict[str, Any]:
         """Return what must not change between runs. What to do with bad records may: a run that failed can go on."""
-        return _plain(self, without=("on_bad_record", "max_bad"))
+        facts = _plain(self, without=("on_bad_record", "max_bad"))
+        if self.tokens_from is not None:
+            facts["tokens_from"] = self.tokens_from.fingerprint  # not where it lies
+        return facts
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from converters.best_fit import lay_out, load_layout
 from converters.options import PackOptions
 from converters.shuffling import Shuffled, shuffled
-from converters.stage import DOCUMENT, UnitTable
+from converters.stage import DOCUMENT, GIVEN, UnitTable
 from converters.streams import HASHES, Stream, load_kept
 from mixer.errors import InputError
 
@@ -31,7 +31,10 @@ _LARGEST_FLOOR = 0.1  # the floor for tiny domains never takes more than a tenth
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How a domain's validation split is cut: by ``documents``, ``samples`` (the last ones) or ``nothing``."""
+    """How a domain's validation split is cut: by ``documents``, ``samples`` (the last ones) or ``nothing``.
+
+    ``given`` means that the input was split already.
+    """
 
     by: str
     share: float = 0.0
@@ -69,7 +72,7 @@ class SplitPlan(NamedTuple):
 
     @property
     def domain(self) -> str:
-        return self.stream.domain
+        return self.stream.domain.removesuffix(GIVEN)
 
     @property
     def num_tokens(self) -> int:
@@ -172,8 +175,9 @@ def plan_splits(
         for name, documents in _by_domain(load_kept(stage, unit, keep)):
             sums.setdefault(name, _DomainSums(options)).add(documents)
     held_out = {name: (fixed or {}).get(name) or total.held_out() for name, total in sums.items()}
-    planner = _Planner(options, scratch, _both_sides(stage, units, keep, held_out))
-    return [planner.domain(name, sums[name], held_out[name], name in (fixed or {})) for name in sorted(sums)]
+    planner = _Planner(options, scratch, _both_sides(stage, units, keep, held_out), sums)
+    names = sorted({name.removesuffix(GIVEN) for name in sums})
+    return [planner.domain(name, held_out.get(name), name in (fixed or {})) for name in names]
 
 
 def _both_sides(
@@ -200,13 +204,20 @@ class _Planner:
     """Turns one domain's streams after another into splits."""
 
     def __init__(
-        self, options: PackOptions, scratch: Path, streams: Mapping[tuple[str, str], tuple[Stream, int]]
+        self,
+        options: PackOptions,
+        scratch: Path,
+        streams: Mapping[tuple[str, str], tuple[Stream, int]],
+        sums: Mapping[str, _DomainSums],
     ) -> None:
-        self._options, self._scratch, self._streams = options, scratch, streams
+        self._options, self._scratch, self._streams, self._sums = options, scratch, streams, sums
         self._files = 0
 
-    def domain(self, name: str, sums: _DomainSums, held_out: HeldOut, is_fixed: bool) -> DomainPlan:
+    def domain(self, name: str, held_out: HeldOut | None, is_fixed: bool) -> DomainPlan:
         options = self._options
+        if held_out is None or name + GIVEN in self._sums:
+            return self._given(name)
+        sums = self._sums[name]
         if is_fixed:
             splits = self._by_documents(name) if held_out.by == "documents" else self._all(name)
             return DomainPlan(name, held_out, splits, sums.documents, sums.text_bytes, "")
@@ -223,6 +234,20 @@ class _Planner:
             splits = self._all(name)
         problem = _problem(name, splits, sums.documents, options)
         return DomainPlan(name, held_out, splits, sums.documents, sums.text_bytes, problem)
+
+    def _given(self, name: str) -> DomainPlan:
+        """Keep the split that the input had."""
+        splits = []
+        for split, part in (("train", name), ("validation", name + GIVEN)):
+            if part not in self._sums:
+                splits.append(SplitPlan(split, Stream("", part), 0, 0, 0, 0, 0, 0))
+            else:
+                splits.append(self._whole(split, part, "all"))
+        sums = [self._sums[part] for part in (name, name + GIVEN) if part in self._sums]
+        documents, text_bytes = sum(each.documents for each in sums), sum(each.text_bytes for each in sums)
+        held_out = HeldOut("given", splits[1].num_documents / documents)
+        problem = _problem(name, splits, documents, self._options)
+        return DomainPlan(name, held_out, tuple(splits), documents, text_bytes, problem)
 
     def _by_documents(self, name: str) -> tuple[SplitPlan, ...]:
         return self._whole("train", name, "above"), self._whole("validation", name, "below")

@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,16 +31,30 @@ from converters.options import StageOptions
 from converters.plan import Unit
 from converters.readers import FORMATS, MAX_RECORD_BYTES, Bad, Piece, Row, oversized, place
 from converters.texts import text_columns, text_rule
+from converters.token_shards import check_same_tokenizer, holds_tokens, token_documents
+from converters.token_shards import is_held_out as is_held_out_before
 from converters.tokenizers import id_dtype, load_encoder
 from mixer.errors import DataError
 from mixer.manifest import TokenizerInfo
 
-__all__ = ["DOCUMENT", "INTENDED", "Document", "StageTask", "documents_of", "read_unit", "stage_unit", "unit_folder"]
+__all__ = [
+    "DOCUMENT",
+    "GIVEN",
+    "INTENDED",
+    "Document",
+    "StageTask",
+    "documents_of",
+    "read_unit",
+    "stage_unit",
+    "unit_folder",
+]
 
 DOCUMENT = np.dtype([("tokens", "<u4"), ("bytes", "<u4"), ("hash", "<u8")])
 _BATCH_CHARACTERS = 1 << 18
 _BUFFER_CHARACTERS = 8 << 20
 _NAMED_BAD_RECORDS = 20
+# Behind the name of a domain: its documents that a split made before the conversion holds out.
+GIVEN = "\0validation"
 INTENDED = ("dropped", "empty")  # left out by rule: counted, never a failure
 
 
@@ -49,6 +63,8 @@ class Document(NamedTuple):
 
     text: str
     domain: str
+    ids: NDArray[Any] | None = None  # where they are known already
+    is_held_out: bool = False  # on the validation side of a split that was made before
 
 
 class StageTask(NamedTuple):
@@ -80,6 +96,9 @@ def read_unit(folder: Path) -> dict[str, Any] | None:
 
 def documents_of(piece: Piece, options: StageOptions) -> Iterator[Document | Bad]:
     """Read one piece: a document or a verdict for every record in it."""
+    if piece.format == "mds" and holds_tokens(piece, options):
+        yield from _from_tokens(piece, options)
+        return
     row_format = FORMATS[piece.format]
     text_field = "text" if row_format.is_text else options.text_field
     text_of, domain_of = text_rule(text_field), domain_rule(options.domain)
@@ -101,6 +120,20 @@ def documents_of(piece: Piece, options: StageOptions) -> Iterator[Document | Bad
             yield Bad("empty", "empty text", row.at)
         else:
             yield Document(text, name)
+    _check_unchanged(piece)
+
+
+def _from_tokens(piece: Piece, options: StageOptions) -> Iterator[Document | Bad]:
+    domain = domain_rule(options.domain)(piece, {})
+    name = mapped(domain, options.domain_map) if domain is not None else None
+    is_held_out = is_held_out_before(piece)
+    for ids, text, at in token_documents(piece, options):
+        if domain is None:
+            yield Bad("domain", f"no domain by the rule {options.domain!r}", at)
+        elif name is None:
+            yield Bad("dropped", f"domain {domain!r} is dropped", at)
+        else:
+            yield Document(text, name, None if options.retokenize else ids, is_held_out)
     _check_unchanged(piece)
 
 
@@ -129,6 +162,8 @@ def stage_unit(task: StageTask) -> dict[str, Any]:
     partial.mkdir(parents=True)
     with _UnitWriter(partial, task) as writer:
         for piece in task.unit.pieces:
+            if piece.format == "mds" and not task.options.retokenize and holds_tokens(piece, task.options):
+                check_same_tokenizer(piece, task.options, task.tokenizer)
             for document in documents_of(piece, task.options):
                 writer.add(piece, document)
         summary = writer.finish()
@@ -152,7 +187,7 @@ class _UnitWriter:
             task.tokenizer.kind, task.tokenizer_file, task.backend, task.options.special_tokens
         )
         self._dtype = id_dtype(task.tokenizer.vocab_size)
-        self._waiting: dict[str, list[str]] = {}
+        self._waiting: dict[str, list[Document]] = {}
         self._characters: Counter[str] = Counter()
         self._blocks: list[tuple[str, int, int]] = []
         self._domains: dict[str, dict[str, int]] = {}
@@ -177,12 +212,13 @@ class _UnitWriter:
         if isinstance(document, Bad):
             self._leave_out(piece, document)
         else:
-            if document.domain not in self._waiting:
+            name = document.domain + (GIVEN if document.is_held_out else "")
+            if name not in self._waiting:
                 check_domain_name(document.domain, known=len(self._domains))
-            self._waiting.setdefault(document.domain, []).append(document.text)
-            self._characters[document.domain] += len(document.text)
-            if self._characters[document.domain] >= _BATCH_CHARACTERS:
-                self._flush(document.domain)
+            self._waiting.setdefault(name, []).append(document)
+            self._characters[name] += len(document.text)
+            if self._characters[name] >= _BATCH_CHARACTERS:
+                self._flush(name)
             elif self._characters.total() >= _BUFFER_CHARACTERS:
                 self._flush_all()
 
@@ -209,9 +245,10 @@ class _UnitWriter:
             self._flush(domain)
 
     def _flush(self, domain: str) -> None:
-        texts = self._waiting.pop(domain)
+        waiting = self._waiting.pop(domain)
         del self._characters[domain]
-        ids, lengths = self._encoder.encode(texts)
+        texts = [document.text for document in waiting]
+        ids, lengths = self._encode(waiting)
         raw = [text.encode("utf-8") for text in texts]
         documents = np.empty(len(texts), DOCUMENT)
         documents["tokens"] = lengths + 1
@@ -225,6 +262,22 @@ class _UnitWriter:
         sums["documents"] += len(texts)
         sums["tokens"] += len(tokens)
         sums["bytes"] += int(documents["bytes"].sum())
+
+    def _encode(self, documents: Sequence[Document]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Return the ids of all documents one after another, and how many each has."""
+        if all(document.ids is None for document in documents):
+            return self._encoder.encode([document.text for document in documents])
+        rows = [
+            self._encoder.encode([document.text])[0] if document.ids is None else document.ids for document in documents
+        ]
+        largest = max(int(row.max(initial=0)) for row in rows)
+        if largest >= self._task.tokenizer.vocab_size:
+            files = [piece.path for piece in self._task.unit.pieces]
+            raise DataError(
+                f"{files[0]} (or another of {len(files)} shards read with it) holds token id {largest:,}, the tokenizer"
+                f" has {self._task.tokenizer.vocab_size:,}. Is it the one that made them?"
+            )
+        return np.concatenate(rows), np.array([len(row) for row in rows], np.int64)
 
     def finish(self) -> dict[str, Any]:
         """Write what is waiting and return the unit's summary."""

@@ -133,7 +133,7 @@ def test_text_is_joined_from_fields_or_made_by_a_template(tmp_path):
     assert rows[0].text == "T\n\nB"
     assert isinstance(rows[1], Bad)
     assert rows[1].detail.startswith("no text field 'body'")
-    assert read(path, text_field="# {title} ({meta.year})\n{body}")[0] == ("# T (1999)\nB", rows[0].domain)
+    assert read(path, text_field="# {title} ({meta.year})\n{body}")[0] == Document("# T (1999)\nB", rows[0].domain)
 
 
 @pytest.mark.parametrize("spec", ["", "a,,b", "{", "{}", "no field {{}}", "{a!r}"])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -64,8 +65,12 @@ class MixtureLoader(DataLoader[Any]):
         on_exhausted: what happens then: "repeat" (an error, if there is a limit), "drop" (its weight goes to the
             others), "stop" (the run ends); the latter two allow one epoch unless ``max_epochs`` says more.
         remote: where the shards are, if not in ``shards``, which is then the folder that caches them: ``s3://…``,
-            ``gs://…`` and every other scheme of streaming's ``Stream``, or a path.
+            ``gs://…`` and every other scheme of streaming's ``Stream``, or a path. Or the address of each remote
+            domain's MDS folder, by name; domains that lie in ``shards`` are then read there.
         cache_limit: bytes of shards to keep in the cache, such as "200GB"; None for all.
+        download_timeout: seconds after which an attempt to fetch a file is given up when less than a MiB came in them.
+        download_retry: further attempts, after waits of 0.2, 0.4, 0.8, … s. So a server that does not answer is an
+            error after (retry + 1) · timeout + 2 s: by default 2 minutes.
         verify: "hash" checks every shard before its first use, "never" only sizes and offsets.
         dtype: of ``input_ids``; "stored" saves the conversion from the shards' own.
         force: use a mixture that was made for other shards; what differs is recorded in ``loader.mixture.provenance``.
@@ -91,8 +96,10 @@ class MixtureLoader(DataLoader[Any]):
         num_workers: int = 0,
         max_epochs: float | Mapping[str, float] | None = None,
         on_exhausted: str = "repeat",
-        remote: str | None = None,
+        remote: str | Mapping[str, str] | None = None,
         cache_limit: int | str | None = None,
+        download_timeout: float = 30.0,
+        download_retry: int = 3,
         verify: Literal["hash", "never"] = "hash",
         force: bool = False,
         pin_memory: bool = False,
@@ -102,10 +109,10 @@ class MixtureLoader(DataLoader[Any]):
         transform: Callable[[Batch], Any] | None = None,
         read_ahead: int | None = None,
     ) -> None:
-        cache = _cache(shards, remote, cache_limit)
+        cache = _cache(shards, remote, cache_limit, timeout=download_timeout, retries=download_retry)
         self.rank, self.world_size = _rank_and_world(rank, world_size)
         share = _share(global_batch_size, self.world_size)
-        self.manifest: Manifest = load_manifest(shards, cache)
+        self.manifest: Manifest = load_manifest(shards, cache, split)
         dataset = MixtureDataset(shards, split, seed, verify, self.manifest, dtype, cache, columns)
         self.domains, self.num_samples, self.split = dataset.domains, dataset.num_samples, split
         self.curriculum = resolve_curriculum(mixture, self.manifest, split=split, force=force)
@@ -276,7 +283,7 @@ class MixtureLoader(DataLoader[Any]):
             self.mixer.restore(self._delivered)
             self._plan.planned.clear()
             self._plan.end = None
-            for batch in self._ready():
+            for batch in self._timed(self._ready()):
                 if isinstance(batch, Exception):
                     raise batch
                 self._delivered = self._plan.planned.popleft()
@@ -289,10 +296,20 @@ class MixtureLoader(DataLoader[Any]):
             raise self._plan.end or DataError("the worker processes ended without an error; go on from the last state.")
         self._ended = str(self._plan.end)
 
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Count the seconds that the training process waits for its workers."""
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self.reader.waited_seconds += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+
     def _ready(self) -> Iterator[Any]:
         try:
             yield from super().__iter__()
-        except (RuntimeError, EOFError, ConnectionError) as error:  # killed while it handed a batch over: the latter two
+        except (RuntimeError, EOFError, ConnectionError) as error:  # the latter: killed while it handed a batch over
             if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
                 raise
             what = " ".join(str(error).split())
@@ -368,15 +385,20 @@ class MixtureLoader(DataLoader[Any]):
         return stats
 
 
-def _cache(shards: str | os.PathLike[str], remote: str | None, cache_limit: int | str | None) -> RemoteCache | None:
+def _cache(
+    shards: str | os.PathLike[str],
+    remote: str | Mapping[str, str] | None,
+    cache_limit: int | str | None,
+    **options: Any,
+) -> RemoteCache | None:
     if remote is None:
         if cache_limit is not None:
             raise InputError(
                 "cache_limit is for remote shards: local ones are never deleted. Give `remote`, or leave it."
             )
         return None
-    cache = RemoteCache(remote, shards, None if cache_limit is None else parse_bytes(cache_limit, "a cache_limit"))
-    return cache
+    limit = None if cache_limit is None else parse_bytes(cache_limit, "a cache_limit")
+    return RemoteCache(remote, shards, limit, **options)
 
 
 def _pinned(batch: Any) -> Any:

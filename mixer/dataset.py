@@ -199,7 +199,19 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
             owner.need([local])
         for shard, (owner, local) in zip(shards, owners):
             self._views[shard] = owner.view(local)
+        if get_worker_info() is not None:
+            self._forget_oldest(domains)
         self.waited_seconds += time.perf_counter() - began
+
+    def _forget_oldest(self, domains: list[int]) -> None:
+        """Keep about two windows, in a worker process: it knows samples, and not where windows begin."""
+        for d in set(domains):
+            order, first, last = self.orders[d], int(self._domain_shards[d]), int(self._domain_shards[d + 1])
+            assert order is not None
+            mapped = [shard for shard in self._views if first <= shard < last]
+            kept = mapped[-2 * len(order.shards_at(0)[0]) - 2 :]
+            if len(kept) < len(mapped):
+                self._forget(d, {shard - first for shard in kept})
 
     def _of(self, domain: int) -> DomainShards:
         shards = self.shards[domain]
@@ -212,22 +224,26 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
         moved = np.flatnonzero((stops > self._ahead) & (counts > 0)).tolist()
         if not moved:
             return
-        upcoming: list[tuple[int, list[int]]] = []
+        now: list[tuple[DomainShards, list[int]]] = []
+        later: list[tuple[DomainShards, list[int]]] = []
         for d in moved:
-            order, shards = self.orders[d], self.shards[d]
-            assert order is not None and shards is not None
+            order, shards = self.orders[d], self._of(d)
+            assert order is not None
             current, end = order.shards_at(int(firsts[d]))
-            needed = current.tolist()
+            # Finding out which shard is needed first costs milliseconds: worth it where shards have far to come.
+            needed = (current if shards.cache is None else order.shards_from(int(firsts[d]))).tolist()
             while end < stops[d]:
                 more, end = order.shards_at(end)
                 needed += more.tolist()
             following = order.shards_at(end)[0].tolist()
             self._ahead[d] = end
             self._forget(d, set(needed) | set(following))
-            shards.prepare(needed)
-            upcoming.append((d, following))
-        for d, following in upcoming:
-            self.shards[d].prepare(following)  # type: ignore[union-attr]
+            now.append((shards, needed))
+            later.append((shards, following))
+        for upcoming in (now, later):
+            for turn in range(max(len(shards) for _, shards in upcoming)):  # all domains side by side
+                for owner, shards_of_it in upcoming:
+                    owner.prepare(shards_of_it[turn : turn + 1])
 
     def _forget(self, domain: int, kept: set[int]) -> None:
         first, last = int(self._domain_shards[domain]), int(self._domain_shards[domain + 1])

@@ -92,7 +92,6 @@ class Order:
             here = int(np.searchsorted(positions, start + len(window.samples)))
             parts.append(window.samples[positions[:here] - start])
             positions = positions[here:]
-        self._current = window
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def take(self, first: int, count: int) -> Indices:
@@ -106,8 +105,12 @@ class Order:
 
     def window(self, position: int) -> Window:
         """Return the window that holds a stream position."""
+        now = self._current
+        if now is not None and 0 <= position - now.epoch * self.num_samples - now.start < len(now.samples):
+            return now
         epoch, number = self._locate(position)
-        return self._shuffle(self._epoch(epoch), epoch, number)
+        self._current = self._shuffle(self._epoch(epoch), epoch, number)
+        return self._current
 
     def shards_at(self, position: int) -> tuple[Indices, int]:
         """Return the shards that the window at a stream position is read from, and the position where the next begins.
@@ -118,6 +121,13 @@ class Order:
         plan = self._epoch(epoch)
         shards = plan.shards[plan.firsts[number] : plan.firsts[number + 1]]
         return shards, epoch * self.num_samples + int(plan.starts[number + 1])
+
+    def shards_from(self, position: int) -> Indices:
+        """Return the shards that the rest of the window at a stream position is read from, first needed first."""
+        window = self.window(position)
+        rest = window.samples[position - window.epoch * self.num_samples - window.start :]
+        shards, first = np.unique(np.searchsorted(self._firsts, rest, side="right") - 1, return_index=True)
+        return np.asarray(shards[np.argsort(first)], np.int64)
 
     def _locate(self, position: int) -> tuple[int, int]:
         epoch, offset = divmod(position, self.num_samples)

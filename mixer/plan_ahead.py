@@ -44,7 +44,8 @@ class PlanSampler(DistributedSampler):  # type: ignore[type-arg]
             except (RunEnded, DataError) as end:
                 self.end = end
                 return
-            samples = loader.reader.sample_ids(draws, ahead=False)
+            # Of remote shards this process fetches ahead for its workers; local ones they map when they need them.
+            samples = loader.reader.sample_ids(draws, ahead=loader.reader.cache is not None)
             self.planned.append(loader.mixer.snapshot())
             yield from zip(draws.domain_ids[mine].tolist(), samples[mine].tolist())
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from mixer import mds
 from mixer.errors import DataError, InputError
-from mixer.folders import fetch_index, load_manifest
+from mixer.folders import load_manifest
 from mixer.index import ShardIndex, cache_folder, read_index
 from mixer.manifest import Manifest
 
@@ -394,6 +394,7 @@ def open_domain(
     options: dict[str, Any] = {"column": manifest.column, "dtype": manifest.dtype, "verify": verify}
     options |= {"variable": manifest.variable_length, "seq_len": manifest.seq_len}
     if cache is not None and cache.holds(entry.path):
+        from mixer.remote_folders import fetch_index
         from mixer.remote_shards import RemoteShards
 
         fetch_index(cache, entry)

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from benchmarks import RESULTS
 from benchmarks.mixtures.corpora import entropy_floors, shards_of
-from benchmarks.mixtures.methods import BASELINES, METHODS, MORE, Outcome, outcome
+from benchmarks.mixtures.methods import BASELINES, LATER, METHODS, Outcome, outcome
 from benchmarks.mixtures.runs import Runs, Setting
 from benchmarks.mixtures.tables import console_table, draw, publish, summary
 
@@ -75,7 +75,7 @@ def _compare(
     runs = Runs(shards_of(corpus, folder), setting, folder / "runs")
     names = [*BASELINES, *(only or METHODS)]
     # Seed by seed, but what matters most first: an interrupted comparison has all seeds of that.
-    order = [name for name in names if name not in MORE], [name for name in names if name in MORE]
+    order = [name for name in names if name not in LATER], [name for name in names if name in LATER]
     found: dict[str, list[Outcome]] = {name: [] for name in names}
     console = Console(stderr=True)
     for part in order:

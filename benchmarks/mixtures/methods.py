@@ -13,6 +13,7 @@ second model trained on the mixture found. All models are of the same size and r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from algorithms.rules import UPDATE_RULES
 from benchmarks.mixtures.runs import Result, Run, Runs
 from mixer.static_weights import proportional, temperature, uniform, unimax
 
-__all__ = ["BASELINES", "METHODS", "MORE", "Method", "Outcome", "baselines", "outcome"]
+__all__ = ["BASELINES", "LATER", "METHODS", "Method", "Outcome", "baselines", "outcome"]
 
 COSTLY = frozenset({"heldout", "gradients", "gradient_variance"})
 
@@ -69,7 +70,8 @@ def _ado(context: Context) -> dict[str, int]:
     return {"warmup": eighth, "refit_every": eighth, "ignore": eighth // 2}
 
 
-BASELINES = ("uniform", "proportional", "temperature", "UniMax")
+LONGER = "uniform, three times the steps"  # what a search costs, spent on plain training
+BASELINES = ("uniform", "proportional", "temperature", "UniMax", LONGER)
 
 METHODS: dict[str, Method] = {
     "DoReMi, recommended (reference: uniform)": Method("doremi", {"variant": "recommended"}, "uniform", True),
@@ -103,23 +105,26 @@ MORE: dict[str, Method] = {
     "lookahead": Method("lookahead"),
 }
 METHODS |= MORE
+LATER = (*MORE, LONGER)
 
 
-def baselines(runs: Runs) -> dict[str, tuple[float, ...]]:
-    """Return the fixed mixtures: UniMax with one epoch at most, since more would not bind here."""
-    budget = runs.setting.steps * runs.setting.batch_size
+def baselines(runs: Runs, seed: int) -> dict[str, Run]:
+    """Return the runs on fixed mixtures: UniMax with one epoch at most, since more would not bind here."""
+    steps = runs.setting.steps
+    budget = steps * runs.setting.batch_size
     rows = {
         "uniform": uniform(len(runs.domains)),
         "proportional": proportional(runs.sizes),
         "temperature": temperature(runs.sizes, 2.0),
         "UniMax": unimax(runs.sizes, budget, 1.0, names=runs.domains),
     }
-    return {name: tuple(row.tolist()) for name, row in rows.items()}
+    fixed = {name: Run(seed, tuple(row.tolist())) for name, row in rows.items()}
+    return {**fixed, LONGER: replace(fixed["uniform"], steps=3 * steps)}
 
 
 def outcome(name: str, runs: Runs, seed: int) -> Outcome:
     """Return the outcome of a baseline or method for one seed, training what is missing."""
-    fixed = {key: Run(seed, mixture) for key, mixture in baselines(runs).items()}
+    fixed = baselines(runs, seed)
     if name in fixed:
         result = runs.get(fixed[name])
         return Outcome(result, result.drawn, result.seconds)

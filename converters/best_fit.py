@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.locations import read_items
+
 __all__ = ["Layout", "best_fit", "lay_out", "load_layout"]
 
 WINDOW_TOKENS = 64 << 20
@@ -64,10 +66,8 @@ def lay_out(lengths: Iterable[NDArray[np.int64]], seq_len: int, path: Path) -> i
 
 def load_layout(path: str | os.PathLike[str], start: int, stop: int) -> Layout:
     """Return the samples ``start`` to ``stop`` of a layout, read where they lie in its files; ``first`` begins at 0."""
-    files = _files(Path(path))
-    first = np.fromfile(files[1], np.int64, stop - start + 1, offset=8 * start)
-    count, offset = int(first[-1] - first[0]), int(first[0]) * _PIECE.itemsize
-    table = np.fromfile(files[0], _PIECE, count, offset=offset)
+    first = read_items(f"{os.fspath(path)}.first", np.dtype(np.int64), start, stop - start + 1)
+    table = read_items(f"{os.fspath(path)}.pieces", _PIECE, int(first[0]), int(first[-1] - first[0]))
     return Layout(table["start"], table["length"].astype(np.int64), first - first[0], table["is_document"])
 
 

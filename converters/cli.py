@@ -26,7 +26,7 @@ def _default_workers() -> int:
 
 @click.command()
 @click.argument("inputs", nargs=-1, required=True)
-@click.option("--out", required=True, help="Folder for the shards.")
+@click.option("--out", required=True, help="Folder for the shards, or s3://bucket/folder.")
 @click.option("--seq-len", type=int, required=True, help="Tokens per sample.")
 @click.option("--tokenizer", help="tokenizer.json, folder, .model, tiktoken:NAME, or 'bytes'.")
 @click.option("--train-tokenizer", type=int, metavar="VOCAB", help="Train a byte-level BPE of this size on the corpus.")
@@ -74,7 +74,7 @@ def _default_workers() -> int:
 @click.option("--shard-size", default="64MiB", show_default=True, help="Before compression.")
 @click.option("--unit-size", help="Input bytes that a process takes at a time; default by corpus size.")
 @click.option("--seed", default=0, show_default=True, help="Of the sample that a tokenizer is trained on.")
-@click.option("--stage", help="Folder for the tokenised documents, kept for packing again.")
+@click.option("--stage", help="Folder or URL for the tokenised documents, kept for packing again.")
 @click.option("--keep-stage", is_flag=True, help="Keep the tokenised documents inside --out.")
 @click.option("--extend", is_flag=True, help="Add what is new in the inputs to finished shards, in new shards.")
 @click.option("--fresh", is_flag=True, help="Start over: delete what an earlier conversion left in --out.")
@@ -123,10 +123,10 @@ def inspect(shards: str, sample: int, split: str, only: tuple[str, ...], as_json
       mixer inspect shards --sample 1 --split validation
       mixer inspect shards --json | jq .domains
     """
+    from converters.locations import load_manifest, location
     from mixer.errors import InputError
-    from mixer.manifest import Manifest
 
-    manifest = Manifest.load(shards)
+    manifest = load_manifest(location(shards))
     if unknown := sorted(set(only) - set(manifest.names)):
         raise InputError(f"no domain {unknown} in {shards}; it has {list(manifest.names)}.")
     if as_json:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
-import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,32 +17,57 @@ import mixer
 from converters.domains import domain_rule, mapped
 from converters.extending import fixed_splits, known_inputs, merged, save_inputs
 from converters.inspecting import read_index
-from converters.job import PACK, QUARANTINE, TOKENIZER, Job, Progress
-from converters.packing import PackTask, check_accounting, pack_shard, pack_tasks, read_record, shard_path
+from converters.job import PACK, QUARANTINE, SCRATCH, TOKENIZER, Job, Progress
+from converters.locations import Location, UrlPath, write_file, write_whole
+from converters.locks import Lock
+from converters.packing import PackTask, check_accounting, pack_shard, pack_tasks, read_record
 from converters.readers import Piece
+from converters.shuffling import Shuffled
 from converters.splits import DomainPlan, SplitPlan, copies_across_splits, plan_splits, require_samples
 from converters.stage import GIVEN, unit_folder
 from converters.streams import keep_first_copies
 from converters.tokenizers import id_dtype
-from converters.tokenizing import Staged, copy_file
+from converters.tokenizing import Staged
 from mixer.errors import DataError, InputError
-from mixer.manifest import Domain, Manifest, Split, TokenizerInfo, domain_folder
-from mixer.mds import write_index
+from mixer.manifest import FILE_NAME, Domain, Manifest, Split, TokenizerInfo, domain_folder
+from mixer.mds import index_bytes
 
 __all__ = ["pack"]
 
 
-def pack(job: Job, staged: Staged) -> Manifest:
-    """Write the shards that are not there yet, then the index files and the manifest."""
-    keep, staged = _deduplicated(job, staged)
-    plans = _plan_splits(job, keep)
+def pack(job: Job, staged: Staged, locks: Sequence[Lock]) -> Manifest:
+    """Write the shards that are not there yet, then, if the folder is still ours, the index files and the manifest."""
+    with _scratch(job) as scratch:
+        return _packed(job, staged, locks, scratch)
+
+
+@contextlib.contextmanager
+def _scratch(job: Job) -> Iterator[Path]:
+    """Yield a new folder of this machine for orders and layouts; the workers read them there, or where they are put."""
+    if isinstance(job.out, UrlPath):
+        with tempfile.TemporaryDirectory(prefix="mixer-") as temporary:
+            yield Path(temporary)
+        return
+    folder = job.out / PACK / SCRATCH
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    yield folder
+
+
+def _packed(job: Job, staged: Staged, locks: Sequence[Lock], scratch: Path) -> Manifest:
+    keep, staged = _deduplicated(job, staged, scratch)
+    plans = _plan_splits(job, keep, scratch)
     _check_counts(job, staged, plans)
     warnings = [*_require_documents(job, plans), *require_samples(plans, job.pack_options)]
     splits = [split for plan in plans for split in plan.splits if split.num_samples]
     if not splits:
         raise InputError(f"no domain fills a sample of {job.pack_options.seq_len:,} tokens. Lower --seq-len.")
     tasks = {(split.domain, split.split): list(_pack_tasks(job, split, staged.tokenizer)) for split in splits}
+    if isinstance(job.out, UrlPath):
+        tasks = {key: _readable_anywhere(job, several, scratch) for key, several in tasks.items()}
     _write_shards(job, [task for several in tasks.values() for task in several])
+    for each in locks:
+        each.check()
     written = {(split.domain, split.split): _commit_split(job, split, tasks) for split in splits}
     return _commit(job, staged, plans, written, warnings)
 
@@ -84,21 +111,18 @@ def _unit_numbers(job: Job) -> list[int]:
     return [unit.number for unit in job.plan.units]
 
 
-def _deduplicated(job: Job, staged: Staged) -> tuple[str | None, Staged]:
+def _deduplicated(job: Job, staged: Staged, scratch: Path) -> tuple[str | None, Staged]:
     """Return the folder that says which documents stay (None: all), and what is left out with the copies counted."""
     if not job.pack_options.dedupe:
         return None, staged
-    folder = job.out / PACK / "keep"
+    folder = scratch / "keep"
     skipped = {name: Counter(reasons) for name, reasons in staged.skipped.items()}
     for name, count in keep_first_copies(str(job.stage), _unit_numbers(job), folder).items():
         skipped.setdefault(name.removesuffix(GIVEN), Counter())["duplicate"] += count
     return str(folder), staged._replace(skipped=skipped)
 
 
-def _plan_splits(job: Job, keep: str | None) -> list[DomainPlan]:
-    scratch = job.out / PACK / "layouts"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+def _plan_splits(job: Job, keep: str | None, scratch: Path) -> list[DomainPlan]:
     units, fixed = _unit_numbers(job), fixed_splits(job.base)
     return plan_splits(str(job.stage), units, job.pack_options, scratch=scratch, keep=keep, fixed=fixed)
 
@@ -115,6 +139,30 @@ def _pack_tasks(job: Job, split: SplitPlan, tokenizer: TokenizerInfo) -> Iterato
         first_number=_before(job, split, "num_shards"),
         first_id=_before(job, split, "num_samples"),
     )
+
+
+def _readable_anywhere(job: Job, tasks: Sequence[PackTask], scratch: Path) -> list[PackTask]:
+    """Put the orders and layouts of these tasks beside the shards, and return tasks that read them there."""
+    put = functools.cache(functools.partial(_put, job.out / PACK / SCRATCH, scratch))
+    moved = []
+    for task in tasks:
+        stream, layout = task.stream, task.layout
+        if isinstance(stream, Shuffled):
+            stream = stream._replace(order=put(stream.order))
+        elif stream.keep is not None:
+            stream = stream._replace(keep=put(stream.keep))
+        if layout is not None:
+            layout = put(layout)
+        moved.append(task._replace(stream=stream, layout=layout))
+    return moved
+
+
+def _put(there: Location, scratch: Path, path: str) -> str:
+    """Copy what begins with a path below ``scratch`` (a file, a folder, a layout's files); return its new place."""
+    for file in sorted(scratch.glob(f"{Path(path).relative_to(scratch)}*")):
+        for each in sorted(file.iterdir()) if file.is_dir() else [file]:
+            write_file(there / each.relative_to(scratch), each)
+    return str(there / Path(path).relative_to(scratch))
 
 
 def _before(job: Job, split: SplitPlan, counted: str) -> int:
@@ -142,15 +190,16 @@ def _commit_split(job: Job, split: SplitPlan, tasks: Mapping[tuple[str, str], Se
     below = f"{domain_folder(split.domain)}/{split.split}"
     before = _before(job, split, "num_shards")
     old = read_index(job.out / below)[:before] if before else []
-    index = write_index(job.out / below, [*old, *entries])
+    index = index_bytes([*old, *entries])
+    write_whole(job.out / below / "index.json", index)
     return Split(
         path=below,
         num_samples=split.num_samples,
         num_tokens=split.num_tokens,
         num_documents=split.num_documents,
         num_shards=len(entries),
-        size_bytes=sum(shard_path(index.parent, entry).stat().st_size for entry in entries),
-        fingerprint="sha256:" + hashlib.sha256(index.read_bytes()).hexdigest(),
+        size_bytes=sum((entry["zip_data"] or entry["raw_data"])["bytes"] for entry in entries),
+        fingerprint="sha256:" + hashlib.sha256(index).hexdigest(),
     )
 
 
@@ -186,7 +235,7 @@ def _commit(
     manifest = Manifest(
         dict(sorted(domains.items())), seq_len, dtype, tokenizer, converter=facts, variable_length=varies
     )
-    manifest.save(job.out)
+    write_whole(job.out / FILE_NAME, manifest.to_json().encode("utf-8"))
     return manifest
 
 
@@ -207,11 +256,11 @@ def _publish_quarantine(job: Job, staged: Staged) -> dict[str, Any]:
     if job.stage_options.on_bad_record != "quarantine" or not staged.bad_records:
         return {}
     name = QUARANTINE if job.base is None else f"quarantine.{len(job.extensions()) + 1}.jsonl"
-    partial = job.out / f".{QUARANTINE}.{os.getpid()}.tmp"
-    with open(partial, "wb") as file:
+    with tempfile.NamedTemporaryFile(prefix="mixer-") as file:
         for unit in job.plan.units:
             file.write((unit_folder(job.stage, unit.number) / QUARANTINE).read_bytes())
-    os.replace(partial, job.out / name)
+        file.flush()
+        write_file(job.out / name, Path(file.name))
     return {"quarantine": name}
 
 
@@ -219,6 +268,5 @@ def _copy_tokenizer(job: Job, tokenizer: TokenizerInfo) -> TokenizerInfo:
     if tokenizer.file is None:
         return tokenizer
     name = f"{TOKENIZER}/tokenizer{Path(tokenizer.file).suffix}"
-    (job.out / TOKENIZER).mkdir(exist_ok=True)
-    copy_file(tokenizer.file, job.out / name)
+    write_file(job.out / name, Path(tokenizer.file))
     return dataclasses.replace(tokenizer, file=name)

@@ -15,7 +15,6 @@ import errno
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from converters import workplace
@@ -24,6 +23,7 @@ from converters.domains import load_mapping
 from converters.engines import kept_running, run_tasks
 from converters.extending import known_inputs
 from converters.job import STAGE, Job, Progress
+from converters.locations import Location, load_manifest, local_file, location
 from converters.options import DEFAULT_EXCLUDE, PackOptions, StageOptions, size_in_bytes
 from converters.plan import make_plan
 from converters.tokenizers import BACKENDS, describe
@@ -82,9 +82,10 @@ def convert(
     ``unit_size``, or how often the conversion was interrupted. A finished conversion is returned as it is.
 
     Args:
-        inputs: files, folders, globs, URLs for fsspec; ``name=path`` gives all documents of a path to one domain;
-            ``@list.txt`` stands for the inputs listed in that file.
-        out: folder for the shards; new, empty, or an unfinished conversion by the same options.
+        inputs: files, folders, globs, URLs (``s3://``, ``gs://``, ``https://``); ``name=path`` gives all documents of a
+            path to one domain; ``@list.txt`` stands for the inputs listed in that file.
+        out: folder for the shards, of this machine or ``s3://bucket/folder``; new, empty, or an unfinished conversion
+            by the same options.
         tokenizer: a ``tokenizer.json``, a folder that holds one, a SentencePiece ``.model``, ``tiktoken:cl100k_base``,
             ``tiktoken:o200k_base`` or ``bytes``. Either this or ``train_tokenizer``.
         train_tokenizer: vocabulary size of a byte-level BPE trained on a sample of the corpus.
@@ -121,7 +122,8 @@ def convert(
         hashes: names of the hashes in the index, sorted.
         shard_size, unit_size: bytes per shard before compression, and per unit of work.
         seed: of the sample for ``train_tokenizer``.
-        stage: folder for the tokenised documents, kept for packing again; default: inside ``out``, removed at the end.
+        stage: folder or URL for the tokenised documents, kept for packing again; default: inside ``out``, removed at
+            the end.
         keep_stage: keep it inside ``out``.
         extend: add the inputs that are new to the finished shards in ``out``, in new shards; all else must be as
             before. Copies (``dedupe``) are looked for among the new documents only.
@@ -149,36 +151,39 @@ def convert(
         packing=packing, tail=tail, doc_starts=doc_starts, sample_ids=sample_ids,
         shuffle_seed=shuffle_seed, dedupe=dedupe,
     )  # fmt: skip
-    base = Manifest.load(out) if extend else None
-    given = _given_tokenizer(tokenizer, eos, Path(out), base)
+    where = location(out)
+    base = load_manifest(where) if extend else None
+    given = _given_tokenizer(tokenizer, eos, where, base)
     asked = given if tokenizer is not None else None
-    known = None if base is None else known_inputs(Path(out), base)
+    known = None if base is None else known_inputs(where, base)
     plan = make_plan(inputs, stage_options, _identity(asked, train_tokenizer), known)
     run = functools.partial(run_tasks, engine, workers=workers)
     job = Job(
-        Path(out), Path(stage) if stage else Path(out) / STAGE, plan, stage_options, pack_options, given, backend, run,
+        where, location(stage) if stage else where / STAGE, plan, stage_options, pack_options, given, backend, run,
         progress or (lambda _: None), base,
     )  # fmt: skip
     if fresh:
         workplace.clear(job)
     manifest = workplace.finished(job)
     if manifest is None or workplace.has_leftovers(job):
-        with _naming_full_disk(job.out), workplace.locked(job), kept_running(engine, workers):
+        with _naming_full_disk(job.out), workplace.locked(job) as locks, kept_running(engine, workers):
             manifest = workplace.finished(job)  # another process may have finished it just now
             if manifest is None:
                 workplace.begin(job)
-                manifest = pack(job, tokenize(job))
-            workplace.clean_up(job, keep_stage or stage is not None)
+                manifest = pack(job, tokenize(job), locks)
+            workplace.clean_up(job, locks, keep_stage or stage is not None)
     return manifest
 
 
 def _given_tokenizer(
-    tokenizer: str | os.PathLike[str] | None, eos: str | None, out: Path, base: Manifest | None
+    tokenizer: str | os.PathLike[str] | None, eos: str | None, out: Location, base: Manifest | None
 ) -> TokenizerInfo | None:
     """Return the tokenizer that is there: the one named, or the one that was trained for the shards to extend."""
     if tokenizer is not None:
-        return describe(tokenizer, eos)
-    return describe(out / base.tokenizer.file) if base is not None and base.tokenizer.file is not None else None
+        return describe(local_file(os.fspath(tokenizer)), eos)
+    if base is None or base.tokenizer.file is None:
+        return None
+    return describe(local_file(str(out / base.tokenizer.file)))
 
 
 def _identity(tokenizer: TokenizerInfo | None, train_tokenizer: int | None) -> dict[str, Any]:
@@ -190,7 +195,7 @@ def _identity(tokenizer: TokenizerInfo | None, train_tokenizer: int | None) -> d
 
 
 @contextlib.contextmanager
-def _naming_full_disk(out: Path) -> Iterator[None]:
+def _naming_full_disk(out: Location) -> Iterator[None]:
     try:
         yield
     except OSError as error:

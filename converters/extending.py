@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import orjson
 
+from converters.locations import Location, write_whole
 from converters.splits import HeldOut
 from mixer.errors import InputError
 from mixer.manifest import Domain, Manifest, Split
@@ -23,18 +22,16 @@ from mixer.manifest import Domain, Manifest, Split
 __all__ = ["fixed_splits", "known_inputs", "merged", "save_inputs"]
 
 
-def save_inputs(out: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+def save_inputs(out: Location, rows: Sequence[Mapping[str, Any]]) -> str:
     """Write the rows (name, bytes, hash) of all inputs to a file named by its content; return that name."""
     facts = [{key: row[key] for key in ("name", "bytes", "hash")} for row in rows]
     data = b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in facts)
     name = f"inputs.{hashlib.sha256(data).hexdigest()[:16]}.jsonl"
-    partial = out / f".{name}.{os.getpid()}.tmp"
-    partial.write_bytes(data)
-    os.replace(partial, out / name)
+    write_whole(out / name, data)
     return name
 
 
-def known_inputs(out: Path, manifest: Manifest) -> dict[str, dict[str, Any]]:
+def known_inputs(out: Location, manifest: Manifest) -> dict[str, dict[str, Any]]:
     """Return the rows of all inputs that finished shards were made from, by name."""
     name = manifest.converter.get("inputs")
     try:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.locations import Location, load_manifest, local_file, location
 from converters.tokenizers import Encoder, load_encoder
 from mixer.errors import DataError
 from mixer.manifest import Manifest, Split
@@ -71,18 +71,18 @@ def _held_out(facts: Any) -> str:
     return f"{facts['share']:.1%} {_SHORT[facts['by']]}" if facts else "none"
 
 
-def read_index(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_index(folder: str | os.PathLike[str] | Location) -> list[dict[str, Any]]:
     """Return the shard entries of one MDS directory.
 
     Raises: DataError: if its index is missing or damaged.
     """
     try:
-        return list(json.loads((Path(folder) / "index.json").read_text(encoding="utf-8"))["shards"])
+        return list(json.loads((location(folder) / "index.json").read_bytes())["shards"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"cannot read {folder}/index.json ({error!r}). Restore it, or convert again.") from error
 
 
-def read_samples(folder: str | os.PathLike[str], column: str, count: int) -> list[NDArray[Any]]:
+def read_samples(folder: str | os.PathLike[str] | Location, column: str, count: int) -> list[NDArray[Any]]:
     """Return the first ``count`` token rows of one MDS directory.
 
     Raises: DataError: naming the shard, if it is missing or damaged.
@@ -90,11 +90,11 @@ def read_samples(folder: str | os.PathLike[str], column: str, count: int) -> lis
     rows: list[NDArray[Any]] = []
     for entry in read_index(folder):
         if len(rows) < count:
-            rows += shard_rows(Path(folder), entry, column)[: count - len(rows)]
+            rows += shard_rows(location(folder), entry, column)[: count - len(rows)]
     return rows
 
 
-def shard_rows(folder: Path, entry: dict[str, Any], column: str) -> list[NDArray[Any]]:
+def shard_rows(folder: Location, entry: dict[str, Any], column: str) -> list[NDArray[Any]]:
     """Return all token rows of one shard."""
     raw = raw_shard(folder, entry)
     header = parse_header(raw, f"{folder}/{entry['raw_data']['basename']}")
@@ -110,7 +110,7 @@ def shard_rows(folder: Path, entry: dict[str, Any], column: str) -> list[NDArray
     return [np.frombuffer(raw, dtype, size // dtype.itemsize, start) for start, size in spans]
 
 
-def raw_shard(folder: Path, entry: dict[str, Any]) -> bytes:
+def raw_shard(folder: Location, entry: dict[str, Any]) -> bytes:
     """Return a shard's bytes, decompressed."""
     path = folder / (entry["zip_data"] or entry["raw_data"])["basename"]
     try:
@@ -127,12 +127,12 @@ def raw_shard(folder: Path, entry: dict[str, Any]) -> bytes:
 def shards_encoder(folder: str | os.PathLike[str], manifest: Manifest) -> Encoder:
     """Return the tokenizer that made the shards."""
     file = manifest.tokenizer.file
-    return load_encoder(manifest.tokenizer.kind, None if file is None else str(Path(folder) / file))
+    return load_encoder(manifest.tokenizer.kind, None if file is None else local_file(str(location(folder) / file)))
 
 
 def decoded_samples(folder: str | os.PathLike[str], *, domain: str, split: str = "train", count: int = 1) -> list[str]:
     """Return the first samples of a domain as text, end-of-text tokens spelled out."""
-    manifest = Manifest.load(folder)
+    manifest = load_manifest(location(folder))
     encoder = shards_encoder(folder, manifest)
-    where = Path(folder) / manifest.split(domain, split).path
+    where = location(folder) / manifest.split(domain, split).path
     return [encoder.decode(row.tolist()) for row in read_samples(where, manifest.column, count)]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from converters.locations import Location
 from converters.options import PackOptions, StageOptions
 from converters.plan import Plan, inputs_fingerprint
 from mixer.manifest import Manifest, TokenizerInfo
 
-__all__ = ["PACK", "QUARANTINE", "STAGE", "TOKENIZER", "Job", "Progress"]
+__all__ = ["PACK", "QUARANTINE", "SCRATCH", "STAGE", "TOKENIZER", "Job", "Progress"]
 
 # Names below ``out``. What starts with a dot is there only while a conversion is unfinished.
 STAGE, PACK, TOKENIZER, QUARANTINE = ".stage", ".pack", "tokenizer", "quarantine.jsonl"
+SCRATCH = "scratch"  # in PACK
 
 
 class Progress(NamedTuple):
@@ -38,8 +39,8 @@ class Job:
         base: the manifest that is extended, if any.
     """
 
-    out: Path
-    stage: Path
+    out: Location
+    stage: Location
     plan: Plan
     stage_options: StageOptions
     pack_options: PackOptions

@@ -9,13 +9,13 @@ A file appears whole or not at all: on disk by a rename, on a server because a p
 from __future__ import annotations
 
 import functools
-import io
 import json
 import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.files import status
 from converters.urls import file_system, is_url, persistently
 from mixer.errors import InputError
 from mixer.manifest import FILE_NAME, Manifest
 
 __all__ = [
+    "FetchedArray",
     "Location",
     "UrlPath",
     "children",
-    "load_arrays",
     "load_manifest",
     "local_file",
     "location",
+    "read_items",
     "read_many",
     "read_range",
     "remove_tree",
-    "save_arrays",
     "size_of",
     "write_file",
     "write_whole",
@@ -154,6 +155,42 @@ def _bytes_of(path: Path) -> bytes | None:
         return None
 
 
+def read_items(where: str, dtype: np.dtype[Any], start: int, count: int) -> NDArray[Any]:
+    """Return ``count`` items from ``start`` on of a file that is one array."""
+    if not is_url(where):
+        return np.fromfile(where, dtype, count, offset=start * dtype.itemsize)
+    data = read_range(UrlPath(where), start * dtype.itemsize, (start + count) * dtype.itemsize) if count else b""
+    return np.frombuffer(data, dtype)
+
+
+_GAP_BYTES = 256 << 10
+
+
+class FetchedArray:
+    """Parts of an array file on a server, to be sliced like the array; near ones are fetched together."""
+
+    def __init__(
+        self, where: UrlPath, dtype: np.dtype[Any], starts: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> None:
+        self._items = size_of(where) // dtype.itemsize
+        order = np.argsort(starts)
+        begins, ends = starts[order], np.maximum.accumulate(starts[order] + lengths[order])
+        apart = np.flatnonzero((begins[1:] - ends[:-1]) * dtype.itemsize > _GAP_BYTES) + 1
+        self._begins = begins[np.concatenate(([0], apart))] if len(begins) else begins
+        stops = ends[np.concatenate((apart, [len(ends)])) - 1] if len(ends) else ends
+        with ThreadPoolExecutor(8) as threads:
+            fetch = functools.partial(read_items, where.url, dtype)
+            self._parts = list(threads.map(fetch, self._begins.tolist(), (stops - self._begins).tolist()))
+
+    def __len__(self) -> int:
+        return self._items
+
+    def __getitem__(self, which: slice) -> NDArray[Any]:
+        part = int(np.searchsorted(self._begins, which.start, "right")) - 1
+        begin = int(self._begins[part])
+        return self._parts[part][which.start - begin : which.stop - begin]
+
+
 def children(where: Location) -> list[str]:
     """Return the names of the files and folders right below, sorted; none if there is no such folder."""
     if isinstance(where, Path):
@@ -180,20 +217,16 @@ def load_manifest(where: Location) -> Manifest:
     return Manifest.from_dict(raw, str(where / FILE_NAME))
 
 
-def load_arrays(where: Location | str) -> dict[str, NDArray[Any]]:
-    """Read what ``save_arrays`` wrote."""
-    with np.load(io.BytesIO(location(where).read_bytes())) as arrays:
-        return dict(arrays)
+def local_file(path: str) -> str:
+    """Return a path of this machine with the content of a file, which is fetched once per process."""
+    return _fetched_file(path, status(path).version) if is_url(path) else path
 
 
 @functools.lru_cache(maxsize=8)
-def local_file(path: str) -> str:
-    """Return a path of this machine with the content of a file, which is fetched once per process."""
-    if not is_url(path):
-        return path
+def _fetched_file(url: str, version: str) -> str:
     folder = _scratch()
-    file = os.path.join(folder, f"{len(os.listdir(folder))}-{path.rpartition('/')[2]}")
-    Path(file).write_bytes(UrlPath(path).read_bytes())
+    file = os.path.join(folder, f"{len(os.listdir(folder))}-{url.rpartition('/')[2]}")
+    Path(file).write_bytes(UrlPath(url).read_bytes())
     return file
 
 
@@ -233,13 +266,6 @@ def write_file(where: Location, source: Path) -> None:
     partial = where.with_name(f".{where.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     shutil.copyfile(source, partial)
     os.replace(partial, where)
-
-
-def save_arrays(where: Location, **arrays: NDArray[Any]) -> None:
-    """Write arrays by name, see ``load_arrays``."""
-    file = io.BytesIO()
-    np.savez(file, **arrays)
-    write_whole(where, file.getvalue())
 
 
 def remove_tree(where: Location) -> None:

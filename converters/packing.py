@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ import orjson
 from numpy.typing import NDArray
 
 from converters.best_fit import load_layout
+from converters.locations import Location, location, size_of, write_whole
 from converters.options import PackOptions
 from converters.shuffling import Shuffled
 from converters.splits import SplitPlan, samples_of
@@ -31,10 +31,11 @@ DOC_STARTS, SAMPLE_ID = "doc_starts", "sample_id"
 
 
 class PackTask(NamedTuple):
-    """What a process needs to write one shard; ``stream`` holds only the units from which it is filled.
+    """What a process needs to write one shard; ``stream`` holds only the documents from which it is filled.
 
-    ``first_token`` is where the shard starts in that stream, and ``num_tokens`` how many it takes; with a layout,
-    ``first_sample`` counts its samples. ``first_id`` is the number of its first sample in domain and split.
+    ``first_token`` is where the shard starts in that stream, and ``num_tokens`` how many it takes. With a layout, which
+    counts tokens of the whole stream and samples from ``first_sample`` on, it is how many of those come before.
+    ``first_id`` is the number of its first sample in domain and split.
     """
 
     stream: Stream | Shuffled
@@ -73,8 +74,8 @@ def _starts_dtype(options: PackOptions) -> str:
 def pack_tasks(
     split: SplitPlan,
     *,
-    folder: Path,
-    records: Path,
+    folder: Location,
+    records: Location,
     dtype: str,
     eos_id: int,
     options: PackOptions,
@@ -85,9 +86,14 @@ def pack_tasks(
     cut = _varying_shards if options.packing == "none" else _even_shards
     done = 0
     for number, (count, token, num_tokens) in enumerate(cut(split, dtype, options), start=first_number):
-        stream: Stream | Shuffled = split.stream
+        stream: Stream | Shuffled
         if split.layout is None:
             stream, token = split.stream.part(token, token + num_tokens)
+        else:
+            layout = load_layout(split.layout, split.first_sample + done, split.first_sample + done + count)
+            first, last = int(layout.start.min()), int((layout.start + layout.length).max())
+            stream, within = split.stream.part(first, last)
+            token = first - within
         yield PackTask(
             stream, token, num_tokens, split.layout, split.first_sample + done, count, first_id + done, str(folder),
             str(records / f"{number:05d}.json"), number, dtype, eos_id, options,
@@ -178,9 +184,9 @@ def pack_shard(task: PackTask) -> dict[str, Any]:
     entry = shard_entry(
         columns, f"shard.{task.number:05d}.mds", raw, num_samples=len(rows), zipped=zipped, **options.shard_facts()
     )
-    _write(shard_path(task.folder, entry), raw if zipped is None else zipped)
+    write_whole(shard_path(task.folder, entry), raw if zipped is None else zipped)
     record = {"samples": len(rows), "tokens": sum(map(len, rows)), "entry": entry}
-    _write(Path(task.record), orjson.dumps(record))
+    write_whole(location(task.record), orjson.dumps(record))
     return record
 
 
@@ -224,7 +230,7 @@ def _laid_out_rows(task: PackTask) -> tuple[NDArray[Any], NDArray[np.int64]]:
     before = np.cumsum(layout.length) - layout.length
     in_sample = before - before[layout.first[:-1]][sample]  # where in its sample a piece goes
     rows = np.full(task.num_samples * seq_len, task.eos_id, task.dtype)
-    task.stream.copy_pieces(rows, layout.start, layout.length, sample * seq_len + in_sample)
+    task.stream.copy_pieces(rows, layout.start - task.first_token, layout.length, sample * seq_len + in_sample)
     used = np.bincount(sample, layout.length, task.num_samples).astype(np.int64)
     return rows.reshape(task.num_samples, seq_len), used
 
@@ -245,34 +251,24 @@ def _doc_starts(task: PackTask, rows: Sequence[NDArray[Any]] | NDArray[Any], use
     return starts
 
 
-def shard_path(folder: str | os.PathLike[str], entry: Mapping[str, Any]) -> Path:
+def shard_path(folder: str | os.PathLike[str] | Location, entry: Mapping[str, Any]) -> Location:
     """Return the file that an index entry describes."""
-    return Path(folder) / (entry["zip_data"] or entry["raw_data"])["basename"]
+    return location(folder) / (entry["zip_data"] or entry["raw_data"])["basename"]
 
 
 def read_record(task: PackTask) -> dict[str, Any]:
     """Return what ``pack_shard`` returned for a task."""
-    return orjson.loads(Path(task.record).read_bytes())
+    return orjson.loads(location(task.record).read_bytes())
 
 
 def _finished(task: PackTask) -> dict[str, Any] | None:
     try:
         record = read_record(task)
-        size = os.path.getsize(shard_path(task.folder, record["entry"]))
+        size = size_of(shard_path(task.folder, record["entry"]))
     except (FileNotFoundError, KeyError):
         return None
     entry = record["entry"]
     return record if size == (entry["zip_data"] or entry["raw_data"])["bytes"] else None
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def check_accounting(split: SplitPlan, records: Sequence[Mapping[str, Any]]) -> None:

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.locations import read_items
 from converters.stage import DOCUMENT
 from converters.streams import Stream, copy_slices, load_kept, open_tokens
+from converters.urls import is_url
 from mixer.randomness import key, random_bits
 
 __all__ = ["Shuffled", "shuffled"]
@@ -35,11 +37,14 @@ class Shuffled(NamedTuple):
         base: the stream (its units are not needed any more).
         order: file of ``_ROW``, in the new order.
         num_tokens: of the stream.
+        first, last: which rows of the file this is.
     """
 
     base: Stream
     order: str
     num_tokens: int
+    first: int
+    last: int
 
     @property
     def stage(self) -> str:
@@ -54,7 +59,9 @@ class Shuffled(NamedTuple):
         return self.base.side
 
     def _rows(self) -> NDArray[Any]:
-        return np.memmap(self.order, _ROW, "r")
+        if is_url(self.order):
+            return read_items(self.order, _ROW, self.first, self.last - self.first)
+        return np.memmap(self.order, _ROW, "r")[self.first : self.last]
 
     def documents(self) -> Iterator[NDArray[Any]]:
         """Yield rows of ``DOCUMENT``, all in order (sizes in bytes of text are not known here)."""
@@ -71,8 +78,11 @@ class Shuffled(NamedTuple):
             yield part[1]
 
     def part(self, start: int, stop: int) -> tuple[Shuffled, int]:
-        """Return all of the stream: any document may lie in any unit."""
-        return self, start
+        """Return the stream cut to the documents between two places, which are still counted from its start."""
+        at = self._rows()["at"]
+        first = max(int(at.searchsorted(start, "right")) - 1, 0)
+        last = int(at.searchsorted(stop, "left"))
+        return self._replace(first=self.first + first, last=self.first + last), start
 
     def copy(self, out: NDArray[Any], start: int) -> int:
         """Fill ``out`` with the ids from ``start`` on; return how many there were."""
@@ -103,7 +113,8 @@ class Shuffled(NamedTuple):
         sources = rows["start"][document] + starts - rows["at"][document]
         by_unit = np.argsort(units, kind="stable")
         for here in np.split(by_unit, np.flatnonzero(np.diff(units[by_unit])) + 1):
-            ids = open_tokens(self.stage, int(units[here[0]]), out.dtype.name)
+            spans = sources[here], lengths[here]
+            ids = open_tokens(self.stage, int(units[here[0]]), out.dtype.name, spans=spans)
             copy_slices(ids, out, sources[here], lengths[here], places[here])
 
 
@@ -128,7 +139,7 @@ def shuffled(stream: Stream, seed: int, path: Path, *, bucket_documents: int = _
             ordered["at"] = ends - ordered["tokens"]
             at = int(ends[-1]) if len(ends) else at
             out.write(ordered.tobytes())
-    return Shuffled(stream._replace(units=()), str(path), at)
+    return Shuffled(stream._replace(units=()), str(path), at, 0, count)
 
 
 def _scatter(stream: Stream, seed: int, files: list[Path]) -> None:

@@ -15,6 +15,7 @@ import base64
 import os
 import secrets
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 
 from converters.domains import check_domain_name, domain_rule, mapped, rule_columns
 from converters.files import status
+from converters.locations import Location, UrlPath, local_file, location, write_file, write_whole
 from converters.options import StageOptions
 from converters.plan import Unit
 from converters.readers import FORMATS, MAX_RECORD_BYTES, Bad, Piece, Row, oversized, place
@@ -78,12 +80,12 @@ class StageTask(NamedTuple):
     backend: str = "hf"
 
 
-def unit_folder(stage: str | os.PathLike[str], number: int) -> Path:
+def unit_folder(stage: str | Location, number: int) -> Location:
     """Return where a unit's stage files lie."""
-    return Path(stage) / "units" / f"{number:06d}"
+    return location(stage) / "units" / f"{number:06d}"
 
 
-def read_unit(folder: Path) -> dict[str, Any] | None:
+def read_unit(folder: Location) -> dict[str, Any] | None:
     """Return a finished unit's summary, or None."""
     try:
         return orjson.loads((folder / "unit.json").read_bytes())
@@ -158,16 +160,12 @@ def stage_unit(task: StageTask) -> dict[str, Any]:
     folder = unit_folder(task.folder, task.unit.number)
     if (done := read_unit(folder)) is not None:
         return done
+    if isinstance(folder, UrlPath):
+        return _stage_on_server(task, folder)
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}.tmp")
     partial.mkdir(parents=True)
-    with _UnitWriter(partial, task) as writer:
-        for piece in task.unit.pieces:
-            if piece.format == "mds" and not task.options.retokenize and holds_tokens(piece, task.options):
-                check_same_tokenizer(piece, task.options, task.tokenizer)
-            for document in documents_of(piece, task.options):
-                writer.add(piece, document)
-        summary = writer.finish()
-    (partial / "unit.json").write_bytes(orjson.dumps(summary))
+    summary = _tokenized(task, partial)
+    write_whole(partial / "unit.json", orjson.dumps(summary))
     try:
         os.replace(partial, folder)
     except OSError:
@@ -178,14 +176,33 @@ def stage_unit(task: StageTask) -> dict[str, Any]:
     return summary
 
 
+def _stage_on_server(task: StageTask, folder: UrlPath) -> dict[str, Any]:
+    """Tokenise to this machine's disk, then put the files there, last the one that says that they are whole."""
+    with tempfile.TemporaryDirectory(prefix="mixer-") as scratch:
+        summary = _tokenized(task, Path(scratch))
+        for file in sorted(Path(scratch).iterdir()):
+            write_file(folder / file.name, file)
+    write_whole(folder / "unit.json", orjson.dumps(summary))
+    return summary
+
+
+def _tokenized(task: StageTask, folder: Path) -> dict[str, Any]:
+    with _UnitWriter(folder, task) as writer:
+        for piece in task.unit.pieces:
+            if piece.format == "mds" and not task.options.retokenize and holds_tokens(piece, task.options):
+                check_same_tokenizer(piece, task.options, task.tokenizer)
+            for document in documents_of(piece, task.options):
+                writer.add(piece, document)
+        return writer.finish()
+
+
 class _UnitWriter:
     """Collects documents by domain, tokenises them in batches and appends the blocks."""
 
     def __init__(self, folder: Path, task: StageTask) -> None:
         self._task = task
-        self._encoder = load_encoder(
-            task.tokenizer.kind, task.tokenizer_file, task.backend, task.options.special_tokens
-        )
+        file = task.tokenizer_file and local_file(task.tokenizer_file)
+        self._encoder = load_encoder(task.tokenizer.kind, file, task.backend, task.options.special_tokens)
         self._dtype = id_dtype(task.tokenizer.vocab_size)
         self._waiting: dict[str, list[Document]] = {}
         self._characters: Counter[str] = Counter()
@@ -311,12 +328,12 @@ class UnitTable(NamedTuple):
     starts: NDArray[np.int64]
 
 
-def load_table(folder: Path) -> UnitTable:
+def load_table(folder: Location) -> UnitTable:
     """Read which documents a finished unit holds."""
     summary = read_unit(folder)
     if summary is None:
         raise DataError(f"{folder} is not a finished unit. Run the same command again.")
-    documents = np.fromfile(folder / "documents.bin", DOCUMENT)
+    documents = np.frombuffer((folder / "documents.bin").read_bytes(), DOCUMENT)
     names = sorted(summary["domains"])
     index = {name: number for number, name in enumerate(names)}
     blocks: list[tuple[str, int, int]] = summary["blocks"]

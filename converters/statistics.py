@@ -8,7 +8,6 @@ token given the one before it. Where a domain is longer than ``max_tokens``, its
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from converters.inspecting import read_index, shard_rows
+from converters.locations import Location, load_manifest, location
 from mixer.errors import InputError
 from mixer.manifest import Manifest
 from mixer.names import plot_label
@@ -46,18 +46,18 @@ def domain_statistics(
     shards: str | os.PathLike[str], *, split: str = "train", max_tokens: int = 20_000_000
 ) -> list[DomainStatistics]:
     """Return the facts of every domain that has the split, in the order of domain ids."""
-    manifest = Manifest.load(shards)
+    manifest = load_manifest(location(shards))
     if max_tokens < 1:
         raise InputError(f"max_tokens must be at least 1, got {max_tokens}.")
     rows = []
     for name in manifest.names:
         if split in manifest.domains[name].splits:
-            tokens = _tokens(Path(shards) / manifest.split(name, split).path, manifest.column, max_tokens)
+            tokens = _tokens(location(shards) / manifest.split(name, split).path, manifest.column, max_tokens)
             rows.append(_statistics(name, tokens, manifest))
     return rows
 
 
-def _tokens(folder: Path, column: str, max_tokens: int) -> NDArray[Any]:
+def _tokens(folder: Location, column: str, max_tokens: int) -> NDArray[Any]:
     parts: list[NDArray[Any]] = []
     for entry in read_index(folder):
         if sum(len(part) for part in parts) >= max_tokens:

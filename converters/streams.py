@@ -7,7 +7,9 @@ units; nothing is copied until a shard asks for a range of them.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.stage import UnitTable, load_table, unit_folder
+from converters.locations import FetchedArray, Location, location, size_of, write_whole
+from converters.stage import DOCUMENT, UnitTable, load_table, unit_folder
 from mixer.errors import DataError
 
 __all__ = ["Stream", "copy_slices", "keep_first_copies", "load_kept", "open_tokens", "unit_ranges"]
@@ -101,20 +104,18 @@ class Stream(NamedTuple):
     def slices(self, unit: int, start: int, stop: int, dtype: str) -> Iterator[NDArray[Any]]:
         """Yield the ids ``start`` to ``stop`` of what a unit adds, as slices of its memory-mapped file."""
         table = load_kept(self.stage, unit, self.keep)
-        ids = open_tokens(self.stage, unit, dtype, int(table.starts[-1]))
-        at = 0
-        for first, last in _runs(self.chosen(table)):
-            low, high = int(table.starts[first]), int(table.starts[last])
-            begin, end = max(start - at, 0), min(stop - at, high - low)
-            if begin < end:
-                yield ids[low + begin : low + end]
-            at += high - low
-            if at >= stop:
-                return
+        first, last = _runs(self.chosen(table))
+        lows, highs = table.starts[first], table.starts[last]
+        before = np.cumsum(highs - lows) - (highs - lows)  # tokens of the runs before
+        lows, highs = lows + (start - before).clip(0), np.minimum(highs, lows + stop - before)
+        lows, lengths = lows[lows < highs], (highs - lows)[lows < highs]
+        ids = open_tokens(self.stage, unit, dtype, int(table.starts[-1]), spans=(lows, lengths))
+        for low, length in zip(lows.tolist(), lengths.tolist()):
+            yield ids[low : low + length]
 
 
 def copy_slices(
-    ids: NDArray[Any],
+    ids: NDArray[Any] | FetchedArray,
     out: NDArray[Any],
     starts: NDArray[np.int64],
     lengths: NDArray[np.int64],
@@ -125,15 +126,22 @@ def copy_slices(
         out[place : place + length] = ids[start : start + length]
 
 
-def open_tokens(stage: str, unit: int, dtype: str, expected: int | None = None) -> NDArray[Any]:
-    """Return a unit's ids, memory-mapped.
+def open_tokens(
+    stage: str,
+    unit: int,
+    dtype: str,
+    expected: int | None = None,
+    *,
+    spans: tuple[NDArray[np.int64], NDArray[np.int64]],
+) -> NDArray[Any] | FetchedArray:
+    """Return a unit's ids, memory-mapped; from a server, those that the spans (starts, lengths) name.
 
     Raises: DataError: if there are not as many as expected.
     """
-    folder = unit_folder(stage, unit)
-    ids = np.memmap(folder / "tokens.bin", dtype, "r")
+    file = unit_folder(stage, unit) / "tokens.bin"
+    ids: Any = np.memmap(file, dtype, "r") if isinstance(file, Path) else FetchedArray(file, np.dtype(dtype), *spans)
     if expected is not None and len(ids) != expected:
-        raise DataError(f"{folder} holds {len(ids):,} tokens, expected {expected:,}. Run with --fresh.")
+        raise DataError(f"{file} holds {len(ids):,} tokens, expected {expected:,}. Run with --fresh.")
     return ids
 
 
@@ -153,14 +161,14 @@ def unit_ranges(units: Sequence[tuple[int, int]], start: int, stop: int) -> Iter
             return
 
 
-def _runs(chosen: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """Yield [first, end) of every run of True.
+def _runs(chosen: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return where every run of True begins, and ends before.
 
-    >>> [(int(a), int(b)) for a, b in _runs(np.array([True, True, False, True]))]
-    [(0, 2), (3, 4)]
+    >>> [edges.tolist() for edges in _runs(np.array([True, True, False, True]))]
+    [[0, 3], [2, 4]]
     """
     edges = np.flatnonzero(np.diff(np.concatenate(([False], chosen, [False])).astype(np.int8)))
-    yield from zip(edges[::2], edges[1::2])
+    return edges[::2], edges[1::2]
 
 
 # --- deduplication -------------------------------------------------------------------------------------------------
@@ -171,36 +179,65 @@ def load_kept(stage: str, unit: int, keep: str | None) -> UnitTable:
     table = load_table(unit_folder(stage, unit))
     if keep is None:
         return table
-    kept = np.load(_keep_file(keep, unit))
+    kept = np.frombuffer(_keep_file(location(keep), unit).read_bytes(), np.bool_)
     return table._replace(domains=np.where(kept, table.domains, np.int32(-1)))
 
 
-def _keep_file(folder: str, unit: int) -> Path:
-    return Path(folder) / f"{unit:06d}.npy"
+def _keep_file(folder: Location, unit: int) -> Location:
+    return folder / f"{unit:06d}.bin"
 
 
-def keep_first_copies(stage: str, units: Sequence[int], folder: Path) -> dict[str, int]:
+_COPY = np.dtype([("hash", "<u8"), ("number", "<u8"), ("domain", "<u4")])
+_BUCKET_DOCUMENTS = 1 << 24
+
+
+def keep_first_copies(
+    stage: str, units: Sequence[int], folder: Path, *, bucket_documents: int = _BUCKET_DOCUMENTS
+) -> dict[str, int]:
     """Write which documents stay if of equal texts in a domain only the first does; return how many go, by domain.
 
     Texts are equal if their 64-bit hashes are: among a thousand million documents, one pair in forty runs is not.
+    They are compared in buckets by hash, so memory is bounded by ``bucket_documents`` of about 60 bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tables = [load_table(unit_folder(stage, unit)) for unit in units]
-    kept = [np.ones(len(table.documents), np.bool_) for table in tables]
-    removed = {}
-    for name in sorted({name for table in tables for name in table.names}):
-        places = [np.flatnonzero(table.domains == _index(table, name)) for table in tables]
-        hashes = np.concatenate([table.documents["hash"][place] for table, place in zip(tables, places)])
-        first = np.zeros(len(hashes), np.bool_)
-        first[np.unique(hashes, return_index=True)[1]] = True
-        for mask, place, part in zip(kept, places, np.split(first, np.cumsum([len(place) for place in places])[:-1])):
-            mask[place] = part
-        if removed_here := int((~first).sum()):
-            removed[name] = removed_here
-    for unit, mask in zip(units, kept):
-        np.save(_keep_file(str(folder), unit), mask)
-    return removed
+    sizes = [size_of(unit_folder(stage, unit) / "documents.bin") // DOCUMENT.itemsize for unit in units]
+    buckets = [folder / f"bucket.{number}" for number in range(max(1, -(-sum(sizes) // bucket_documents)))]
+    names = _scatter(stage, units, buckets)
+    kept = np.ones(sum(sizes), np.bool_) if len(buckets) == 1 else _mapped_ones(folder / "kept", sum(sizes))
+    removed: Counter[str] = Counter()
+    for bucket in buckets:
+        rows = np.fromfile(bucket, _COPY)
+        bucket.unlink()
+        rows = rows[np.lexsort((rows["number"], rows["hash"], rows["domain"]))]
+        copies = rows[1:][(rows["hash"][1:] == rows["hash"][:-1]) & (rows["domain"][1:] == rows["domain"][:-1])]
+        kept[copies["number"]] = False
+        counts = np.bincount(copies["domain"], minlength=len(names)).tolist()
+        removed.update({name: count for name, count in zip(names, counts) if count})
+    for unit, end, size in zip(units, np.cumsum(sizes).tolist(), sizes):
+        write_whole(_keep_file(folder, unit), kept[end - size : end].tobytes())
+    return dict(removed)
 
 
-def _index(table: UnitTable, name: str) -> int:
-    return table.names.index(name) if name in table.names else -2
+def _mapped_ones(file: Path, count: int) -> NDArray[np.bool_]:
+    kept = np.memmap(file, np.bool_, "w+", shape=count)
+    kept[:] = True
+    return kept
+
+
+def _scatter(stage: str, units: Sequence[int], buckets: Sequence[Path]) -> list[str]:
+    """Write every document's hash, number and domain to the bucket of its hash; return the names of the domains."""
+    names: dict[str, int] = {}
+    number = 0
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(bucket, "wb")) for bucket in buckets]
+        for unit in units:
+            table = load_table(unit_folder(stage, unit))
+            codes = np.array([names.setdefault(name, len(names)) for name in table.names], np.uint32)
+            rows = np.empty(len(table.documents), _COPY)
+            rows["hash"], rows["domain"] = table.documents["hash"], codes[table.domains] if len(codes) else 0
+            rows["number"] = np.arange(number, number + len(rows))
+            number += len(rows)
+            bucket = rows["hash"] % np.uint64(len(buckets))
+            for place, file in enumerate(files):
+                file.write((rows[bucket == place] if len(files) > 1 else rows).tobytes())
+    return list(names)

@@ -313,9 +313,13 @@ def _configured_eos(file: Path) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else ()
 
 
-@functools.lru_cache(maxsize=2)
 def load_encoder(kind: str, file: str | None, backend: str = "hf", special_tokens: str = "text") -> Encoder:
-    """Return the encoder, made once per process."""
+    """Return the encoder, made once per process as long as its file stays the same."""
+    return _loaded(kind, file, backend, special_tokens, "" if file is None else str(os.stat(file).st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=2)
+def _loaded(kind: str, file: str | None, backend: str, special_tokens: str, version: str) -> Encoder:
     if backend == "gigatoken":
         if kind != "hf":
             raise InputError(f"the backend gigatoken reads a tokenizer.json; this tokenizer is of kind {kind!r}.")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import orjson
+
 from converters.job import Job, Progress
-from converters.stage import INTENDED, StageTask, read_unit, stage_unit, unit_folder
+from converters.locations import local_file, read_many, write_file
+from converters.stage import INTENDED, StageTask, stage_unit, unit_folder
 from converters.tokenizers import describe, load_encoder
 from mixer.errors import DataError
 from mixer.manifest import TokenizerInfo
 
-__all__ = ["Staged", "copy_file", "tokenize"]
+__all__ = ["Staged", "tokenize"]
 
 
 class Staged(NamedTuple):
@@ -43,8 +44,8 @@ def tokenize(job: Job) -> Staged:
         _check_backend(job, tokenizer, file)
     done = documents = tokens = 0
     tasks = []
-    for unit in job.plan.units:
-        if read_unit(unit_folder(job.stage, unit.number)) is None:
+    for unit, summary in zip(job.plan.units, _summaries(job)):
+        if summary is None:
             tasks.append(StageTask(unit, str(job.stage), job.stage_options, tokenizer, file, job.backend))
         else:
             done += unit.size_bytes
@@ -65,12 +66,12 @@ def _tokenizer(job: Job) -> tuple[TokenizerInfo, str | None]:
         job.progress(Progress("train-tokenizer", 0, 1, "tokenizers"))
         file = trained_tokenizer(job.plan.units, job.stage_options, job.stage)
         job.progress(Progress("train-tokenizer", 1, 1, "tokenizers"))
-        return describe(file), str(file)
+        return describe(local_file(str(file))), str(file)
     if job.tokenizer.file is None:
         return job.tokenizer, None
     # A copy, so that every worker on every machine reads the file that was fingerprinted.
     copy = job.stage / f"tokenizer{Path(job.tokenizer.file).suffix}"
-    copy_file(job.tokenizer.file, copy)
+    write_file(copy, Path(job.tokenizer.file))
     return job.tokenizer, str(copy)
 
 
@@ -79,10 +80,16 @@ def _check_backend(job: Job, tokenizer: TokenizerInfo, file: str | None) -> None
     from converters.tokenizers import GigatokenEncoder
     from converters.training import sample_documents
 
-    encoder = load_encoder(tokenizer.kind, file, job.backend, job.stage_options.special_tokens)
+    encoder = load_encoder(tokenizer.kind, file and local_file(file), job.backend, job.stage_options.special_tokens)
     assert isinstance(encoder, GigatokenEncoder)
     some = job.plan.units[:: max(1, len(job.plan.units) // 4)]
     encoder.check([*sample_documents(some, job.stage_options, 1 << 20), "a<|endoftext|>b </s>", "e\u0301 \u212b"])
+
+
+def _summaries(job: Job) -> Iterator[dict[str, Any] | None]:
+    """Yield what is known of every unit, None for those that are not finished."""
+    files = [unit_folder(job.stage, unit.number) / "unit.json" for unit in job.plan.units]
+    return (None if data is None else orjson.loads(data) for data in read_many(files))
 
 
 def _added_up(job: Job, tokenizer: TokenizerInfo) -> Staged:
@@ -90,8 +97,9 @@ def _added_up(job: Job, tokenizer: TokenizerInfo) -> Staged:
     skipped: dict[str, Counter[str]] = {}
     bad_records: list[dict[str, Any]] = []
     read = 0
-    for unit in job.plan.units:
-        summary = read_unit(unit_folder(job.stage, unit.number)) or {}
+    for unit, summary in zip(job.plan.units, _summaries(job)):
+        if summary is None:
+            raise DataError(f"unit {unit.number} has gone from {job.stage}. Run the same command again.")
         read += summary["read"]
         for name, reasons in summary["skipped"].items():
             skipped.setdefault(name, Counter()).update(reasons)
@@ -106,10 +114,3 @@ def _added_up(job: Job, tokenizer: TokenizerInfo) -> Staged:
             f" first is {first['place']}: {first['detail']}. Repair them, or raise --max-bad."
         )
     return staged
-
-
-def copy_file(source: str, target: Path) -> None:
-    """Copy a file, so that the copy is there whole or not at all."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.copyfile(source, partial)
-    os.replace(partial, target)

@@ -14,6 +14,7 @@ from typing import Any
 
 import xxhash
 
+from converters.locations import Location, write_whole
 from converters.options import StageOptions, size_in_bytes
 from converters.plan import Unit, make_plan
 from converters.readers import Bad
@@ -26,7 +27,7 @@ END_OF_TEXT = "<|endoftext|>"
 SAMPLE_BYTES = 64 << 20
 
 
-def trained_tokenizer(units: Sequence[Unit], options: StageOptions, folder: Path) -> Path:
+def trained_tokenizer(units: Sequence[Unit], options: StageOptions, folder: Location) -> Location:
     """Return ``folder/tokenizer.json``, trained now unless it is there."""
     file = folder / "tokenizer.json"
     if not file.exists():
@@ -34,9 +35,7 @@ def trained_tokenizer(units: Sequence[Unit], options: StageOptions, folder: Path
         texts = sample_documents(units, options, SAMPLE_BYTES)
         if not texts:
             raise InputError("no text to train a tokenizer on.")
-        partial = folder / f".tokenizer.json.{os.getpid()}.tmp"
-        partial.write_text(train_bpe(texts, options.train_tokenizer), encoding="utf-8")
-        os.replace(partial, file)
+        write_whole(file, train_bpe(texts, options.train_tokenizer).encode("utf-8"))
     return file
 
 
@@ -60,10 +59,7 @@ def train_tokenizer(
     if not texts:
         raise InputError("no text to train a tokenizer on.")
     path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(train_bpe(texts, vocab_size), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, train_bpe(texts, vocab_size).encode("utf-8"))
     return path
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from converters.engines import run_tasks
 from converters.inspecting import raw_shard, read_index, shard_rows
+from converters.locations import Location, load_manifest, location, size_of
 from mixer.errors import DataError
 from mixer.manifest import Domain, Manifest, Split
 from mixer.mds import hash_hex
@@ -56,7 +56,8 @@ def verify(
         progress: called with (shards checked, shards in all).
     Raises: InputError: if there is no readable manifest to check against.
     """
-    folder, manifest = Path(shards), Manifest.load(shards)
+    folder = location(shards)
+    manifest = load_manifest(folder)
     findings = list(_check_tokenizer(folder, manifest))
     checks: list[_ShardCheck] = []
     for name in manifest.names:
@@ -80,7 +81,7 @@ def verify(
     return findings
 
 
-def _check_tokenizer(folder: Path, manifest: Manifest) -> Iterator[Finding]:
+def _check_tokenizer(folder: Location, manifest: Manifest) -> Iterator[Finding]:
     if manifest.tokenizer.file is None:
         return
     file = folder / manifest.tokenizer.file
@@ -90,7 +91,7 @@ def _check_tokenizer(folder: Path, manifest: Manifest) -> Iterator[Finding]:
         yield Finding(str(file), what, "restore the tokenizer that the shards were made with")
 
 
-def _digest(path: Path) -> str | None:
+def _digest(path: Location) -> str | None:
     try:
         return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
@@ -110,7 +111,7 @@ def _check_accounting(name: str, key: str, domain: Domain, split: Split, seq_len
         yield Finding(where, what, "restore the manifest, or convert again")
 
 
-def _check_index(folder: Path, split: Split, entries: list[dict[str, Any]]) -> Iterator[Finding]:
+def _check_index(folder: Location, split: Split, entries: list[dict[str, Any]]) -> Iterator[Finding]:
     index = folder / split.path / "index.json"
     if _digest(index) != split.fingerprint:
         yield Finding(str(index), "is not the index that the manifest names", _REPAIR)
@@ -125,25 +126,25 @@ def _check_index(folder: Path, split: Split, entries: list[dict[str, Any]]) -> I
 
 def _check_shard(check: _ShardCheck) -> list[Finding]:
     stored = check.entry.get("zip_data") or check.entry["raw_data"]
-    path = Path(check.folder) / stored["basename"]
+    path = location(check.folder) / stored["basename"]
     try:
-        size = path.stat().st_size
+        size = size_of(path)
     except OSError as error:
-        return [Finding(str(path), f"cannot be read: {error.strerror}", _REPAIR)]
+        return [Finding(str(path), f"cannot be read: {error.strerror or error}", _REPAIR)]
     if size != stored["bytes"]:
         return [Finding(str(path), f"has {size:,} bytes, its index says {stored['bytes']:,}", _REPAIR)]
     return list(_check_bytes(check, path, stored)) if check.deep else []
 
 
-def _check_bytes(check: _ShardCheck, path: Path, stored: Mapping[str, Any]) -> Iterator[Finding]:
+def _check_bytes(check: _ShardCheck, path: Location, stored: Mapping[str, Any]) -> Iterator[Finding]:
     for algorithm, expected in stored["hashes"].items():
         found = hash_hex(algorithm, path.read_bytes())
         if found != expected:
             yield Finding(str(path), f"has {algorithm} {found}, its index says {expected}", _REPAIR)
             return
     try:
-        raw = raw_shard(Path(check.folder), check.entry)
-        rows = shard_rows(Path(check.folder), check.entry, check.column)
+        raw = raw_shard(location(check.folder), check.entry)
+        rows = shard_rows(location(check.folder), check.entry, check.column)
     except DataError as error:
         yield Finding(str(path), str(error), _REPAIR)
         return

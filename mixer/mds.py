@@ -36,6 +36,7 @@ __all__ = [
     "encoded_size",
     "hash_hex",
     "hasher",
+    "index_bytes",
     "ndarray_prefix",
     "ndarray_spec",
     "parse_header",
@@ -170,12 +171,17 @@ def shard_entry(
 
 
 def write_index(folder: str | os.PathLike[str], entries: Sequence[Mapping[str, Any]]) -> Path:
-    """Write ``index.json`` atomically, byte for byte as ``MDSWriter`` does, and return its path."""
+    """Write ``index.json`` atomically and return its path."""
     path = Path(folder) / "index.json"
     partial = path.with_name(f".index.json.{os.getpid()}.tmp")
-    partial.write_text(json.dumps({"version": 2, "shards": list(entries)}, sort_keys=True), encoding="utf-8")
+    partial.write_bytes(index_bytes(entries))
     os.replace(partial, path)
     return path
+
+
+def index_bytes(entries: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return the content of ``index.json``, byte for byte as ``MDSWriter`` writes it."""
+    return json.dumps({"version": 2, "shards": list(entries)}, sort_keys=True).encode("utf-8")
 
 
 class Header(NamedTuple):

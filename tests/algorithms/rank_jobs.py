@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from composer.core import State
+from composer.core import Callback, State
+from composer.loggers import Logger
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from algorithms import DomainReweighting, FrozenModel, doremi, group_dro
 from algorithms.rules import UPDATE_RULES
 from algorithms.worst_subset import WorstSubset
 from mixer.dataloader import MixtureLoader
+from mixer.errors import DataError, InputError
 from tests.algorithms.ranks import job, main
 from tests.algorithms.test_domain_reweighting import heldout_windows, recorder
 from tests.algorithms.tiny import Loader, gpt2, llama, wrap
@@ -154,6 +158,64 @@ def fsdp2_signals(folder: Path, rank: int, world_size: int) -> list[Any]:
         fit(algorithm, loader=loader, micro=3, steps=2, lr=0.1 / world_size, parallelism_config=sharded)
         found.append(seen)
     return found
+
+
+@job
+def fsdp1(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """Flattened parameters: torch asks CUDA for a device even on a CPU, so here it is told."""
+    asked, algorithm = torch.cuda.current_device, searching()
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+    try:
+        loader = Loader(padded=True, rank=rank, world_size=world_size)
+        flattened = {"fsdp": {"sharding_strategy": "FULL_SHARD", "state_dict_type": "sharded"}}
+        trainer = fit(algorithm, loader=loader, micro=2, steps=3, parallelism_config=flattened)
+        with FullyShardedDataParallel.summon_full_params(trainer.state.model):
+            found = parameters(trainer)
+        rule, _ = recorder("gradients")
+        refused = raised(
+            lambda: fit(DomainReweighting(rule), loader=Loader(rank=rank, world_size=2), parallelism_config=flattened)
+        )
+    finally:
+        torch.cuda.current_device = asked
+    return {"weights": algorithm.trajectory.weights, "parameters": found, "refused": refused}
+
+
+def raised(train: Callable[[], Any]) -> str:
+    """Return the message of the error that ends a run."""
+    try:
+        train()
+    except InputError as error:
+        return f"InputError: {error}"
+    except DataError as error:
+        return f"DataError: {error}"
+    return "nothing"
+
+
+class Meddler(Callback):
+    """Move one weight on one rank, as a bug would."""
+
+    def __init__(self, algorithm: DomainReweighting) -> None:
+        self.algorithm = algorithm
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        run = self.algorithm._run
+        if state.timestamp.batch.value == 2 and dist.get_global_rank() == 1 and run is not None:
+            run.state.log_weights[0] += 1e-9
+
+
+@job
+def diverged(folder: Path, rank: int, world_size: int) -> dict[str, str]:
+    """What happens when a rank goes its own way."""
+    mixed_up = searching()
+    loader = Loader(rank=rank, world_size=world_size)
+    other = DomainReweighting(group_dro(eta=0.1 * (1 + rank)))
+    elsewhere = Loader(rank=rank, world_size=world_size)
+    elsewhere.set_weights({"books": 0.2 + 0.1 * rank, "code": 0.3 - 0.1 * rank, "web": 0.5})
+    return {
+        "state": raised(lambda: fit(mixed_up, loader=loader, callbacks=[Meddler(mixed_up)], steps=5)),
+        "settings": raised(lambda: fit(other, loader=Loader(rank=rank, world_size=world_size), steps=2)),
+        "loader": raised(lambda: fit(searching(), loader=elsewhere, steps=2)),
+    }
 
 
 @job

@@ -348,6 +348,48 @@ def test_a_non_finite_loss_can_be_skipped_and_is_counted() -> None:
     assert log.series["domain_nonfinite/books"] == [(1, 1.0)]
 
 
+def broken_inside(poison: Poison) -> HuggingFaceModel:
+    """A NaN in the hidden states of the marked samples, which reaches every gradient of its micro-batch."""
+    model = llama()
+    model.model.embed_tokens.register_forward_hook(
+        lambda module, arguments, hidden: hidden.masked_fill(poison.rows[:, None, None], float("nan"))
+    )
+    return wrap(model)
+
+
+def test_a_step_whose_gradients_are_broken_is_left_out_and_counted() -> None:
+    poison, seen = Poison(step=1, domain=0), []
+
+    class Parameters(Callback):
+        def batch_end(self, state: State, logger: Logger) -> None:
+            seen.append(flat(state.model.parameters()).clone())
+
+    algorithm = DomainReweighting(group_dro(), on_nonfinite="skip")
+    fit(algorithm, model=broken_inside(poison), callbacks=[poison, Parameters()], micro=4, steps=3)
+    assert algorithm.num_skipped_steps == 1 and algorithm.num_nonfinite["books"] == 1
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+    assert seen[2].isfinite().all() and algorithm.state_dict()["num_skipped_steps"] == 1
+
+
+def test_domains_wait_until_enough_of_their_tokens_add_up() -> None:
+    rule, seen = recorder("behaviour")
+    algorithm = DomainReweighting(rule, min_tokens=70)
+    fit(algorithm, steps=4)
+    tokens = [step.num_tokens for step in seen]
+    assert any((step == 0).any() for step in tokens), "a domain of a few samples waits"
+    assert all(((step == 0) | (step >= 70)).all() for step in tokens)
+    waiting = algorithm.state_dict()["pending"]
+    left = np.zeros(3) if waiting is None else np.array(waiting[0])
+    np.testing.assert_array_equal(sum(tokens) + left, tokens_of_the_loader(4))
+    np.testing.assert_allclose(sum(step.behaviour for step in seen), [4 / 3] * 3)
+
+
+def tokens_of_the_loader(steps: int) -> np.ndarray:
+    observer = DomainReweighting()
+    fit(observer, steps=steps)
+    return observer.trajectory.num_tokens.sum(0)
+
+
 def test_skipping_ends_when_nothing_finite_is_left() -> None:
     with pytest.raises(DataError, match="no domain had a finite loss in the 10 steps up to 9"):
         fit(DomainReweighting(constant(), on_nonfinite="skip"), model=_ruined(), steps=20)
@@ -439,6 +481,15 @@ def heldout_windows(per_domain: int = 5) -> HeldOutWindows:
     return HeldOutWindows({name: rng.integers(0, VOCAB, (per_domain, SEQ_LEN)) for name in DOMAINS}, batch_size=4)
 
 
+def pairs_of_windows() -> HeldOutWindows:
+    rng = np.random.default_rng(1)
+    columns = {
+        name: {"input_ids": rng.integers(1, VOCAB, (5, SEQ_LEN)), "labels": rng.integers(1, VOCAB, (5, 7))}
+        for name in DOMAINS
+    }
+    return HeldOutWindows(columns, batch_size=4)
+
+
 def recorder(*needs: str) -> tuple[UpdateRule, list[Signals]]:
     """A rule that keeps the signals it gets."""
     seen: list[Signals] = []
@@ -484,6 +535,13 @@ def test_rules_that_need_windows_or_more_are_told() -> None:
         DomainReweighting(constant(needs=frozenset({"telepathy"})))
     with pytest.raises(InputError, match=r"windows are of \['a', 'b'\], the domains are \['books'"):
         fit(DomainReweighting(rule, heldout=HeldOutWindows(dict.fromkeys("ab", np.ones((1, 4), dtype=np.int64)))))
+    ones = np.ones((2, 4), dtype=np.int64)
+    with pytest.raises(
+        InputError, match=r"of 'b' have the columns \['input_ids'\], those of 'a' \['input_ids', 'labels'\]"
+    ):
+        HeldOutWindows({"a": {"input_ids": ones, "labels": ones}, "b": ones})
+    with pytest.raises(InputError, match=r"pad them to one length"):
+        HeldOutWindows({"a": ones, "b": ones[:, :2]})
     with pytest.raises(InputError, match=r"without held-out samples: \['b'\]"):
         HeldOutWindows({"a": np.ones((1, 4), dtype=np.int64), "b": np.ones((0, 4), dtype=np.int64)})
 
@@ -492,6 +550,49 @@ def test_rules_that_ask_get_the_weights_samples_were_drawn_by() -> None:
     rule, seen = recorder("behaviour")
     fit(DomainReweighting(rule, every=2), steps=2)
     np.testing.assert_allclose(seen[0].behaviour, [2 / 3] * 3)
+
+
+def test_a_batch_is_credited_to_the_weights_that_drew_it_not_to_the_next_ones() -> None:
+    class Scheduled(Loader):
+        """Says, as a loader with a schedule does, by what the batch after the delivered one is drawn."""
+
+        delivered = 0
+
+        def __iter__(self) -> Any:
+            for part in super().__iter__():
+                self.delivered += 1
+                yield part
+
+        @property
+        def weights(self) -> dict[str, float]:
+            return {"books": 0.5, "code": 0.25, "web": 0.25} if self.delivered >= 1 else dict.fromkeys(DOMAINS, 1 / 3)
+
+    rule, seen = recorder("behaviour")
+    fit(DomainReweighting(rule), loader=Scheduled(), steps=2)
+    np.testing.assert_allclose([step.behaviour for step in seen], [[1 / 3] * 3, [0.5, 0.25, 0.25]])
+
+
+def test_without_a_reference_the_models_first_losses_are_what_later_ones_are_compared_with(tmp_path: Any) -> None:
+    windows = heldout_windows()
+    rule, seen = recorder("heldout", "heldout_reference")
+
+    def run(steps: int, **options: Any) -> None:
+        fit(DomainReweighting(rule, heldout=windows, every=1), steps=steps, **options)
+
+    run(2, save_folder=str(tmp_path), save_interval="2ba")
+    for index in range(3):
+        ids = windows.input_ids[windows.domain_ids == index]
+        expected = llama()(input_ids=ids, labels=ids).loss.item()
+        assert [step.heldout_reference_loss[index] / 55 for step in seen] == [pytest.approx(expected, rel=1e-5)] * 2
+    assert seen[1].heldout_loss.sum() != pytest.approx(seen[0].heldout_loss.sum(), rel=1e-6)
+    run(3, load_path=str(tmp_path / "ep0-ba2-rank0.pt"))
+    np.testing.assert_array_equal(seen[2].heldout_reference_loss, seen[0].heldout_reference_loss)
+
+
+def test_a_proxy_that_starts_as_its_own_reference_is_refused() -> None:
+    with pytest.raises(InputError, match="the proxy starts as its own reference"):
+        fit(DomainReweighting(doremi(), reference=llama()))
+    fit(DomainReweighting(doremi(clip="none"), reference=llama()), steps=1)
 
 
 def test_rules_that_ask_get_a_histogram_of_losses_per_sample() -> None:
@@ -516,6 +617,15 @@ def test_an_encoder_decoder_model_is_reweighted_on_its_labels() -> None:
     )
     sum(w * losses[part["domain_ids"] == d].mean() for d, w in enumerate(WEIGHTS)).backward()
     assert distance(seen.steps[0], flat(p.grad for p in model.parameters())) < 1e-6
+    windows = pairs_of_windows()
+    rule, signals = recorder("heldout")
+    fit(
+        DomainReweighting(rule, heldout=windows, every=1), model=HuggingFaceModel(t5()), loader=Pairs(), steps=1, lr=0.0
+    )
+    ids, targets = windows.input_ids[windows.domain_ids == 1], windows._columns["labels"][windows.domain_ids == 1]
+    assert signals[0].heldout_tokens.tolist() == [5 * 7] * 3
+    expected = t5().eval()(input_ids=ids, labels=targets).loss.item()
+    assert signals[0].heldout_loss[1] / (5 * 7) == pytest.approx(expected, rel=1e-5)
     with pytest.raises(InputError, match="held-out windows for an encoder-decoder model need labels"):
         fit(DomainReweighting(constant(), heldout=heldout_windows()), model=HuggingFaceModel(t5()), loader=Pairs())
     with pytest.raises(InputError, match="an encoder-decoder model needs 'labels'"):

@@ -81,6 +81,21 @@ def test_fsdp2_finds_the_same_weights_and_resumes(ranks: Any, alone: Any) -> Non
         assert torch.equal(sharded["resumed_parameters"], sharded["parameters"])
 
 
+def test_fsdp1_finds_the_same_weights_and_refuses_gradients_of_domains(ranks: Any, alone: Any) -> None:
+    for rank in ranks:
+        np.testing.assert_allclose(rank["fsdp1"]["weights"], alone["weights"], rtol=1e-6)
+        assert distance(rank["fsdp1"]["parameters"], alone["parameters"]) < 1e-6
+        assert "cannot be measured under FSDP1, whose parameters are flattened" in rank["fsdp1"]["refused"]
+
+
+def test_a_rank_that_goes_its_own_way_is_named_on_every_rank(ranks: Any) -> None:
+    for rank in ranks:
+        found = rank["diverged"]
+        assert "DataError: at step 2 rank 1 holds other domain weights" in found["state"]
+        assert "DataError: at step 0 rank 1 holds other domain weights" in found["loader"]
+        assert "has settings {'eta': 0." in found["settings"] and "All ranks need the same" in found["settings"]
+
+
 @pytest.mark.parametrize("job", ["signals", "fsdp2_signals"])
 def test_everything_a_rule_may_ask_for_is_the_same_on_two_ranks(job: str, ranks: Any) -> None:
     for rank in ranks:

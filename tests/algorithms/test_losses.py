@@ -81,6 +81,16 @@ def test_a_forbidden_token_spoils_only_its_own_loss() -> None:
     assert logits.grad is not None and logits.grad.isfinite().all()
 
 
+def test_a_row_that_is_left_out_of_the_loss_reaches_no_gradient_even_if_it_is_nan() -> None:
+    logits = torch.randn(1, 4, 5, generator=CPU)
+    logits[0, 1] = float("nan")
+    logits.requires_grad_()
+    losses = token_losses(logits, torch.tensor([[0, 2, 1, 3]]))
+    assert losses[0].isnan().tolist() == [False, True, False]
+    torch.where(losses.isfinite(), losses, 0.0).sum().backward()
+    assert logits.grad is not None and logits.grad.isfinite().all() and logits.grad[0, 1].eq(0).all()
+
+
 def test_token_losses_are_those_that_hugging_face_averages() -> None:
     model, ids = llama(), batch()["input_ids"]
     outputs = model(input_ids=ids, labels=ids)

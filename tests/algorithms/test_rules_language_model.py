@@ -1,125 +1,144 @@
-"""Rules that train real language models on four corpora of known entropy; minutes, so only with DOMAIN_MIXER_NIGHTLY=1.
+"""Rules that train real language models on four domains of known entropy: what the methods are for, at two scales.
 
-    easy     a fixed cycle over 64 symbols                                      0 nats per token
-    noise    independent uniform symbols                                        ln 64 = 4.16
-    order1   4 successors per symbol, p = (.55, .25, .15, .05)                  1.11
-    order2   4 successors per pair of 24 symbols, the same p                    1.11, and 9 times as much to learn
-
-The domains share nothing but the alphabet. A sequence is a domain tag and 32 symbols.
+The domains are those of ``benchmarks.mixtures.corpora``: easy (a cycle), noise, order1, and order2, which has most to
+learn. The ordinary tests take a smaller order2 and model and short runs, under a minute in all; with
+DOMAIN_MIXER_NIGHTLY=1 the whole corpus, longer runs and three seeds.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from algorithms.domain_losses import DomainLosses
 from algorithms.losses import labels_of, token_losses
 from algorithms.references import FrozenModel
 from algorithms.rules import UPDATE_RULES
-from algorithms.rules.base import as_domains
-from algorithms.signals import Signals
+from algorithms.rules.base import UpdateRule, as_domains
+from benchmarks.mixtures.corpora import FourDomains
 
-pytestmark = [
+Vector = NDArray[np.float64]
+UNIFORM = np.full(4, 0.25)
+EASY, NOISE, ORDER1, ORDER2 = range(4)
+
+
+class Scale(NamedTuple):
+    """``steps`` of references, proxies and main runs, ``short_steps`` of the ablations."""
+
+    seed: int
+    pair_symbols: int
+    width: int
+    batch_size: int
+    learning_rate: float
+    steps: int
+    short_steps: int
+
+
+SMALL = Scale(0, 16, 48, 48, 7e-3, steps=260, short_steps=60)
+WHOLE = [Scale(seed, 24, 64, 64, 3e-3, steps=360, short_steps=200) for seed in (100, 200, 300)]
+NIGHTLY = [
     pytest.mark.skipif(
         not os.environ.get("DOMAIN_MIXER_NIGHTLY"), reason="trains models for minutes; set DOMAIN_MIXER_NIGHTLY=1"
     ),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
 ]
-
-DOMAINS = ("easy", "noise", "order1", "order2")
-SYMBOLS, LENGTH, BATCH = 64, 32, 64
-SUCCESSOR_SHARES = np.array([0.55, 0.25, 0.15, 0.05])
+whole = [pytest.param(scale, marks=NIGHTLY, id=f"whole-{scale.seed}") for scale in WHOLE]
+small = pytest.param(SMALL, marks=pytest.mark.timeout(600), id="small")
 
 
-class Corpus:
-    """Endless samples of the four domains, each a function of (seed, domain, count)."""
-
-    def __init__(self) -> None:
-        rng = np.random.default_rng(1234)
-        self.cycle = rng.permutation(SYMBOLS)
-        self.order1 = np.array([rng.permutation(SYMBOLS)[:4] for _ in range(SYMBOLS)])
-        self.order2 = np.array([[rng.permutation(24)[:4] for _ in range(24)] for _ in range(24)])
-
-    def sample(self, rng: np.random.Generator, domain: int, count: int) -> np.ndarray:
-        rows = np.empty((count, LENGTH + 1), dtype=np.int64)
-        rows[:, 0] = SYMBOLS + domain
-        rows[:, 1:3] = rng.integers(0, 24 if domain == 3 else SYMBOLS, (count, 2))
-        choices = rng.choice(4, size=(count, LENGTH + 1), p=SUCCESSOR_SHARES)
-        for place in range(2, LENGTH + 1):
-            last = rows[:, place - 1]
-            if domain == 0:
-                rows[:, place] = self.cycle[last]
-            elif domain == 1:
-                rows[:, place] = rng.integers(0, SYMBOLS, count)
-            elif domain == 2:
-                rows[:, place] = self.order1[last, choices[:, place]]
-            elif place > 2:
-                rows[:, place] = self.order2[rows[:, place - 2], last, choices[:, place]]
-        return rows
-
-    def batch(self, seed: int, step: int, weights: np.ndarray) -> dict[str, torch.Tensor]:
-        rng = np.random.default_rng((seed, step))
-        ids = np.sort(rng.choice(len(weights), BATCH, p=weights / weights.sum()))
-        rows = np.concatenate([self.sample(rng, d, int(np.sum(ids == d))) for d in range(4)])
-        return {"input_ids": torch.from_numpy(rows), "domain_ids": torch.from_numpy(ids)}
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Model(nn.Module):
-    """A transformer of two layers and about 110,000 parameters."""
+    """A Llama of two layers."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, scale: Scale, seed: int) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
         super().__init__()
-        torch.manual_seed(seed)
-        self.tokens, self.places = nn.Embedding(SYMBOLS + 4, 64), nn.Embedding(LENGTH + 1, 64)
-        nn.init.normal_(self.tokens.weight, std=0.02)
-        nn.init.normal_(self.places.weight, std=0.02)
-        options = {"dropout": 0.0, "batch_first": True, "norm_first": True, "activation": "gelu"}
-        layer = nn.TransformerEncoderLayer(64, 4, 256, **options)
-        self.body = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(64), enable_nested_tensor=False)
-        self.head = nn.Linear(64, SYMBOLS + 4, bias=False)
+        torch.manual_seed(scale.seed + seed)
+        self.llama = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=FourDomains.vocab_size,
+                hidden_size=scale.width,
+                intermediate_size=3 * scale.width,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=FourDomains.length + 1,
+                tie_word_embeddings=True,
+                bos_token_id=None,
+                eos_token_id=None,
+                use_cache=False,
+            )
+        )
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        length = input_ids.shape[1]
-        mask = torch.full((length, length), float("-inf")).triu(1)
-        hidden = self.tokens(input_ids) + self.places(torch.arange(length))
-        return self.head(self.body(hidden, mask=mask, is_causal=True))
+        return self.llama(input_ids=input_ids).logits
 
 
-CORPUS = Corpus()
+@cache
+def corpus(scale: Scale) -> FourDomains:
+    return FourDomains(scale.pair_symbols)
+
+
+def batch_of(scale: Scale, seed: int, step: int, weights: Vector) -> dict[str, torch.Tensor]:
+    rng = np.random.default_rng((scale.seed + seed, step))
+    ids = np.sort(rng.choice(4, scale.batch_size, p=weights / weights.sum()))
+    rows = np.concatenate([corpus(scale).sample(rng, domain, int(np.sum(ids == domain))) for domain in range(4)])
+    return {"input_ids": torch.from_numpy(rows), "domain_ids": torch.from_numpy(ids)}
 
 
 @torch.no_grad()
-def heldout(model: Model, count: int = 64) -> np.ndarray:
+def heldout(scale: Scale, model: nn.Module, count: int = 64) -> Vector:
     """Mean loss per domain over fixed samples that training never sees."""
     losses = []
     for domain in range(4):
-        rows = torch.from_numpy(CORPUS.sample(np.random.default_rng((999, domain)), domain, count))
-        batch = {"input_ids": rows}
-        losses.append(float(token_losses(model(rows), labels_of(batch)).mean()))
+        rows = torch.from_numpy(corpus(scale).sample(np.random.default_rng((999, domain)), domain, count))
+        losses.append(float(token_losses(model(rows), labels_of({"input_ids": rows})).mean()))
     return np.array(losses)
 
 
-def train(model, rule, num_steps, seed, sampling=None, reference=None, every=1, lr=3e-3):
+def train(
+    scale: Scale,
+    model: Model,
+    rule: UpdateRule,
+    num_steps: int,
+    seed: int,
+    *,
+    sampling: Vector | None = None,
+    reference: FrozenModel | None = None,
+    every: int = 1,
+    learning_rate: float | None = None,
+    prior: list[float] | None = None,
+) -> tuple[Any, Vector]:
     """Train by a rule's weights, on the loss or (``sampling=None``) by drawing domains; return its state and path."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate or scale.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2
+    )
     warmup = max(1, round(0.06 * num_steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, 0.1 ** (max(step - warmup, 0) / num_steps))
     )
-    losses = DomainLosses(DOMAINS, reference=reference, normalization=rule.normalization)
-    state, path = rule.init(as_domains(DOMAINS)), []
+    losses = DomainLosses(FourDomains.names, reference=reference, normalization=rule.normalization)
+    state, path = rule.init(as_domains(FourDomains.names, prior=prior)), []
     for step in range(num_steps):
         weights = rule.weights(state)
         path.append(weights)
-        batch = CORPUS.batch(seed, step, weights if sampling is None else sampling)
-        on_loss = None if sampling is None else weights
-        losses(model(batch["input_ids"]), batch, on_loss).backward()
+        batch = batch_of(scale, seed, step, weights if sampling is None else sampling)
+        losses(model(batch["input_ids"]), batch, None if sampling is None else weights).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -127,112 +146,89 @@ def train(model, rule, num_steps, seed, sampling=None, reference=None, every=1, 
         signals = losses.signals()
         if (step + 1) % every == 0:
             if "heldout" in rule.needs:
-                signals = held_out_signals(signals, model)
+                tokens = np.full(4, 32.0)
+                signals = signals._replace(heldout_loss=heldout(scale, model, 32) * tokens, heldout_tokens=tokens)
             state, _ = rule.update(state, signals)
     return state, np.array(path)
 
 
-def held_out_signals(signals: Signals, model: Model) -> Signals:
-    return signals._replace(heldout_loss=heldout(model, 32) * 32, heldout_tokens=np.full(4, 32.0))
+def named(weights: Vector) -> dict[str, float]:
+    return dict(zip(FourDomains.names, weights.tolist()))
 
 
-UNIFORM = np.full(4, 0.25)
-
-
-@cache
-def uniform_model() -> Model:
-    """Trained on uniform samples: the reference, and what the found mixture has to beat."""
-    model = Model(seed=1)
-    train(model, UPDATE_RULES["uniform"](), 500, seed=11)
+def drawn_by(scale: Scale, weights: Vector, num_steps: int, seed: int) -> Model:
+    model = Model(scale, seed)
+    train(scale, model, UPDATE_RULES["given"](weights=named(weights)), num_steps, seed=11 * seed)
     return model
 
 
 @cache
-def proxy(name, num_steps=500, **settings):
+def reference(scale: Scale) -> FrozenModel:
+    return FrozenModel(drawn_by(scale, UNIFORM, scale.steps, 1))
+
+
+@cache
+def proxy(scale: Scale, name: str, num_steps: int, variant: str | None = None) -> tuple[Vector, Vector]:
     """The weights that a rule finds on a proxy, and their path."""
-    rule, model = UPDATE_RULES[name](**settings), Model(seed=2)
-    state, path = train(model, rule, num_steps, seed=22, sampling=UNIFORM, reference=FrozenModel(uniform_model()))
-    return dict(zip(DOMAINS, rule.result(state))), path
+    rule, model = UPDATE_RULES[name](**({"variant": variant} if variant else {})), Model(scale, 2)
+    compared = reference(scale) if "reference" in rule.needs else None
+    state, path = train(scale, model, rule, num_steps, seed=22, sampling=UNIFORM, reference=compared)
+    return rule.result(state), path
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.mark.parametrize("scale", [small, *whole])
+def test_doremi_upweights_what_can_be_learnt_and_its_mixture_beats_uniform(scale: Scale) -> None:
+    found, _ = proxy(scale, "doremi", scale.steps, "recommended")
+    print("\nweights", found.round(3))
+    assert np.argmax(found) == ORDER2
+    assert found[ORDER2] > 0.25 > max(found[NOISE], found[EASY])
+    ours, uniform = heldout(scale, drawn_by(scale, found, scale.steps, 3)), heldout(scale, reference(scale).model)
+    print("found  ", ours.round(3), "\nuniform", uniform.round(3))
+    assert ours[ORDER2] < uniform[ORDER2] - 0.3
+    assert ours.mean() < uniform.mean()
+    assert np.max(ours - uniform) < 0.3  # nothing is for free: the domains share no content
 
 
-def test_doremi_upweights_what_can_be_learnt_and_its_mixture_beats_uniform():
-    found, _ = proxy("doremi")
-    assert found["order2"] == max(found.values()) and found["order2"] > 0.25
-    assert found["noise"] < 0.25 and found["easy"] < 0.25
-    model = Model(seed=3)
-    train(model, UPDATE_RULES["given"](weights=found), 500, seed=33)
-    ours, uniform = heldout(model), heldout(uniform_model())
-    print(
-        "\nweights",
-        {k: round(float(v), 3) for k, v in found.items()},
-        "\nfound  ",
-        ours.round(3),
-        "\nuniform",
-        uniform.round(3),
-    )
-    assert ours[3] < uniform[3] - 0.3
-    assert ours.mean() < uniform.mean() - 0.05
-    assert np.max(ours - uniform) < 0.25  # nothing is for free: the domains share no content
+@pytest.mark.parametrize("scale", [small, *whole])
+def test_the_ablations_collapse_to_the_extremes(scale: Scale) -> None:
+    hardest, _ = proxy(scale, "hardest", scale.short_steps)
+    easiest, _ = proxy(scale, "easiest", scale.short_steps)
+    print("\nhardest", hardest.round(3), "easiest", easiest.round(3))
+    assert hardest[NOISE] > 0.9
+    assert easiest[EASY] > 0.9
 
 
-def test_the_recommended_variant_finds_the_same_order_with_less_swing():
-    _, paper_path = proxy("doremi")
-    recommended, path = proxy("doremi", variant="recommended")
-    steps = [float(np.abs(np.diff(one, axis=0)).mean()) for one in (path, paper_path)]
-    print("\nrecommended", {k: round(float(v), 3) for k, v in recommended.items()}, "moves per step", steps)
-    assert recommended["order2"] == max(recommended.values()) and recommended["noise"] < 0.25
-    assert steps[0] < 0.5 * steps[1]
+@pytest.mark.parametrize("scale", whole)
+def test_the_paper_variant_downweights_both_extremes_and_swings_more_than_the_recommended_one(scale: Scale) -> None:
+    paper, paper_path = proxy(scale, "doremi", scale.steps, "paper")
+    _, path = proxy(scale, "doremi", scale.steps, "recommended")
+    moves = [float(np.abs(np.diff(one, axis=0)).mean()) for one in (path, paper_path)]
+    print("\npaper", paper.round(3), "moves per step: recommended, paper", np.round(moves, 4))
+    assert np.argmax(paper) == ORDER2 and max(paper[NOISE], paper[EASY]) < 0.25
+    assert moves[0] < 0.5 * moves[1]
     assert paper_path.max(axis=0).min() > path.max(axis=0).min()
 
 
-def test_the_ablations_collapse_to_the_extremes():
-    hardest, _ = proxy("hardest", 200)
-    easiest, _ = proxy("easiest", 200)
-    assert hardest["noise"] > 0.9
-    assert easiest["easy"] > 0.9
-
-
-def test_a_stage_with_targets_learns_the_new_domain_that_the_literal_method_starves():
+@pytest.mark.parametrize("scale", [small, *whole])
+def test_a_stage_with_targets_learns_the_new_domain_that_the_literal_method_starves(scale: Scale) -> None:
     """Pretrained on easy and order1; order2 is new; noise takes no part."""
-    old_and_new, old = np.array([1.0, 0.0, 1.0, 1.0]) / 3, np.array([0.5, 0.0, 0.5, 0.0])
-    pretrained = Model(seed=4)
-    train(pretrained, UPDATE_RULES["given"](weights=dict(zip(DOMAINS, old))), 300, seed=44)
-    before = heldout(pretrained)
+    old, all_three, steps = np.array([0.5, 0, 0.5, 0]), np.array([1, 0, 1, 1]) / 3, round(0.6 * scale.steps)
+    pretrained = drawn_by(scale, old, steps, 4)
+    before = heldout(scale, pretrained)
+    lower = 0.3 * scale.learning_rate
 
-    def continued() -> Model:
-        model = Model(seed=4)
+    def continued(rule: UpdateRule, **options: Any) -> tuple[Vector, Vector]:
+        model = Model(scale, 4)
         model.load_state_dict(pretrained.state_dict())
-        return model
+        _, path = train(scale, model, rule, steps, 55, learning_rate=lower, **options)
+        return heldout(scale, model), path[:, ORDER2].mean()
 
-    literal, reference = continued(), FrozenModel(pretrained)
-    rule = UPDATE_RULES["doremi"](clip="domain")
-    _, path = train(literal, rule, 300, 55, sampling=old_and_new, reference=reference, lr=1e-3)
-    targets = {"easy": before[0], "noise": 4.16, "order1": before[2], "order2": 1.3}
-    ours = continued()
-    rule = UPDATE_RULES["validation_feedback"](targets=targets, eta=0.3, smoothing=0.05)
-    rule = rule._replace(init=lambda _: _without_noise(rule))
-    _, ours_path = train(ours, rule, 300, 55, every=20, lr=1e-3)
-    starved, learnt = heldout(literal), heldout(ours)
-    print(
-        "\nliteral",
-        path[:, 3].mean().round(3),
-        starved.round(3),
-        "\nours   ",
-        ours_path[:, 3].mean().round(3),
-        learnt.round(3),
-    )
-    assert path[:, 3].mean() < 0.25 < ours_path[:, 3].mean()
-    assert learnt[3] < starved[3] - 0.3
-
-
-def _without_noise(rule):
-    fresh = UPDATE_RULES[rule.name](**rule.settings)
-    return fresh.init(as_domains(DOMAINS, prior=[1.0, 0.0, 1.0, 1.0]))
+    literal = UPDATE_RULES["doremi"](clip="domain")
+    starved, literal_weight = continued(literal, sampling=all_three, reference=FrozenModel(pretrained))
+    targets = {**named(before), "order2": 1.3}
+    feedback = UPDATE_RULES["validation_feedback"](targets=targets, eta=0.3, smoothing=0.05)
+    learnt, weight = continued(feedback, every=steps // 15, prior=[1.0, 0.0, 1.0, 1.0])
+    print("\nbefore ", before.round(3))
+    print("literal", np.round(literal_weight, 3), starved.round(3), "\nours   ", np.round(weight, 3), learnt.round(3))
+    assert literal_weight < 0.25 < weight
+    assert learnt[ORDER2] < starved[ORDER2] - 0.3

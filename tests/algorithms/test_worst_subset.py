@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from composer.models import HuggingFaceModel
 
 from algorithms import DomainReweighting
 from algorithms.losses import token_losses
@@ -12,7 +13,7 @@ from algorithms.worst_subset import WorstSubset
 from mixer.errors import DataError, InputError
 from tests.algorithms.test_domain_reweighting import distance, written_out
 from tests.algorithms.tiny import Loader, batch, gpt2, llama, t5, wrap
-from tests.algorithms.training_helpers import Gradients, Metrics, fit, parameters
+from tests.algorithms.training_helpers import Gradients, Metrics, fit, flat, parameters
 
 
 def worst(
@@ -51,6 +52,28 @@ def test_the_evaluation_uses_no_random_numbers_and_no_dropout() -> None:
 def test_samples_are_counted_as_the_loader_delivers_them() -> None:
     trainer = fit(WorstSubset(keep=0.5), DomainReweighting(), steps=2)
     assert trainer.state.timestamp.sample.value == 24, "the position to resume from is the loader's"
+
+
+def test_an_encoder_decoder_model_trains_on_its_worst_pairs() -> None:
+    class Pairs(Loader):
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            return ({**part, "labels": part["input_ids"][:, :7]} for part in super().__iter__())
+
+    seen, model, part = Gradients(), t5(), batch()
+    fit(
+        WorstSubset(keep=0.5),
+        DomainReweighting(),
+        model=HuggingFaceModel(t5()),
+        loader=Pairs(),
+        micro=5,
+        steps=1,
+        callbacks=[seen],
+    )
+    labels = part["input_ids"][:, :7].contiguous()
+    logits = model(input_ids=part["input_ids"], labels=labels).logits
+    losses = token_losses(logits, labels, shift=False).mean(1)
+    losses.topk(6).values.mean().backward()
+    assert distance(seen.steps[0], flat(p.grad for p in model.parameters())) < 1e-6
 
 
 def test_what_cannot_work_is_refused() -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from algorithms.rules import CATALOGUE, UPDATE_RULES
+from algorithms.rules.catalogue import COSTS
 from mixer.errors import InputError
 
 __all__ = ["describe", "methods"]
+
+WIDE = 150  # columns of a terminal that has room for what each method optimises
 
 # The least that a rule can be made with, to read what it needs from it.
 _LEAST: dict[str, dict[str, Any]] = {
@@ -47,7 +50,14 @@ def methods(name: str | None, as_json: bool) -> None:
     elif name:
         _print_one(name)
     else:
-        Console().print(_table())
+        console = Console()
+        console.print(_table(console.width))
+        console.print(
+            "acts on: what the weights multiply or drive (--apply). needs: beside training losses; NAME= with --set.\n"
+            "cost: per update; D domains. Papers by arXiv number. `mixer methods NAME`: equations and settings.",
+            style="dim",
+            highlight=False,
+        )
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -66,16 +76,31 @@ def describe(name: str) -> dict[str, Any]:
     }
 
 
-def _table() -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("method", no_wrap=True, style="bold")
-    table.add_column("what it optimises; what it needs beside the training losses, what it costs, where it is from")
+def _table(width: int) -> Table:
+    """Return a line per method; with what it optimises where the terminal has room for it."""
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
+    for title in ("method", "acts on", "needs", "cost", "paper"):
+        table.add_column(title, no_wrap=True, style="bold" if title == "method" else "")
+    if width >= WIDE:
+        table.add_column("optimises", no_wrap=True)
     for name in UPDATE_RULES:
         row = describe(name)
-        needs = ", ".join([*row["needs"], *(f"--set {setting}=" for setting in row["required"])]) or "nothing more"
-        about = f"(weights the {row['applies']})\nneeds {needs}; cost {row['cost']}; {row['paper']}"
-        table.add_row(name, Text.assemble(row["optimises"], " ", (about, "dim")))
+        cells = [name, row["applies"], _needs(row), row["cost"], _paper(row["paper"])]
+        table.add_row(*cells, *([row["optimises"]] if width >= WIDE else []))
     return table
+
+
+def _needs(row: dict[str, Any]) -> str:
+    """Return what a rule reads beside the training losses, and the settings that it cannot do without."""
+    short = {"gradient_variance": "variance"}
+    signals = sorted((short.get(need, need) for need in row["needs"]), reverse=len(row["needs"]) == 1)
+    return ", ".join([*signals, *(f"{setting}=" for setting in row["required"])])
+
+
+def _paper(source: str) -> str:
+    """Return the arXiv number of a source; "-" without one."""
+    found = re.search(r"[0-9]{4}\.[0-9]{5}", source)
+    return found[0] if found else "-"
 
 
 def _print_one(name: str) -> None:
@@ -83,4 +108,11 @@ def _print_one(name: str) -> None:
     about = (inspect.getdoc(inspect.getmodule(factory)) or "", (inspect.getdoc(factory) or "").split(">>>")[0].strip())
     settings = [f"  --set {setting}=..." for setting in row["required"]]
     settings += [f"  --set {setting}={value}" for setting, value in row["settings"].items()]
-    click.echo("\n\n".join([f"{name}: {row['optimises']}", *about, "\n".join(["settings", *settings])]))
+    facts = {
+        "acts on": f"the {row['applies']}",
+        "needs": _needs(row) or "training losses only",
+        "cost": COSTS[row["cost"]],
+        "paper": row["paper"],
+    }
+    lines = "\n".join(f"  {title:<8} {text}" for title, text in facts.items())
+    click.echo("\n\n".join([f"{name}: {row['optimises']}", lines, *about, "\n".join(["settings", *settings])]))

@@ -27,11 +27,11 @@ from algorithms.rules.odm import odm
 from algorithms.rules.on_demand import on_demand
 from algorithms.rules.skill_it import skill_it
 
-__all__ = ["CATALOGUE", "Entry"]
+__all__ = ["CATALOGUE", "COSTS", "Entry"]
 
 
 class Entry(NamedTuple):
-    """What makes the rule; and a line each: what is optimised, the extra cost over plain training, the source."""
+    """What makes the rule; and a line each: what is optimised, the extra cost (a row of ``COSTS``), the source."""
 
     make: Callable[..., UpdateRule]
     optimises: str
@@ -40,9 +40,21 @@ class Entry(NamedTuple):
 
 
 _NONE = "none"
-_HELDOUT = "D small evaluations per update"
-_REFERENCE = "reference forward, about 1/3 of a step; none if its losses are cached"
-_GRADIENTS = "a backward pass per domain at each update"
+_HELDOUT = "D evaluations"
+_REFERENCE = "reference pass"
+_GRADIENTS = "D backward passes"
+
+# What the words for costs mean, for one update.
+COSTS = {
+    _NONE: "nothing measurable",
+    _REFERENCE: "the reference's forward pass, about 1/3 of a step; nothing if its losses are cached",
+    _HELDOUT: "a forward pass over a few held-out samples of each of the D domains",
+    _GRADIENTS: "a forward and backward pass per domain",
+    "probes": "D evaluations, and training on probe mixtures meanwhile",
+    "table look-up": "a table look-up per token",
+    "curve fits": "a fit of D scaling curves now and then",
+    "a first run": "a whole run before the one that counts",
+}
 
 CATALOGUE: dict[str, Entry] = {
     "erm": Entry(erm, "the average over all samples", _NONE, "baseline"),
@@ -80,7 +92,7 @@ CATALOGUE: dict[str, Entry] = {
     "mero": Entry(
         mero,
         "worst loss above each domain's lowest attainable",
-        "none with risk=best, else as doremi",
+        _REFERENCE,
         "Zhang and Tu 2023, arXiv:2306.00026",
     ),
     "lookahead": Entry(
@@ -92,7 +104,7 @@ CATALOGUE: dict[str, Entry] = {
     "dro_lm": Entry(
         dro_lm,
         "worst share alpha of domains, above a bigram baseline",
-        "a table look-up per token",
+        "table look-up",
         "Oren et al. 2019, arXiv:1909.02060",
     ),
     "topic_cvar": Entry(topic_cvar, "worst share alpha of domains", _NONE, "Oren et al. 2019, arXiv:1909.02060"),
@@ -139,7 +151,7 @@ CATALOGUE: dict[str, Entry] = {
     "aioli": Entry(
         aioli,
         "average loss, by a measured linear mixing law",
-        _HELDOUT + ", probes",
+        "probes",
         "Chen et al. 2024, arXiv:2411.05735",
     ),
     "doge": Entry(
@@ -152,7 +164,7 @@ CATALOGUE: dict[str, Entry] = {
     "ado": Entry(
         ado,
         "fastest fall of the fitted scaling curves",
-        "a fit of D curves now and then",
+        "curve fits",
         "Jiang et al. 2024, arXiv:2410.11820",
     ),
 }

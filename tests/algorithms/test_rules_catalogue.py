@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from algorithms.commands.methods import describe, methods
-from algorithms.rules import UPDATE_RULES
+from algorithms.rules import CATALOGUE, UPDATE_RULES
+from algorithms.rules.catalogue import COSTS
 from mixer.errors import InputError
 from tests.algorithms.rule_cases import make
 
@@ -21,9 +22,18 @@ def run(*arguments):
     return CliRunner().invoke(methods, arguments, catch_exceptions=False)
 
 
-def test_the_table_has_a_line_for_every_rule():
-    output = run().output
-    assert all(f"\n{name} " in output for name in UPDATE_RULES)
+def test_the_table_has_one_line_for_every_rule_and_fits_a_terminal_of_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run().output.splitlines()
+    assert [line.split()[0] for line in lines[1 : 1 + len(UPDATE_RULES)]] == list(UPDATE_RULES)
+    assert all(len(line.rstrip()) <= 80 and "…" not in line for line in lines)
+    (doremi,) = [line.split() for line in lines if line.startswith("doremi ")]
+    assert doremi == ["doremi", "loss", "reference", "reference", "pass", "2305.10429"]
+
+
+def test_every_cost_is_explained():
+    assert {entry.cost for entry in CATALOGUE.values()} == set(COSTS)
+    assert "1/3 of a step" in run("doremi").output and "Xie et al. 2023, arXiv:2305.10429" in run("doremi").output
 
 
 @pytest.mark.parametrize("name", list(UPDATE_RULES))

@@ -19,7 +19,7 @@ from rich.console import Console
 from benchmarks import RESULTS
 from benchmarks.mixtures.corpora import entropy_floors, shards_of
 from benchmarks.mixtures.methods import BASELINES, LATER, METHODS, Outcome, outcome
-from benchmarks.mixtures.runs import Runs, Setting
+from benchmarks.mixtures.runs import Missing, Runs, Setting
 from benchmarks.mixtures.tables import console_table, draw, publish, summary
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -33,6 +33,7 @@ SETTINGS = {"synthetic": Setting(steps=400, batch_size=64), "redpajama": Setting
 @click.option("--batch-size", type=click.IntRange(1), help="[default: 64 synthetic, else 32]")
 @click.option("--only", multiple=True, metavar="NAME", help="These methods beside the baselines (repeatable).")
 @click.option("--out", type=click.Path(path_type=Path), help="For the runs.  [default: benchmarks/results/mixtures]")
+@click.option("--finished", is_flag=True, help="Train nothing: rows that are finished for all seeds.")
 @click.option("--publish", "to_docs", is_flag=True, help="Write docs/measured/, docs/mixtures.png and docs/methods.md.")
 def main(
     corpora: tuple[str, ...],
@@ -41,6 +42,7 @@ def main(
     batch_size: int | None,
     only: tuple[str, ...],
     out: Path | None,
+    finished: bool,
     to_docs: bool,
 ) -> None:
     """Compare methods with the baselines on "synthetic", "redpajama" or the path of shards; continues where it was.
@@ -54,7 +56,8 @@ def main(
     if to_docs and (only or steps or batch_size):
         raise click.UsageError("--publish goes with all methods at the default size.")
     for corpus in corpora:
-        measured = _compare(corpus, seeds, steps, batch_size, only, (out or RESULTS / "mixtures") / Path(corpus).name)
+        runs = _runs(corpus, steps, batch_size, out or RESULTS / "mixtures", finished)
+        measured = _compare(corpus, runs, seeds, [*BASELINES, *(only or METHODS)])
         Console(width=240).print(console_table(measured))
         print(summary(measured))
         if to_docs:
@@ -66,22 +69,27 @@ def main(
         draw(DOCS / "mixtures.png", [json.loads((DOCS / "measured" / f"{name}.json").read_text()) for name in SETTINGS])
 
 
-def _compare(
-    corpus: str, seeds: int, steps: int | None, batch_size: int | None, only: Sequence[str], folder: Path
-) -> dict[str, Any]:
+def _runs(corpus: str, steps: int | None, batch_size: int | None, out: Path, finished: bool) -> Runs:
+    folder = out / Path(corpus).name
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     setting = SETTINGS.get(corpus, Setting(steps=240, batch_size=32))
     setting = replace(setting, steps=steps or setting.steps, batch_size=batch_size or setting.batch_size)
-    runs = Runs(shards_of(corpus, folder), setting, folder / "runs")
-    names = [*BASELINES, *(only or METHODS)]
-    # Seed by seed, but what matters most first: an interrupted comparison has all seeds of that.
-    order = [name for name in names if name not in LATER], [name for name in names if name in LATER]
+    return Runs(shards_of(corpus, folder), setting, folder / "runs", finished=finished)
+
+
+def _compare(corpus: str, runs: Runs, seeds: int, names: Sequence[str]) -> dict[str, Any]:
+    """Return what docs/measured/ holds; rows that are not finished are left out where nothing is to be trained."""
     found: dict[str, list[Outcome]] = {name: [] for name in names}
     console = Console(stderr=True)
-    for part in order:
+    # Seed by seed, but what matters most first: an interrupted comparison has all seeds of that.
+    for later in (False, True):
         for seed in range(0, 10 * seeds, 10):
-            for name in part:
-                found[name].append(outcome(name, runs, seed))
+            for name in (name for name in names if (name in LATER) == later):
+                try:
+                    found[name].append(outcome(name, runs, seed))
+                except Missing:
+                    console.print(f"{corpus}, seed {seed}: {name} is not finished", highlight=False, markup=False)
+                    continue
                 average = np.mean(found[name][-1].result.test)
                 console.print(f"{corpus}, seed {seed}: {name}: average {average:.3f}", highlight=False, markup=False)
     plain = [one.seconds for one in found["uniform"]]
@@ -92,6 +100,7 @@ def _compare(
             "cpu": _rounded([one.seconds / base for one, base in zip(outcomes, plain)]),
         }
         for name, outcomes in found.items()
+        if len(outcomes) == seeds
     }
     return {
         "corpus": Path(corpus).name,
@@ -99,7 +108,7 @@ def _compare(
         "shares": _rounded(runs.sizes / runs.sizes.sum()),
         "floors": [entropy_floors()[name] for name in runs.domains] if corpus == "synthetic" else None,
         "seeds": seeds,
-        "setting": asdict(setting),
+        "setting": asdict(runs.setting),
         "seq_len": runs.manifest.seq_len,
         "num_parameters": sum(parameter.numel() for parameter in runs.model(0).parameters()),
         "rows": rows,

@@ -38,7 +38,7 @@ from algorithms.rules.base import UpdateRule, as_domains
 from algorithms.signals import Signals
 from mixer import MixtureLoader
 
-__all__ = ["Result", "Run", "Runs", "Setting"]
+__all__ = ["Missing", "Result", "Run", "Runs", "Setting"]
 
 Vector = NDArray[np.float64]
 WINDOWS = 16  # held-out samples per domain that rules look at
@@ -92,11 +92,15 @@ class Result:
     seconds: float
 
 
-class Runs:
-    """All runs on one folder of shards."""
+class Missing(Exception):
+    """A run is not there, and none shall be made."""
 
-    def __init__(self, shards: Path, setting: Setting, folder: Path) -> None:
-        self.shards, self.setting, self.folder = shards, setting, folder
+
+class Runs:
+    """All runs on one folder of shards; with ``finished`` only those that are there already."""
+
+    def __init__(self, shards: Path, setting: Setting, folder: Path, *, finished: bool = False) -> None:
+        self.shards, self.setting, self.folder, self.finished = shards, setting, folder, finished
         loader = MixtureLoader(shards, mixture="uniform", global_batch_size=1)
         self.domains, self.manifest = loader.domains, loader.manifest
         self.sizes = np.array([loader.num_samples[name] for name in loader.domains], dtype=np.float64)
@@ -106,9 +110,14 @@ class Runs:
         self.test = {name: _spread(rows[1::2], 256) for name, rows in held_out.items()}
 
     def get(self, run: Run) -> Result:
-        """Return the result of a run, made now if it is not there yet."""
+        """Return the result of a run, made now if it is not there yet.
+
+        Raises: Missing: if it is not there, and ``finished`` was asked for.
+        """
         path = self.folder / f"{self.key(run)}.json"
         if not path.exists():
+            if self.finished:
+                raise Missing(path.name)
             result, model = self._train(run)
             if run.rule is None and run.steps is None:
                 torch.save(model.state_dict(), path.with_suffix(".pt"))

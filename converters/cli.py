@@ -1,4 +1,4 @@
-"""The commands ``mixer convert``, ``inspect``, ``verify``, ``stats`` and ``train-tokenizer``.
+"""The commands ``mixer convert``, ``inspect``, ``verify``, ``add-column``, ``stats`` and ``train-tokenizer``.
 
 Heavy imports are inside the functions, so that ``--help`` answers at once.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from converters.conversion import Progress
     from mixer.manifest import Manifest
 
-__all__ = ["convert", "inspect", "stats", "train_tokenizer", "verify"]
+__all__ = ["add_column", "convert", "inspect", "stats", "train_tokenizer", "verify"]
 
 
 def _default_workers() -> int:
@@ -133,6 +133,7 @@ def inspect(shards: str, sample: int, split: str, only: tuple[str, ...], as_json
         click.echo(manifest.to_json(), nl=False)
         return
     _print_table(manifest, only)
+    _print_columns_beside(shards)
     _print_bad_records(manifest)
     if sample:
         _print_samples(shards, manifest, only or manifest.names, split, sample)
@@ -167,6 +168,35 @@ def verify(shards: str, deep: bool, workers: int | None) -> int:
     count = "1 finding" if len(findings) == 1 else f"{len(findings) or 'No'} findings"
     click.echo(f"{count} ({depth}).")
     return 1 if findings else 0
+
+
+@click.command("add-column")
+@click.argument("shards")
+@click.argument("name")
+@click.option("--from", "sources", multiple=True, required=True, metavar="SOURCE", help="Where values come from.")
+@click.option("--split", default="train", show_default=True, help="Split that the values belong to.")
+@click.option("--dtype", default="float32", show_default=True, help="Of the values in tables.")
+@click.option("--fill", type=float, help="Value of samples that have none; without it they are an error.")
+@click.option("--replace", is_flag=True, help="Overwrite a column of that name.")
+def add_column(shards: str, name: str, sources: tuple[str, ...], **options: Any) -> None:
+    """Put one value per sample beside finished shards, which stay as they are.
+
+    SOURCE is a table (Parquet, Arrow, JSON lines, CSV, TSV) with the columns domain, sample_id and NAME; DOMAIN=TABLE
+    without a domain; DOMAIN=ARRAY.npy with one row per sample; or a folder that `mixer score` wrote. sample_id is a
+    sample's number in its domain and split. The loader delivers the column by columns=["NAME"].
+
+    \b
+    Examples:
+      mixer add-column shards quality --from quality.parquet
+      mixer add-column shards quality --from web=web.npy --from code=code.npy
+      mixer add-column shards reference_loss --from scores      # after: mixer score shards --model m --out scores
+    """
+    from converters.columns import add_column as run
+    from mixer.side_columns import SideColumn
+
+    folder = run(shards, name, sources, **options)
+    count = sum(size for files in SideColumn(folder).files.values() for _, size, _ in files)
+    click.echo(f"Wrote {count:,} values to {folder}.")
 
 
 @click.command()
@@ -291,6 +321,16 @@ def _print_table(manifest: Manifest, only: tuple[str, ...] = ()) -> None:
         _size(sum(row.size_bytes for row in rows)), "",
     )  # fmt: skip
     _print_columns(title, columns, cells, total)
+
+
+def _print_columns_beside(shards: str) -> None:
+    from mixer.side_columns import find_columns
+
+    names: dict[str, list[str]] = {}
+    for name, split, _ in find_columns(shards):
+        names.setdefault(name, []).append(split)
+    if names:
+        click.echo("Beside the samples: " + ", ".join(f"{name} ({', '.join(names[name])})" for name in names) + ".")
 
 
 _NAME_WIDTH = 12

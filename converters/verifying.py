@@ -1,6 +1,7 @@
 """Check finished shards against their manifest: quickly by structure, or deeply by every byte.
 
-    fast   manifest, tokenizer and index files by digest; every shard present with its size; the accounting
+    fast   manifest, tokenizer and index files by digest; every shard present with its size; the accounting; columns
+           beside the shards present and bound to them
     deep   also every shard's hashes and header, every token id below the vocabulary size
 
 Every finding is reported, not only the first, each with the file and what to do.
@@ -16,9 +17,10 @@ from typing import Any, NamedTuple
 from converters.engines import run_tasks
 from converters.inspecting import raw_shard, read_index, shard_rows
 from converters.locations import Location, load_manifest, location, size_of
-from mixer.errors import DataError
+from mixer.errors import DataError, InputError
 from mixer.manifest import Domain, Manifest, Split
 from mixer.mds import hash_hex
+from mixer.side_columns import SideColumn, file_digest, find_columns
 
 __all__ = ["Finding", "verify"]
 
@@ -58,7 +60,7 @@ def verify(
     """
     folder = location(shards)
     manifest = load_manifest(folder)
-    findings = list(_check_tokenizer(folder, manifest))
+    findings = [*_check_tokenizer(folder, manifest), *_check_columns(str(folder), manifest, deep)]
     checks: list[_ShardCheck] = []
     for name in manifest.names:
         domain = manifest.domains[name]
@@ -89,6 +91,25 @@ def _check_tokenizer(folder: Location, manifest: Manifest) -> Iterator[Finding]:
     if found != manifest.tokenizer.fingerprint:
         what = "is missing" if found is None else f"has {found[:20]}…, not {manifest.tokenizer.fingerprint[:20]}…"
         yield Finding(str(file), what, "restore the tokenizer that the shards were made with")
+
+
+def _check_columns(folder: str, manifest: Manifest, deep: bool) -> Iterator[Finding]:
+    """Check the columns beside the shards: that they are whole and belong to them; with ``deep`` every byte."""
+    for name, split, where in find_columns(folder):
+        repair = f"run `mixer add-column {name} --split {split} --replace` again, or remove {where}"
+        try:
+            column = SideColumn(where)
+            column.check(manifest, split)
+        except InputError as error:
+            yield Finding(str(where), str(error), repair)
+            continue
+        for domain, files in column.files.items():
+            for shard, (_, _, digest) in enumerate(files):
+                path = column.path(domain, shard)
+                if not path.is_file():
+                    yield Finding(str(path), "is missing", repair)
+                elif deep and file_digest(path) != digest:
+                    yield Finding(str(path), f"does not have the digest {digest} of its list", repair)
 
 
 def _digest(path: Location) -> str | None:

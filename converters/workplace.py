@@ -21,6 +21,7 @@ from converters.locks import Lock, lock
 from converters.plan import difference
 from mixer.errors import InputError
 from mixer.manifest import FILE_NAME, Manifest, domain_folder
+from mixer.side_columns import FOLDER as COLUMNS
 
 __all__ = ["begin", "clean_up", "clear", "finished", "has_leftovers", "locked"]
 
@@ -37,7 +38,7 @@ def clear(job: Job) -> None:
     with locked(job):
         for name in (FILE_NAME, QUARANTINE, *_input_lists(job.out)):
             (job.out / name).unlink(missing_ok=True)
-        for name in (*names, TOKENIZER, f"{PACK}/shards"):
+        for name in (*names, TOKENIZER, COLUMNS, f"{PACK}/shards"):
             remove_tree(job.out / name)
         if staged:
             remove_tree(job.stage / "units")

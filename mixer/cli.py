@@ -24,6 +24,7 @@ COMMANDS = {
     "convert": ("converters.cli", "convert", "Corpora -> one set of MDS shards per domain."),
     "inspect": ("converters.cli", "inspect", "Domains, samples, tokens, shares; decoded samples."),
     "verify": ("converters.cli", "verify", "Check shards by structure, or every byte; says how to repair."),
+    "add-column": ("converters.cli", "add_column", "Values per sample beside the shards: scores, reference losses."),
     "stats": ("converters.cli", "stats", "Document lengths, bytes per token, duplicates, entropies; plot."),
     "train-tokenizer": ("converters.cli", "train_tokenizer", "A byte-level BPE on a seeded sample of the corpus."),
     "weigh": ("mixer.commands", "weigh", "Weights from sizes alone: uniform, proportional, temperature, unimax."),

@@ -53,8 +53,8 @@ class MixtureLoader(DataLoader[Any]):
         rank, world_size: which share of every global batch to deliver; default torch.distributed's, else torchrun's.
         num_workers: processes that run ``collate`` and ``transform``. Without either none is started: reading in the
             training process is faster than any hand-over from another.
-        columns: other columns of the shards to deliver beside the tokens: tensors where all values have one shape, else
-            lists; ``mixer.boundaries`` turns ``doc_starts`` into position ids.
+        columns: other columns, of the shards or beside them (``mixer add-column``), to deliver with the tokens: tensors
+            where all values have one shape, else lists; ``mixer.boundaries`` turns ``doc_starts`` into position ids.
         collate: from a list of samples (dicts of ``input_ids`` (n,), ``domain_ids``, ``sample_ids``, other columns) to
             a batch; must be importable for processes. Samples of one length are gathered faster without it; where they
             differ in length the default is ``mixer.padding.Padding``, with the tokenizer's end-of-text id.

@@ -26,6 +26,7 @@ from mixer.mixer import Draws
 from mixer.order import Order
 from mixer.padding import Padding, stacked
 from mixer.shards import DomainShards, Verify, View, open_domain
+from mixer.side_columns import SideColumn, column_folder
 
 __all__ = ["MixtureDataset"]
 
@@ -77,9 +78,11 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
         self.dtype = np.dtype(self.manifest.dtype)
         self.seq_len = self.manifest.seq_len
         self.columns = tuple(columns)
+        self._beside = _side_columns(root, self.manifest, split, self.columns, self.shards)
+        self._inside = tuple(name for name in self.columns if name not in self._beside)
         for shards in self.shards:
-            if shards is not None and self.columns:
-                _check_columns(shards, self.columns)
+            if shards is not None and self._inside:
+                _check_columns(shards, self._inside)
         sizes = [shards.shard_sizes if shards is not None else np.zeros(0, np.int64) for shards in self.shards]
         # All shards of all domains in one row, so that one search finds the shards of a whole batch.
         self._domain_shards = np.cumsum([0] + [len(size) for size in sizes])
@@ -303,9 +306,21 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
         found: list[list[Any]] = []
         for domain, sample in zip(domain_ids.tolist(), sample_ids.tolist()):
             shards = self._of(domain)
+            if not self._inside:
+                found.append([])
+                continue
             shard = int(shards.firsts.searchsorted(sample, side="right")) - 1
             row = sample - int(shards.firsts[shard])
-            found.append(mds.sample_values(shards.view(shard).data, row, shards.columns, self.columns))
+            found.append(mds.sample_values(shards.view(shard).data, row, shards.columns, self._inside))
+        if not self._beside:
+            return found
+        beside = {
+            name: column.read_batch(self.domains, domain_ids, sample_ids) for name, column in self._beside.items()
+        }
+        for i, values in enumerate(found):
+            row_of = dict(zip(self._inside, values))
+            row_of |= {name: table[i].item() if table.ndim == 1 else table[i] for name, table in beside.items()}
+            found[i] = [row_of[name] for name in self.columns]
         return found
 
     def __getstate__(self) -> dict[str, Any]:
@@ -326,6 +341,22 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``, of this dataset or of its loader."""
         self._loader.load_state_dict(json.loads(state["loader"]) if "loader" in state else state)
+
+
+def _side_columns(
+    root: str | os.PathLike[str],
+    manifest: Manifest,
+    split: str,
+    wanted: Sequence[str],
+    shards: Sequence[DomainShards | None],
+) -> dict[str, SideColumn]:
+    """Return those of the wanted columns that lie beside the shards and not in them."""
+    inside = {name for each in shards if each is not None for name in each.columns}
+    folders = {name: column_folder(root, name, split) for name in wanted if name not in inside}
+    columns = {name: SideColumn(folder) for name, folder in folders.items() if folder.is_dir()}
+    for column in columns.values():
+        column.check(manifest, split)
+    return columns
 
 
 def _check_columns(shards: DomainShards, wanted: Sequence[str]) -> None:

@@ -20,18 +20,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
 from algorithms.losses import labels_of, loss_mask
 from algorithms.references.base import Reference
 from algorithms.references.frozen import FrozenModel
-from algorithms.runs import begin_run, finish_run, read_result, read_settings
+from algorithms.runs import begin_run, finish_run, read_result
 from mixer.errors import DataError, InputError
 from mixer.folders import load_manifest
-from mixer.manifest import Manifest, domain_folder
+from mixer.manifest import domain_folder
 from mixer.shards import DomainShards, open_domain
+from mixer.side_columns import SideColumn, file_digest, shards_facts
 
 __all__ = ["COLUMN", "CachedLosses", "LossesInBatch", "check_shards", "score", "shards_facts"]
 
@@ -75,20 +75,10 @@ def score(
             path = folder / domain_folder(name) / f"{number:05}.npy"
             if not path.exists():
                 _save(path, _shard_losses(domain, number, reference, per, batch_size))
-            files[name].append([path.name, size, _digest(path)])
+            files[name].append([path.name, size, file_digest(path)])
             on_shard(name, size)
     finish_run(folder, {"files": files})
     return folder
-
-
-def shards_facts(manifest: Manifest, split: str) -> dict[str, Any]:
-    """Return what losses of these shards depend on beside the model."""
-    return {
-        "split": split,
-        "seq_len": manifest.seq_len,
-        "tokenizer": manifest.tokenizer.fingerprint,
-        "shards": {name: manifest.split(name, split).fingerprint for name in manifest.names},
-    }
 
 
 def check_shards(where: Path, settings: Mapping[str, Any], domains: Sequence[str], loader: Any) -> None:
@@ -125,12 +115,11 @@ class CachedLosses(Reference):
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        self._files: dict[str, list[list[Any]]] = read_result(self.folder)["files"]
-        self.settings = read_settings(self.folder)
+        read_result(self.folder)
+        self._column = SideColumn(self.folder)
+        self.settings = self._column.settings
         self.per_token = self.settings["kind"] == "token"
-        self.domains = tuple(sorted(self._files))
-        self._firsts = {name: np.cumsum([0, *(size for _, size, _ in rows)]) for name, rows in self._files.items()}
-        self._tables: dict[tuple[str, int], NDArray[Any]] = {}
+        self.domains = self._column.domains
 
     @property
     def fingerprint(self) -> str:
@@ -144,34 +133,7 @@ class CachedLosses(Reference):
         if missing:
             raise InputError(f"cached losses are looked up by domain_ids and sample_ids; the batch lacks {missing}.")
         domain_ids, sample_ids = (batch[name].cpu().numpy() for name in ("domain_ids", "sample_ids"))
-        width = (self.settings["seq_len"] - 1,) if self.per_token else ()
-        out = np.empty((len(sample_ids), *width), np.float16 if self.per_token else np.float32)
-        for domain in np.unique(domain_ids).tolist():
-            rows = np.flatnonzero(domain_ids == domain)
-            self._read(self.domains[domain], sample_ids[rows], rows, out)
-        return {COLUMN: torch.from_numpy(out)}
-
-    def _read(self, name: str, samples: NDArray[np.int64], rows: NDArray[np.int64], out: NDArray[Any]) -> None:
-        firsts = self._firsts[name]
-        if samples.max() >= firsts[-1]:
-            raise DataError(f"{self.folder} has {firsts[-1]} samples of {name!r}; asked for number {samples.max()}.")
-        shards = np.searchsorted(firsts, samples, side="right") - 1
-        for shard in np.unique(shards).tolist():
-            here = shards == shard
-            out[rows[here]] = self._table(name, shard)[samples[here] - firsts[shard]]
-
-    def _table(self, name: str, shard: int) -> NDArray[Any]:
-        key = (name, shard)
-        if key not in self._tables:
-            file, _, digest = self._files[name][shard]
-            path = self.folder / domain_folder(name) / file
-            if not path.exists() or _digest(path) != digest:
-                raise DataError(
-                    f"{path} is missing or damaged. Remove it and {self.folder / 'result.json'}, and run the same "
-                    "`mixer score` again: it computes what is missing."
-                )
-            self._tables[key] = np.load(path, mmap_mode="r")
-        return self._tables[key]
+        return {COLUMN: torch.from_numpy(self._column.read_batch(self.domains, domain_ids, sample_ids))}
 
     def token_losses(self, batch: Mapping[str, Any]) -> Tensor:
         return losses_in(batch if COLUMN in batch else {**batch, **self.columns(batch)})
@@ -235,11 +197,3 @@ def _save(path: Path, table: NDArray[Any]) -> None:
     partial = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npy")
     np.save(partial, table)
     os.replace(partial, path)
-
-
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return f"xxh3:{digest.hexdigest()}"

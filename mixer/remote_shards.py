@@ -101,7 +101,14 @@ class RemoteShards(DomainShards):
             view = self._checked_view(shard, path)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
+            self._note_checked(shard)
             return view
+
+    def _note_checked(self, shard: int) -> None:
+        """A file that was checked and then renamed has another time of change: let no process check it again."""
+        digest = self.index.raw_hashes[shard]
+        if self.checked is not None and digest:
+            self.checked.note(self._as_checked(self._at(shard).stat(), digest))
 
     def _fetch_raw(self, shard: int, folder: Path) -> Path:
         """Return the raw shard, fetched into a folder, and decompressed there if it comes compressed."""

@@ -15,6 +15,7 @@ import errno
 import mmap
 import os
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixer import mds
+from mixer.checked import checked_in_this_run, identity
 from mixer.errors import DataError, InputError
 from mixer.folders import load_manifest
 from mixer.index import ShardIndex, cache_folder, read_index
@@ -37,6 +39,7 @@ __all__ = ["DomainShards", "Verify", "View", "decompress", "open_domain"]
 Verify = Literal["hash", "never"]
 Indices = NDArray[np.int64]
 _CHUNK = 1 << 22
+_CLOCK_TICK = 20_000_000  # ns; file systems may take their times from a clock as coarse as 10 ms
 
 
 class View(NamedTuple):
@@ -93,7 +96,7 @@ class DomainShards:
         self.firsts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self._views: dict[int, View] = {}
         self._pending: dict[int, Future[Any]] = {}
-        self._verified: set[int] = set()
+        self.checked = checked_in_this_run() if verify == "hash" else None
         self._lock = threading.Lock()
         self.column = _token_column(self.columns, column, domain)
         self.mean_length: float | None = None  # of the first shard, where that was looked at
@@ -181,8 +184,8 @@ class DomainShards:
                 self._pending.pop(shard).cancel()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle without what belongs to this process; the worker maps and checks for itself."""
-        return {**self.__dict__, "_views": {}, "_pending": {}, "_verified": set(), "_lock": None}
+        """Pickle without what belongs to this process; the worker maps for itself, and knows what has been checked."""
+        return {**self.__dict__, "_views": {}, "_pending": {}, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
@@ -206,8 +209,7 @@ class DomainShards:
         return self._open(shard)
 
     def _checked_view(self, shard: int, path: Path) -> View:
-        data = self._map(path, int(self.index.raw_bytes[shard]))
-        self._check_hash(shard, path, data, self.index.raw_hashes[shard])
+        data = self._map_checked(path, int(self.index.raw_bytes[shard]), self.index.raw_hashes[shard])
         return self._layout(path, data, shard)
 
     def _raw_file(self, shard: int, *, anew: bool = False) -> Path:
@@ -230,7 +232,21 @@ class DomainShards:
         raise AssertionError("unreachable: the last target returns or raises")
 
     def _check_file(self, path: Path, size_bytes: int, digest: bytes) -> None:
-        self._check_hash(None, path, self._map(path, size_bytes), digest)
+        self._map_checked(path, size_bytes, digest)
+
+    def _map_checked(self, path: Path, size_bytes: int, digest: bytes) -> memoryview:
+        """Map a file and compare it with its hash, unless a process of this run has done that for this very file."""
+        data, stat = self._map_file(path, size_bytes)
+        if self.checked is not None and digest and self.index.algorithm is not None:
+            # A file may be written to within a tick of the clock and show it by no time.
+            settled = time.time_ns() - stat.st_ctime_ns > _CLOCK_TICK
+            self.checked.once(
+                self._as_checked(stat, digest), lambda: self._check_hash(path, data, digest), remember=settled
+            )
+        return data
+
+    def _as_checked(self, stat: os.stat_result, digest: bytes) -> str:
+        return f"{identity(stat)} {self.index.algorithm} {digest.decode()}"
 
     def _decompressed(self, zipped: Path, size_bytes: int) -> bytes:
         data = self._map(zipped, zipped.stat().st_size)
@@ -255,30 +271,28 @@ class DomainShards:
         return cache_folder() / self.fingerprint.rpartition(":")[2][:32]
 
     def _map(self, path: Path, size_bytes: int) -> memoryview:
+        return self._map_file(path, size_bytes)[0]
+
+    def _map_file(self, path: Path, size_bytes: int) -> tuple[memoryview, os.stat_result]:
         try:
             with open(path, "rb") as file:
-                found = os.fstat(file.fileno()).st_size
-                if found != size_bytes:
-                    raise self._damaged(path, f"has {found:,} bytes, its index says {size_bytes:,}")
-                return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                stat = os.fstat(file.fileno())
+                if stat.st_size != size_bytes:
+                    raise self._damaged(path, f"has {stat.st_size:,} bytes, its index says {size_bytes:,}")
+                return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), stat
         except FileNotFoundError:
             raise self._damaged(path, "is missing") from None
         except OSError as error:
             raise self._damaged(path, f"cannot be read: {error.strerror}") from error
 
-    def _check_hash(self, shard: int | None, path: Path, data: memoryview, digest: bytes) -> None:
-        """Compare a file with its hash, raw shards only once per process."""
-        if self.verify == "never" or not digest or self.index.algorithm is None or shard in self._verified:
-            return
-        hasher = mds.hasher(self.index.algorithm)
+    def _check_hash(self, path: Path, data: memoryview, digest: bytes) -> None:
+        hasher = mds.hasher(str(self.index.algorithm))
         for start in range(0, len(data), _CHUNK):
             hasher.update(data[start : start + _CHUNK])
         if hasher.hexdigest() != digest.decode():
             raise self._damaged(
                 path, f"has {self.index.algorithm} {hasher.hexdigest()}, its index says {digest.decode()}"
             )
-        if shard is not None:
-            self._verified.add(shard)
 
     def _layout(self, path: Path, data: memoryview, shard: int) -> View:
         """Find where the token rows lie, and check that the offsets describe the file."""

@@ -14,6 +14,8 @@ from mixer import MixtureLoader
 from tests.helpers import assert_same, write_shards
 
 composer = pytest.importorskip("composer", exc_type=ImportError)
+from composer.utils.parallelism import FSDP2Config, ParallelismConfig  # noqa: E402
+
 from algorithms import MixtureMonitor  # noqa: E402
 
 
@@ -46,14 +48,14 @@ class Recorder(composer.Callback):
             state.dataloader.set_weights([1, 1, state.timestamp.batch.value])
 
 
-def train(shards, folder, duration, load=None, callbacks=(), num_workers=0, moving=True, **options):
-    recorder = Recorder(moving)
+def train(shards, folder, duration, load=None, callbacks=(), num_workers=0, moving=True, optimized=False, **options):
+    recorder, model = Recorder(moving), Tiny()
     transform = {"transform": same, "num_workers": num_workers} if num_workers else {}
     loader = MixtureLoader(shards, mixture="uniform", global_batch_size=12, seed=3, **transform)
     trainer = composer.Trainer(
-        model=Tiny(),
+        model=model,
         train_dataloader=loader,
-        optimizers=None,
+        optimizers=torch.optim.SGD(model.parameters(), 0.1) if optimized else None,
         max_duration=duration,
         callbacks=[recorder, *callbacks],
         device="cpu",
@@ -193,11 +195,17 @@ def rank_main(rank, world, shards, port, folder, load):
     )
     composer.utils.dist.initialize_dist("cpu")
     batches, _, _ = train(shards, folder, "4ba", load=load)
+    sharded = {"parallelism_config": ParallelismConfig(fsdp2=FSDP2Config()), "optimized": True}
+    whole, loader, _ = train(shards, folder / "sharded", "4ba", **sharded)
+    rest, other, _ = train(shards, None, "4ba", load=folder / "sharded" / "ep0-ba2", **sharded)
+    assert (folder / "sharded" / "ep0-ba2" / ".metadata").exists()  # that of torch.distributed.checkpoint
+    assert_same(rest, whole[2:])
+    assert other.state_dict() == loader.state_dict()
     torch.save(batches, folder / f"rank{rank}.pt")
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_two_ranks_continue_what_one_rank_began(shards, tmp_path):
+def test_two_ranks_continue_what_one_rank_began_and_their_own_sharded_checkpoint(shards, tmp_path):
     whole, _, _ = train(shards, tmp_path, "4ba")
     port = 30_000 + os.getpid() % 1000
     mp.spawn(rank_main, args=(2, shards, port, tmp_path, tmp_path / "2.pt"), nprocs=2)

@@ -14,6 +14,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import threading
 import time
@@ -60,6 +61,8 @@ class RemoteCache:
             raise InputError(
                 f"download_timeout must be > 0 seconds and download_retry >= 0; got {timeout} and {retries}."
             )
+        if not remote:
+            raise InputError("`remote` is empty: give an address, or those of the remote domains by name.")
         self.by_domain = {} if isinstance(remote, str) else {name: url.rstrip("/") for name, url in remote.items()}
         self.remote = remote.rstrip("/") if isinstance(remote, str) else ""
         self.folders: dict[str, str] = {}  # addresses of single folders: path inside ``local`` → URL
@@ -73,8 +76,9 @@ class RemoteCache:
                 f"cannot make the cache folder {self.local}: {error.strerror}. Choose another one."
             ) from error
 
-    def __str__(self) -> str:
-        return self.remote or str(self.by_domain)
+    def address(self, name: str) -> str:
+        """Return where a file comes from, for people to read: without the password that an address may hold."""
+        return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:…@", self.url(name))
 
     def url(self, name: str) -> str:
         """Return where a file (a path inside the folder) comes from."""
@@ -126,7 +130,7 @@ class RemoteCache:
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _failed(self, name: str, error: Exception, attempts: int) -> DataError:
-        url, what = self.url(name), " ".join(str(error).split())
+        url, what = self.address(name), " ".join(str(error).split())
         if isinstance(error, FileNotFoundError):
             return MissingError(f"{url} does not exist. Upload it again, or check `remote`.")
         if isinstance(error, PermissionError):

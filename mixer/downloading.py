@@ -22,27 +22,28 @@ __all__ = ["ENOUGH", "download"]
 
 ENOUGH = 1 << 20  # bytes within ``timeout`` that count as progress
 _LOOK = 0.1  # seconds between two looks at the progress
+_TO_CONNECT = 60.0  # seconds for imports and for making a client, which need no network
 
 
 class _Lane:
     """A thread that downloads one file after another, with its own clients."""
 
     def __init__(self) -> None:
-        self.jobs: SimpleQueue[tuple[str, Path, float, Future[None]] | None] = SimpleQueue()
+        self.jobs: SimpleQueue[tuple[str, Path, float, threading.Event, Future[None]] | None] = SimpleQueue()
         threading.Thread(target=self._run, name="mixer-download", daemon=True).start()
 
     def _run(self) -> None:
         clients: dict[Any, Any] = {}
         while (job := self.jobs.get()) is not None:
-            url, target, timeout, done = job
+            url, target, timeout, connected, done = job
             try:
-                streaming_door.download(url, target, timeout, clients)
+                streaming_door.download(url, target, timeout, clients, connected.set)
             except BaseException as error:
                 clients.clear()
                 done.set_exception(error)
             else:
                 done.set_result(None)
-            del job, done
+            del job, connected, done
 
 
 _idle: dict[int, list[_Lane]] = {}  # by process: threads do not survive a fork
@@ -54,18 +55,18 @@ def download(url: str, target: Path, timeout: float) -> None:
     Raises: FileNotFoundError, PermissionError, InputError: as ``streaming_door.download``; TimeoutError: if it stalls;
         otherwise what the store's client raises.
     """
-    lanes, done = _idle.setdefault(os.getpid(), []), Future[None]()
+    lanes, connected, done = _idle.setdefault(os.getpid(), []), threading.Event(), Future[None]()
     try:
         lane = lanes.pop()
     except IndexError:
         lane = _Lane()
-    lane.jobs.put((url, target, timeout, done))
-    seen, since = 0, time.monotonic()
+    lane.jobs.put((url, target, timeout, connected, done))
+    seen, since, allowed = 0, time.monotonic(), max(timeout, _TO_CONNECT)
     while not wait([done], min(_LOOK, timeout / 4)).done:
         arrived, now = _bytes_in(target.parent), time.monotonic()
-        if arrived - seen >= ENOUGH:
-            seen, since = arrived, now
-        elif now - since >= timeout or not threading.main_thread().is_alive():
+        if arrived - seen >= ENOUGH or (allowed != timeout and connected.is_set()):
+            seen, since, allowed = arrived, now, timeout
+        elif now - since >= allowed or not threading.main_thread().is_alive():
             lane.jobs.put(None)  # it ends when its client returns, whenever that is
             raise TimeoutError(f"only {arrived - seen:,} bytes came in {now - since:.3g} s")
     lanes.append(lane)

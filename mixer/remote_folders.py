@@ -32,22 +32,25 @@ def fetch_manifest(folder: Path, cache: RemoteCache, split: str) -> Manifest:
     Raises: DataError: if files are missing or cannot be fetched, or the folder holds another corpus; InputError: if the
         domains do not fit together.
     """
-    if not cache.by_domain:
+    if cache.by_domain:
+        return _of_domains(folder, cache, split)
+    try:
+        _fetch_to_keep(cache, FILE_NAME)
+    except MissingError as error:
+        cache.by_domain = _without_manifest(cache.remote, split)
         try:
-            _fetch_to_keep(cache, FILE_NAME)
-        except MissingError as error:
-            cache.by_domain = _without_manifest(cache.remote, split)
-            if not cache.by_domain:
-                raise DataError(
-                    f"{error} Domains without a manifest are named with their addresses: remote={{'web': 's3://…/web'}}."
-                ) from error
-        else:
-            manifest = Manifest.load(folder)
-            entries = [domain.splits[split] for domain in manifest.domains.values() if split in domain.splits]
-            missing = [entry for entry in entries if not (folder / entry.path / "index.json").is_file()]
-            _side_by_side(lambda entry: fetch_index(cache, entry), missing)
-            return manifest
-    return _of_domains(folder, cache, split)
+            if cache.by_domain:
+                return _of_domains(folder, cache, split)
+        except MissingError:
+            pass
+        raise DataError(
+            f"{error} Domains without a manifest are named with their addresses: remote={{'web': 's3://…/web'}}."
+        ) from error
+    manifest = Manifest.load(folder)
+    entries = [domain.splits[split] for domain in manifest.domains.values() if split in domain.splits]
+    missing = [entry for entry in entries if not (folder / entry.path / "index.json").is_file()]
+    _side_by_side(lambda entry: fetch_index(cache, entry), missing)
+    return manifest
 
 
 def fetch_index(cache: RemoteCache, split: Split) -> None:
@@ -73,8 +76,8 @@ def _fetch_to_keep(cache: RemoteCache, name: str) -> None:
         fresh, kept = cache.fetch(name, to=new), cache.local / name
         if kept.is_file() and kept.read_bytes() != fresh.read_bytes():
             raise DataError(
-                f"the cache {cache.local} holds shards of another corpus than {cache.url(name)}: it differs from the"
-                " copy there. Use another folder for the cache, or empty this one."
+                f"the cache {cache.local} holds shards of another corpus than {cache.address(name)}: the copy there"
+                " differs. Use another folder for the cache, or empty this one."
             )
         kept.parent.mkdir(parents=True, exist_ok=True)
         os.replace(fresh, kept)
@@ -116,16 +119,18 @@ def _of_domains(folder: Path, cache: RemoteCache, split: str) -> Manifest:
 def _locate(cache: RemoteCache, domain: str, split: str) -> None:
     """Fetch a domain's index from below its address, or from the address itself."""
     url, path = cache.by_domain[domain], f"{domain_folder(domain)}/{split}"
+    tried = []
     for base in (f"{url}/{split}", url):
         cache.folders[path] = base
+        tried.append(cache.address(f"{path}/index.json"))
         try:
             _fetch_to_keep(cache, f"{path}/index.json")
         except MissingError:
             continue
-        (cache.local / path / _MARK).write_text(base + "\n")
+        (cache.local / path / _MARK).write_text(cache.address(f"{path}/index.json") + "\n")
         return
-    raise DataError(
-        f"domain {domain!r}: neither {url}/{split}/index.json nor {url}/index.json exists. Correct its address in"
+    raise MissingError(
+        f"domain {domain!r}: neither {tried[0]} nor {tried[1]} exists. Correct its address in"
         " `remote`, or upload it again."
     )
 

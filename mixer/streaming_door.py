@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -28,6 +31,7 @@ _PACKAGES = {
     "s3": "boto3",
     "sftp": "paramiko",
 }
+_making = threading.Lock()
 # By what clients name these two kinds of failure: HTTP status, codes, classes.
 _MISSING = frozenset(
     [
@@ -61,25 +65,29 @@ _DENIED = frozenset(
 )
 
 
-def download(url: str, target: Path, timeout: float, clients: dict[Any, Any]) -> None:
+def download(
+    url: str, target: Path, timeout: float, clients: dict[Any, Any], connected: Callable[[], None] = lambda: None
+) -> None:
     """Copy one remote file to ``target``, which must not exist. Any scheme that streaming's ``Stream`` supports.
 
     Args:
         timeout: seconds; only some of the stores' clients heed it.
         clients: those made so far by this thread; a new one is added.
+        connected: called when imports are done and the client is there, which can take seconds without any network.
     Raises: FileNotFoundError: if there is no such file; PermissionError: if it may not be read; InputError: for an
         unknown scheme or a missing package; otherwise what the store's client raises.
     """
     scheme = urlparse(url).scheme
     if scheme in ("", "file"):
+        connected()
         shutil.copyfile(urlparse(url).path if scheme else url, target)
         return
     try:
-        # A client reads the endpoint when it is made.
-        which = (scheme, urlparse(url).netloc, os.environ.get("S3_ENDPOINT_URL", ""))
-        if which not in clients:
-            clients[which] = _downloader(scheme, url)
-        clients[which].download(url, str(target), timeout)
+        client = _s3(url, timeout) if scheme == "s3" else clients.get((scheme, urlparse(url).netloc))
+        if client is None:
+            client = clients[scheme, urlparse(url).netloc] = _downloader(scheme, url)
+        connected()
+        client.download(url, str(target), timeout)
     except ImportError as error:
         package = _PACKAGES.get(scheme, "its client")
         raise InputError(
@@ -108,6 +116,22 @@ def decode(encoding: str, value: bytes) -> Any:
     if not encodings.is_mds_encoding_safe(encoding):
         raise InputError(f"columns of type {encoding!r} are not read: decoding them runs code from the shard.")
     return encodings.mds_decode(encoding, value)
+
+
+@lru_cache
+def _s3_of(process: int, endpoint: str, timeout: float) -> Any:
+    downloader = _downloader("s3", "s3://")
+    downloader._create_s3_client(timeout=timeout)
+    return downloader
+
+
+def _s3(url: str, timeout: float) -> Any:
+    """Return this process's client for S3: boto3's may be shared between threads, and take a second each to make.
+
+    It is made here because making one is not safe in several threads at once; it reads the endpoint when it is made.
+    """
+    with _making:
+        return _s3_of(os.getpid(), os.environ.get("S3_ENDPOINT_URL", ""), timeout)
 
 
 def _downloader(scheme: str, url: str) -> Any:

@@ -1,4 +1,4 @@
-"""Remote shards: fetched whole or not at all, once per node, within the limit, also from an S3 server on a bad wire."""
+"""Remote shards: fetched whole or not at all, once per node, within the limit. Stores are in test_remote_stores.py."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from mixer import DataError, InputError, MixtureLoader, mds
@@ -287,112 +285,3 @@ def test_claims_of_all_processes_count_and_those_who_find_no_room_wait_for_it(tm
     assert order == ["first", "second"]
     with pytest.raises(DataError, match="d takes 31 bytes while it is fetched, more than the cache_limit 30"):
         space.claim("d", 31).__enter__()
-
-
-# --- a real S3 server, and a wire that misbehaves ------------------------------------------------------------------
-
-
-class Wire:
-    """A TCP proxy that can delay every answer and cut connections."""
-
-    def __init__(self, port):
-        self.target, self.delay, self.cuts, self.cut = port, 0.0, 0, lambda number: None
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port, self.number = self.listener.getsockname()[1], 0
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self):
-        while True:
-            try:
-                client, _ = self.listener.accept()
-            except OSError:
-                return
-            self.number += 1
-            server = socket.create_connection(("127.0.0.1", self.target))
-            threading.Thread(target=self.pump, args=(client, server, None), daemon=True).start()
-            threading.Thread(target=self.pump, args=(server, client, self.cut(self.number)), daemon=True).start()
-
-    def pump(self, source, sink, limit):
-        passed = 0
-        try:
-            while data := source.recv(4096):
-                if limit is not None:
-                    time.sleep(self.delay)
-                    if passed + len(data) > limit:
-                        sink.sendall(data[: limit - passed])
-                        self.cuts += 1
-                        break
-                passed += len(data)
-                sink.sendall(data)
-        except OSError:
-            pass
-        for end in (source, sink):
-            try:
-                end.shutdown(socket.SHUT_RDWR)
-                end.close()
-            except OSError:
-                pass
-
-
-@pytest.fixture(scope="module")
-def s3(zipped):
-    server_module = pytest.importorskip("moto.server", reason="needs moto[server]")
-    pytest.importorskip("streaming", reason="needs mosaicml-streaming", exc_type=ImportError)
-    import boto3
-
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1")
-    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
-    client.create_bucket(Bucket="corpus")
-    for path in zipped.rglob("*"):
-        if path.is_file() and not path.name.endswith(".mds"):
-            client.upload_file(str(path), "corpus", f"shards/{path.relative_to(zipped)}")
-    yield client, port
-    server.stop()
-
-
-@pytest.fixture
-def wire(s3, monkeypatch):
-    wire = Wire(s3[1])
-    monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{wire.port}")
-    yield wire
-    wire.listener.close()
-
-
-def test_shards_come_from_s3(wire, zipped, tmp_path):
-    loader = make(tmp_path, remote="s3://corpus/shards")
-    assert_same(batches(loader, 60), batches(make(zipped), 60))
-    assert loader.stats()["cache"]["fetched_files"] == 23
-
-
-def test_slow_server_changes_nothing_and_waiting_is_counted(wire, zipped, tmp_path):
-    wire.delay, wire.cut = 0.05, lambda number: 1 << 30
-    loader = make(tmp_path, remote="s3://corpus/shards")
-    assert_same(batches(loader, 10), batches(make(zipped), 10))
-    assert loader.stats()["waited_seconds"] > 0.05
-
-
-def test_connections_that_are_cut_are_tried_again(wire, zipped, tmp_path):
-    wire.cut = lambda number: 700 if number % 3 == 0 else None
-    assert_same(batches(make(tmp_path, remote="s3://corpus/shards"), 60), batches(make(zipped), 60))
-    assert wire.cuts > 0 and not list(tmp_path.rglob("*.part"))
-
-
-def test_object_missing_from_s3_is_named_at_once(wire, s3, tmp_path):
-    client, _ = s3
-    key = "shards/web/train/shard.00003.mds.zstd"
-    data = client.get_object(Bucket="corpus", Key=key)["Body"].read()
-    client.delete_object(Bucket="corpus", Key=key)
-    try:
-        with pytest.raises(DataError, match=r"domain 'web', shard .*s3://corpus/shards/web.*00003.* does not exist"):
-            batches(make(tmp_path, remote="s3://corpus/shards"), 60)
-    finally:
-        client.put_object(Bucket="corpus", Key=key, Body=data)
-    assert np.sum([len(b["input_ids"]) for b in batches(make(tmp_path, remote="s3://corpus/shards"), 60)]) == 720
-
-
-def test_unknown_scheme_is_refused(tmp_path):
-    with pytest.raises((DataError, InputError), match="carrier-pigeon"):
-        make(tmp_path, remote="carrier-pigeon://corpus/shards")

@@ -43,6 +43,7 @@ def doremi(
     clip: str = "token",
     variant: str = "paper",
     vocab_size: int | None = None,
+    confidence: float = 1.0,
 ) -> UpdateRule:
     """Return the DoReMi rule.
 
@@ -51,9 +52,11 @@ def doremi(
         smoothing: c above; by default 1e-3, and 1e-4 for the recommended variant. Lowering eta without lowering it in
             proportion pulls the weights harder to uniform.
         clip: where excess below 0 counts as 0: per "token" (paper), after the "domain" mean (a domain on which proxy
-            and reference merely disagree then scores nothing), or "none".
+            and reference merely disagree then scores nothing), "confident" (the same after ``confidence`` standard
+            errors of the mean over sequences were taken off it, so that noise has to be exceeded), or "none".
         variant: "paper", "official" or "recommended".
         vocab_size: V of ln V; the official variant needs it, the others do not use it.
+        confidence: standard errors for clip="confident"; a domain with one sequence has none and counts as absent.
 
     Raises: InputError: on a setting out of range.
 
@@ -64,13 +67,19 @@ def doremi(
     [0.731, 0.269]
     """
     choice(variant, "variant", tuple(PRESETS))
-    choice(clip, "clip", ("token", "domain", "none"))
+    choice(clip, "clip", ("token", "domain", "confident", "none"))
     eta = number(PRESETS[variant][0] if eta is None else eta, "eta", low=0)
     smoothing = number(PRESETS[variant][1] if smoothing is None else smoothing, "smoothing", low=0, high=1)
     settings = {"eta": eta, "smoothing": smoothing, "clip": clip, "variant": variant, "vocab_size": vocab_size}
+    if clip == "confident":
+        settings["confidence"] = number(confidence, "confidence", low=0)
     if variant == "official":
         return _official(settings, eta, smoothing, clip, _first_score(vocab_size))
-    return ascent_rule("doremi", settings, lambda s, d: excess(s, d, clip), eta, smoothing, frozenset({"reference"}))
+
+    def score(signals: Signals, num_domains: int) -> tuple[Vector, Present]:
+        return surely(signals, num_domains, confidence) if clip == "confident" else excess(signals, num_domains, clip)
+
+    return ascent_rule("doremi", settings, score, eta, smoothing, frozenset({"reference"}))
 
 
 def hardest(eta: float = 1.0, smoothing: float = 1e-3) -> UpdateRule:
@@ -116,6 +125,24 @@ def excess(signals: Signals, num_domains: int, clip: str) -> tuple[Vector, Prese
     loss, present = mean_of(signals, "loss", "num_tokens", num_domains)
     difference = loss - means(field(signals, "reference_loss", num_domains), signals.num_tokens)
     return (np.maximum(difference, 0.0) if clip == "domain" else difference), present
+
+
+def surely(signals: Signals, num_domains: int, confidence: float) -> tuple[Vector, Present]:
+    """Return max(m - confidence * se, 0) with m the mean excess loss of each domain and se its standard error.
+
+    The error is that of a mean over sequences, whose own excess varies from one to the next; it takes two to know.
+
+    >>> sums = Signals(np.array([8.0]), np.array([12.0]), np.array([2.0]), reference_loss=np.array([4.0]),
+    ...     excess_squared=np.array([0.5**2 + 1.5**2]))
+    >>> surely(sums, 1, confidence=1.0)[0].tolist()  # mean 1; sequences 0.5 and 1.5: standard error 0.5
+    [0.5]
+    """
+    mean, present = excess(signals, num_domains, "none")
+    count = field(signals, "num_sequences", num_domains)
+    square = means(field(signals, "excess_squared", num_domains), count)
+    spread = np.maximum(square - mean**2, 0.0) * means(count, count - 1)
+    known = present & (count > 1)
+    return np.where(known, np.maximum(mean - confidence * np.sqrt(means(spread, count)), 0.0), 0.0), known
 
 
 def _first_score(vocab_size: int | None) -> float:

@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "doremi:official": {"variant": "official", "vocab_size": 1000},
     "doremi:recommended": {"variant": "recommended"},
     "doremi:domain clip": {"clip": "domain"},
+    "doremi:confident": {"clip": "confident", "confidence": 2.0},
     "doremi:no clip": {"clip": "none"},
     "group_dro:official": {"variant": "official", "adjustment": 2.0},
     "group_dro:automatic": {"automatic": True},
@@ -116,6 +117,7 @@ def random_signals(seed: int, num_domains: int, absent: Sequence[int] = (), scal
         gradient_counts=np.outer(present, present),
         gradient_variance=exact(rng.uniform(0.0, 1.0, num_domains)) * present,
         histogram=loss_histogram(rng.uniform(0.0, scale, ids.size), ids, num_domains),
+        excess_squared=exact(sequences * rng.uniform(0.0, scale, num_domains)),
     )
 
 
@@ -139,6 +141,7 @@ def equal_signals(num_domains: int, absent: Sequence[int] = ()) -> Signals:
         gradient_counts=np.outer(present, present),
         gradient_variance=present,
         histogram=loss_histogram(np.full(ids.size, 2.0), ids, num_domains),
+        excess_squared=present,
     )
 
 

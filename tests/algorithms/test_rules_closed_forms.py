@@ -16,7 +16,7 @@ from algorithms.rules.agnostic import agnostic
 from algorithms.rules.aioli import aioli, probe_mixtures
 from algorithms.rules.balls import chi2_ball, chi2_divergence, cvar_ball, kl_ball, kl_divergence, wasserstein_ball
 from algorithms.rules.base import as_domains
-from algorithms.rules.best_response import dro_lm, topic_cvar, worst_case_subset
+from algorithms.rules.best_response import divergence_ball, dro_lm, topic_cvar, worst_case_subset
 from algorithms.rules.doremi import doremi, easiest, hardest
 from algorithms.rules.feedback import sheared_llama, validation_feedback
 from algorithms.rules.fixed import unimax
@@ -404,6 +404,57 @@ def test_clipping_per_token_rewards_mere_disagreement_and_clipping_the_mean_does
             state, weights = rule.update(state, signals)
         noise_share[clip] = weights[0]
     assert noise_share["token"] > 0.99 and noise_share["domain"] < 0.4
+
+
+def test_a_score_that_has_to_exceed_its_standard_error_pays_nothing_for_disagreement():
+    """The mean excess of few sequences of noise is above 0 half of the time, but not surely so."""
+    rng, share = np.random.default_rng(3), {}
+    draws = rng.normal([0.0, 0.2], [1.0, 0.05], size=(400, 8, 2))  # mean excess of 8 sequences of noise, and of text
+    for clip in ("domain", "confident"):
+        rule = doremi(eta=0.1, smoothing=1e-4, clip=clip, confidence=2.0)
+        state = rule.init(["noise", "text"])
+        for excess in draws:
+            loss, squares = excess.sum(axis=0), np.square(excess).sum(axis=0)
+            state, _ = rule.update(
+                state,
+                Signals(np.full(2, 8.0), loss, np.full(2, 8.0), reference_loss=np.zeros(2), excess_squared=squares),
+            )
+        share[clip] = rule.result(state)[0]
+    assert share["confident"] < 0.15 < 0.2 < share["domain"]
+
+
+def test_a_domain_with_one_sequence_keeps_its_score_since_one_has_no_standard_error():
+    rule = doremi(clip="confident", smoothing=0)
+    state = rule.init(["a", "b"])
+    both = Signals(
+        np.full(2, 4.0), np.full(2, 4.0), np.full(2, 4.0), reference_loss=np.zeros(2), excess_squared=np.full(2, 4.0)
+    )
+    state, _ = rule.update(state, both)
+    lone = both._replace(
+        num_tokens=np.array([4.0, 1.0]), num_sequences=np.array([4.0, 1.0]), loss=np.array([4.0, 99.0])
+    )
+    assert rule.update(state, lone)[1].tolist() == [0.5, 0.5]
+
+
+def test_two_domains_in_batches_of_two_do_not_go_one_hot_at_the_first_step():
+    """Half of such batches lack a domain; ln V for the absent one gave it 0.999 (sangmichaelxie/doremi #5)."""
+    for loss in (np.array([9.0, 0.0]), np.array([0.0, 9.0])):
+        only_one = Signals((loss > 0) * 100.0, 100 * loss, reference_loss=90 * loss, clipped_excess=10 * loss)
+        rule = doremi()
+        assert rule.update(rule.init(["a", "b"]), only_one)[1].max() <= 0.9
+
+
+@pytest.mark.parametrize("ball", ["chi2", "kl", "cvar"])
+def test_a_ball_around_the_prior_admits_noise_unless_a_baseline_is_subtracted(ball):
+    """Domains that differ only in entropy: nothing is left to learn in noise, and yet it is the worst of the ball."""
+    entropy, excess = np.array([4.2, 1.1, 1.0]), np.array([0.0, 0.6, 0.1])
+    signals = signals_of(entropy + excess, reference_loss=entropy)
+    settings = {"ball": ball, "radius": 0.5 if ball == "cvar" else 0.2, "min_ratio": 0.0, "warmup": 0}
+    plain, baselined = divergence_ball(**settings), divergence_ball(**settings, baseline="reference")
+    by_loss = plain.update(plain.init(names(3)), signals)[1]
+    by_excess = baselined.update(baselined.init(names(3)), signals)[1]
+    assert by_loss[0] > 1 / 3 + 0.2 and np.argmax(by_loss) == 0
+    assert by_excess[0] < 1 / 3 and np.argmax(by_excess) == 1
 
 
 def test_the_recommended_variant_keeps_the_papers_pull_to_uniform_and_moves_a_tenth_as_far():

@@ -13,6 +13,7 @@ for all processes together, and what a killed one leaves lies in its own folder,
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -190,17 +191,21 @@ class CacheSpace:
         self._sweep()
         claims: dict[str, int] = {}
         wanted: set[str] = set()
-        for path in self.folder.glob("process.*/claim.*/claim"):
+        for path in self._matching("process.*/claim.*/claim"):
             claim = _read_json(path)
             if claim:
                 claims[claim["name"]] = claims.get(claim["name"], 0) + claim["bytes"]
-        for path in self.folder.glob("process.*/wanted"):
+        for path in self._matching("process.*/wanted"):
             wanted.update(*_read_json(path).values())
         return claims, wanted
 
+    def _matching(self, pattern: str) -> list[Path]:
+        """Return paths in the folder; unlike pathlib's, this glob bears that others remove folders meanwhile."""
+        return [self.folder / name for name in glob.glob(pattern, root_dir=self.folder)]
+
     def _sweep(self) -> None:
         """Remove the folders of processes that have ended; call it within ``lock.space``."""
-        for folder in self.folder.glob("process.*"):
+        for folder in self._matching("process.*"):
             if folder == self._own:
                 continue
             try:

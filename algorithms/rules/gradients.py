@@ -5,8 +5,9 @@
     W[d] = < grad_d , sum over targets j of grad_j >             w ~ w * exp(eta * W / mu)       result: mean of w
 
 Fan, Pagliardini, Jaggi 2023, arXiv:2310.15393, Algorithm 1, where eta is the learning rate and the proxy itself steps
-on sum_d w[d] grad_d. In the code (``variant="official"``, after the re-implementation in HazyResearch/aioli) W is
-divided by the mean gradient norm and clipped to [0, 5].
+on sum_d w[d] grad_d. In the code (``variant="official"``, after the re-implementation in HazyResearch/aioli) every
+gradient is clipped to norm 1, the targets' gradients are averaged, W is divided by the mean norm of the domains'
+gradients and clipped to [0, 5], and a domain that is absent scores 0.
 
 ``pike``: raise the weight of domains with large gradients and lower that of noisy ones, to the rate of the average
 loss.
@@ -28,7 +29,7 @@ import numpy as np
 from algorithms.rules.ascent import AscentState, ascend, begin, uniform
 from algorithms.rules.base import Domains, UpdateRule, as_domains
 from algorithms.rules.lookahead import gram_of
-from algorithms.rules.steps import Vector, choice, field, hold, mean_of, means, normalized, number, weights_of
+from algorithms.rules.steps import Present, Vector, choice, field, hold, mean_of, means, normalized, number, weights_of
 from algorithms.signals import Signals
 from mixer.errors import InputError
 
@@ -73,14 +74,21 @@ def doge(
     step = number(eta, "eta", low=0) / number(mu, "mu", low=1e-12)
     smoothing = number(smoothing, "smoothing", low=0, high=1)
 
-    def score(state: GradientState) -> Vector:
-        alignment = state.products @ state.is_target
+    def score(state: GradientState, present: Present) -> tuple[Vector, Present]:
         if variant == "official":
-            norms = np.sqrt(np.maximum(np.diag(state.products), 0.0))
-            return np.clip(alignment / (norms.mean() + 1e-6), 0.0, 5.0)
-        return alignment
+            return _clipped_alignment(state, present), np.ones_like(present)
+        return state.products @ state.is_target, present
 
     return _rule("doge", settings, score, step, smoothing, targets, frozenset({"gradients"}), "loss")
+
+
+def _clipped_alignment(state: GradientState, present: Present) -> Vector:
+    products = np.where(np.outer(present, present), state.products, 0.0)
+    share = state.is_target / state.is_target.sum()
+    norms, target_norm = np.sqrt(np.maximum(np.diag(products), 0.0)), np.sqrt(max(share @ products @ share, 0.0))
+    kept, kept_of_target = np.minimum(1.0, 1.0 / (norms + 1e-6)), min(1.0, 1.0 / (target_norm + 1e-6))
+    alignment = kept * kept_of_target * (products @ share)
+    return np.clip(alignment / (np.mean(kept * norms) + 1e-6), 0.0, 5.0)
 
 
 def pike(
@@ -107,9 +115,9 @@ def pike(
     size = number(batch_size, "batch_size", low=1)
     tilt, smoothing = number(tilt, "tilt", low=0), number(smoothing, "smoothing", low=0, high=1)
 
-    def score(state: GradientState) -> Vector:
+    def score(state: GradientState, present: Present) -> tuple[Vector, Present]:
         gain = zeta1 * np.diag(state.products) - zeta2 * state.variance / (2 * size)
-        return gain * (state.loss.size * weights_of(tilt * state.loss)) ** 2
+        return gain * (state.loss.size * weights_of(tilt * state.loss)) ** 2, present
 
     needs = frozenset({"gradients", "gradient_variance"})
     return _rule("pike", settings, score, 1.0, smoothing, (), needs, "sampling")
@@ -118,7 +126,7 @@ def pike(
 def _rule(
     name: str,
     settings: dict[str, Any],
-    score: Callable[[GradientState], Vector],
+    score: Callable[[GradientState, Present], tuple[Vector, Present]],
     step: float,
     smoothing: float,
     targets: Sequence[str],
@@ -146,7 +154,7 @@ def _rule(
         if "gradient_variance" in needs:
             variance = np.where(present, means(field(signals, "gradient_variance", size), measured), variance)
         new = GradientState(state.ascent, gram_of(signals, state.products), state.is_target, variance, loss)
-        ascent = ascend(state.ascent, score(new), present, step, smoothing)
+        ascent = ascend(state.ascent, *score(new, present), step, smoothing)
         return new._replace(ascent=ascent), weights_of(ascent.log_weights)
 
     return UpdateRule(

@@ -625,8 +625,8 @@ def test_doge_raises_what_points_to_the_targets():
     expected = np.exp(gradients @ gradients[2]) / np.exp(gradients @ gradients[2]).sum()
     np.testing.assert_allclose(towards_c.update(towards_c.init(["a", "b", "c"]), signals)[1], expected)
     coded = doge(eta=0.01, mu=0.01, variant="official")
-    expected = np.exp(alignment / (1 + 1e-6))
-    np.testing.assert_allclose(coded.update(coded.init(["a", "b", "c"]), signals)[1], expected / expected.sum())
+    expected = np.exp(alignment / 3)  # the mean of the targets, whose norm is below 1; the norms are 1
+    np.testing.assert_allclose(coded.update(coded.init(["a", "b", "c"]), signals)[1], expected / expected.sum(), 1e-5)
 
 
 def test_pike_weighs_gradient_norm_against_noise():

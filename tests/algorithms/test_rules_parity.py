@@ -17,6 +17,7 @@ from algorithms.rules.base import as_domains
 from algorithms.rules.best_response import topic_cvar
 from algorithms.rules.doremi import doremi
 from algorithms.rules.feedback import sheared_llama
+from algorithms.rules.gradients import doge
 from algorithms.rules.group_dro import group_dro
 from algorithms.rules.odm import odm
 from algorithms.rules.on_demand import on_demand
@@ -176,6 +177,22 @@ def test_skill_it(case):
     for step in case["steps"]:
         state, weights = rule.update(state, heldout(step["losses"]))
         np.testing.assert_allclose(weights, step["weights"], atol=1e-14)
+
+
+@pytest.mark.parametrize("case", cases("doge"), ids=lambda case: f"{case['num_domains']} domains")
+def test_doge_with_absent_domains(case):
+    domains = names(case["num_domains"])
+    targets = [domains[index] for index in case["targets"]]
+    rule = doge(case["learning_rate"], case["mu"], targets, case["smoothing"], variant="official")
+    state = rule.init(domains)
+    for step in case["steps"]:
+        here = np.isin(np.arange(len(domains)), step["present"]).astype(np.float64)
+        state, weights = rule.update(
+            state,
+            Signals(here, here, gradient_products=vector(step["products"]), gradient_counts=np.outer(here, here)),
+        )
+        np.testing.assert_allclose(weights, step["weights"], atol=2e-6)
+        np.testing.assert_allclose(rule.result(state), step["average"], atol=1e-6)
 
 
 @pytest.mark.parametrize("case", cases("ado"), ids=lambda case: f"{len(case['prior'])} domains")

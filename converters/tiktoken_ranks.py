@@ -52,11 +52,13 @@ def tokenizer_file(name: str) -> Path:
     """Return a ``tokenizer.json`` for ``cl100k_base`` or ``o200k_base``, made once per machine."""
     ranks = load_ranks(name)
     digest = hashlib.sha256(repr((sorted(ranks.items()), NAMES[name])).encode()).hexdigest()[:16]
-    path = Path(tempfile.gettempdir()) / f"domain-mixer-{os.getuid()}" / f"{name}-{digest}" / "tokenizer.json"
+    folder = Path(tempfile.gettempdir()) / f"domain-mixer-tokenizers-{os.getuid()}" / f"{name}-{digest}"
+    path = folder / "tokenizer.json"
     if not path.exists():
+        content = json.dumps(as_tokenizer_json(name, ranks), ensure_ascii=False)  # takes seconds
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{os.getpid()}.tmp")
-        partial.write_text(json.dumps(as_tokenizer_json(name, ranks), ensure_ascii=False), encoding="utf-8")
+        partial.write_text(content, encoding="utf-8")
         os.replace(partial, path)
     return path
 

@@ -23,7 +23,7 @@ from converters.domains import load_mapping
 from converters.engines import kept_running, run_tasks
 from converters.extending import known_inputs
 from converters.job import STAGE, Job, Progress
-from converters.locations import Location, load_manifest, local_file, location
+from converters.locations import Location, load_manifest, local_file, output_location
 from converters.options import DEFAULT_EXCLUDE, PackOptions, StageOptions, size_in_bytes
 from converters.plan import make_plan
 from converters.tokenizers import BACKENDS, describe
@@ -151,7 +151,7 @@ def convert(
         packing=packing, tail=tail, doc_starts=doc_starts, sample_ids=sample_ids,
         shuffle_seed=shuffle_seed, dedupe=dedupe,
     )  # fmt: skip
-    where = location(out)
+    where = output_location(out)
     base = load_manifest(where) if extend else None
     given = _given_tokenizer(tokenizer, eos, where, base)
     asked = given if tokenizer is not None else None
@@ -159,12 +159,11 @@ def convert(
     plan = make_plan(inputs, stage_options, _identity(asked, train_tokenizer), known)
     run = functools.partial(run_tasks, engine, workers=workers)
     job = Job(
-        where, location(stage) if stage else where / STAGE, plan, stage_options, pack_options, given, backend, run,
+        where, output_location(stage) if stage else where / STAGE, plan, stage_options, pack_options, given, backend, run,
         progress or (lambda _: None), base,
     )  # fmt: skip
-    if fresh:
-        workplace.clear(job)
-    manifest = workplace.finished(job)
+    cleared = fresh and workplace.clear(job)
+    manifest = workplace.finished(job, is_ours=cleared)
     if manifest is None or workplace.has_leftovers(job):
         with _naming_full_disk(job.out), workplace.locked(job) as locks, kept_running(engine, workers):
             manifest = workplace.finished(job)  # another process may have finished it just now

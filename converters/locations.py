@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from converters.files import status
 from converters.urls import file_system, is_url, persistently
-from mixer.errors import InputError
+from mixer.errors import DataError, InputError
 from mixer.manifest import FILE_NAME, Manifest
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "load_manifest",
     "local_file",
     "location",
+    "output_location",
     "read_items",
     "read_many",
     "read_range",
@@ -78,7 +79,9 @@ class UrlPath:
         return bool(self._ask("isfile"))
 
     def read_bytes(self) -> bytes:
-        return self._ask("cat_file")
+        # One request: s3fs would first ask for the size, to read a large object in parts at a time.
+        options: dict[str, Any] = {"max_concurrency": 1} if self.url.startswith("s3") else {}
+        return self._ask("cat_file", **options)
 
     def unlink(self, missing_ok: bool = False) -> None:
         try:
@@ -104,6 +107,16 @@ def location(path: str | os.PathLike[str] | UrlPath) -> Location:
     if isinstance(path, UrlPath):
         return path
     return UrlPath(os.fspath(path).rstrip("/")) if is_url(path) else Path(path)
+
+
+def output_location(path: str | os.PathLike[str] | UrlPath) -> Location:
+    """Return the place that a path or URL names, for writing.
+
+    Raises: InputError: if files cannot be put there.
+    """
+    if not isinstance(path, UrlPath) and os.fspath(path).startswith(("http://", "https://")):
+        raise InputError(f"cannot write into {path}: a web server takes no files. Use a folder, or s3:// or gs://.")
+    return location(path)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -172,7 +185,6 @@ class FetchedArray:
     def __init__(
         self, where: UrlPath, dtype: np.dtype[Any], starts: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> None:
-        self._items = size_of(where) // dtype.itemsize
         order = np.argsort(starts)
         begins, ends = starts[order], np.maximum.accumulate(starts[order] + lengths[order])
         apart = np.flatnonzero((begins[1:] - ends[:-1]) * dtype.itemsize > _GAP_BYTES) + 1
@@ -181,9 +193,9 @@ class FetchedArray:
         with ThreadPoolExecutor(8) as threads:
             fetch = functools.partial(read_items, where.url, dtype)
             self._parts = list(threads.map(fetch, self._begins.tolist(), (stops - self._begins).tolist()))
-
-    def __len__(self) -> int:
-        return self._items
+        found, expected = sum(map(len, self._parts)), int((stops - self._begins).sum())
+        if found != expected:
+            raise DataError(f"{where} is too short: {found:,} of {expected:,} items came. Run with --fresh.")
 
     def __getitem__(self, which: slice) -> NDArray[Any]:
         part = int(np.searchsorted(self._begins, which.start, "right")) - 1

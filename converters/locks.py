@@ -112,6 +112,8 @@ class _Lease:
                 self._write(only_if_absent=True)
             except FileExistsError:
                 holder = self._holder()
+            except (OSError, DataError, NotImplementedError) as error:
+                raise InputError(f"cannot write into {self._folder}: {error or type(error).__name__}.") from error
         if holder is not None and holder["owner"] != self._me["owner"]:
             self._refuse_if_alive(holder)
             self._write()
@@ -174,7 +176,7 @@ class _Lease:
         mode = {"mode": "create"} if only_if_absent else {}
         try:
             self._file._ask("pipe_file", data, what="write", **mode)
-        except (TypeError, NotImplementedError, DataError):
+        except (TypeError, NotImplementedError):
             if not mode:
                 raise
             self._file._ask("pipe_file", data, what="write")  # a server without conditional writes

@@ -12,6 +12,7 @@ length: another packing reads the same stage.
 from __future__ import annotations
 
 import base64
+import functools
 import os
 import secrets
 import shutil
@@ -212,6 +213,7 @@ class _UnitWriter:
         self._domain_of = domain_rule(task.options.domain)
         self._named: list[dict[str, Any]] = []
         self._read = 0
+        self._documents_hash = xxhash.xxh3_64()
         self._tokens = open(folder / "tokens.bin", "wb")  # noqa: SIM115 (closed by __exit__)
         self._documents = open(folder / "documents.bin", "wb")  # noqa: SIM115
         self._quarantine = open(folder / "quarantine.jsonl", "wb")  # noqa: SIM115
@@ -273,7 +275,9 @@ class _UnitWriter:
         documents["hash"] = [xxhash.xxh3_64_intdigest(text) for text in raw]
         tokens = np.insert(ids.astype(self._dtype), np.cumsum(lengths), self._task.tokenizer.eos_id)
         self._tokens.write(tokens.data)
-        self._documents.write(documents.tobytes())
+        table = documents.tobytes()
+        self._documents.write(table)
+        self._documents_hash.update(table)
         self._blocks.append((domain, len(texts), len(tokens)))
         sums = self._domains.setdefault(domain, {"documents": 0, "tokens": 0, "bytes": 0})
         sums["documents"] += len(texts)
@@ -308,6 +312,7 @@ class _UnitWriter:
             raise AssertionError(f"{self._read} records read, but {kept} kept and {skipped} left out")
         return {
             "blocks": self._blocks,
+            "documents_hash": self._documents_hash.hexdigest(),
             "domains": self._domains,
             "read": self._read,
             "skipped": {name: dict(counts) for name, counts in self._skipped.items()},
@@ -333,7 +338,7 @@ def load_table(folder: Location) -> UnitTable:
     summary = read_unit(folder)
     if summary is None:
         raise DataError(f"{folder} is not a finished unit. Run the same command again.")
-    documents = np.frombuffer((folder / "documents.bin").read_bytes(), DOCUMENT)
+    documents = _documents(folder, summary["documents_hash"])
     names = sorted(summary["domains"])
     index = {name: number for number, name in enumerate(names)}
     blocks: list[tuple[str, int, int]] = summary["blocks"]
@@ -343,3 +348,11 @@ def load_table(folder: Location) -> UnitTable:
     if len(documents) != len(domains):
         raise DataError(f"{folder} holds {len(documents)} documents, expected {len(domains)}. Run with --fresh.")
     return UnitTable(names, documents, domains, starts)
+
+
+@functools.lru_cache(maxsize=16)
+def _documents(folder: Location, digest: str) -> NDArray[Any]:
+    data = (folder / "documents.bin").read_bytes()
+    if xxhash.xxh3_64_hexdigest(data) != digest:
+        raise DataError(f"{folder}/documents.bin is damaged: its hash is not the one noted. Run with --fresh.")
+    return np.frombuffer(data, DOCUMENT)

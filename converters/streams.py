@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.locations import FetchedArray, Location, location, size_of, write_whole
+from converters.locations import FetchedArray, Location, UrlPath, location, size_of, write_whole
 from converters.stage import DOCUMENT, UnitTable, load_table, unit_folder
 from mixer.errors import DataError
 
@@ -139,7 +139,9 @@ def open_tokens(
     Raises: DataError: if there are not as many as expected.
     """
     file = unit_folder(stage, unit) / "tokens.bin"
-    ids: Any = np.memmap(file, dtype, "r") if isinstance(file, Path) else FetchedArray(file, np.dtype(dtype), *spans)
+    if isinstance(file, UrlPath):
+        return FetchedArray(file, np.dtype(dtype), *spans)
+    ids = np.memmap(file, dtype, "r")
     if expected is not None and len(ids) != expected:
         raise DataError(f"{file} holds {len(ids):,} tokens, expected {expected:,}. Run with --fresh.")
     return ids

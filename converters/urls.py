@@ -27,7 +27,10 @@ PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": 
 _S3_CONFIG = {"retries": {"mode": "standard", "max_attempts": 3}, "connect_timeout": 20, "read_timeout": 60}
 _RANGES = "range requests"  # what fsspec says of a server without byte ranges
 # Another try changes nothing about these.
-_FINAL = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError, InputError)
+_FINAL = (
+    *(FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError),
+    *(NotImplementedError, TypeError, InputError),
+)
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:

@@ -26,15 +26,15 @@ from mixer.side_columns import FOLDER as COLUMNS
 __all__ = ["begin", "clean_up", "clear", "finished", "has_leftovers", "locked"]
 
 
-def clear(job: Job) -> None:
-    """Remove what an earlier conversion left in ``out`` and in the stage folder, and nothing else."""
+def clear(job: Job) -> bool:
+    """Remove what an earlier conversion left in ``out`` and in the stage folder, and nothing else; say if any."""
     if (job.out / FILE_NAME).exists():
         names = [domain_folder(name) for name in load_manifest(job.out).names]
     else:
         names = children(job.out / PACK / "shards")
     staged = (job.stage / "plan.json").exists()
     if not names and not has_leftovers(job) and not staged:
-        return
+        return False
     with locked(job):
         for name in (FILE_NAME, QUARANTINE, *_input_lists(job.out)):
             (job.out / name).unlink(missing_ok=True)
@@ -45,14 +45,15 @@ def clear(job: Job) -> None:
             (job.stage / "tokenizer.json").unlink(missing_ok=True)
         for file in (job.stage / "plan.json", job.out / PACK / "request.json"):
             file.unlink(missing_ok=True)
+    return True
 
 
 def _input_lists(out: Location) -> list[str]:
     return [name for name in children(out) if name.startswith("inputs.") and name.endswith(".jsonl")]
 
 
-def finished(job: Job) -> Manifest | None:
-    """Return the manifest if this very conversion is done; refuse a folder that holds another one."""
+def finished(job: Job, is_ours: bool = False) -> Manifest | None:
+    """Return the manifest if this very conversion is done; refuse a folder that holds another one, or is not ours."""
     if job.out.is_file():
         raise InputError(f"{job.out} is a file; --out is a folder for the shards.")
     names = children(job.out)
@@ -64,7 +65,7 @@ def finished(job: Job) -> Manifest | None:
             now.pop("source")
         _refuse_difference(before, now, job.out)
         return manifest if job.base is None or not job.plan.units else None
-    if names and not {STAGE, PACK} & {*names}:
+    if names and not is_ours and not {STAGE, PACK} & {*names}:
         raise InputError(f"{job.out} is neither empty nor a conversion that can go on; choose another --out.")
     return None
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.mixtures synthetic              # four synthetic domains of known entropy
     python -m benchmarks.mixtures redpajama              # a sample of seven very unequal domains
-    python -m benchmarks.mixtures my/shards --steps 500 --only "DoReMi, recommended" --only "on-demand"
+    python -m benchmarks.mixtures my/shards --steps 500 --only ODM --only Aioli
     python -m benchmarks.mixtures synthetic redpajama --publish      # also the table and plot of docs/methods.md
 
 ``methods.py`` lists the rows: how each method is set up and what its outcome is. ``runs.py`` trains one small language

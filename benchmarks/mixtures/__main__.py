@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -81,17 +82,17 @@ def _compare(corpus: str, runs: Runs, seeds: int, names: Sequence[str]) -> dict[
     """Return what docs/measured/ holds; rows that are not finished are left out where nothing is to be trained."""
     found: dict[str, list[Outcome]] = {name: [] for name in names}
     console = Console(stderr=True)
-    # Seed by seed, but what matters most first: an interrupted comparison has all seeds of that.
-    for later in (False, True):
-        for seed in range(0, 10 * seeds, 10):
-            for name in (name for name in names if (name in LATER) == later):
-                try:
-                    found[name].append(outcome(name, runs, seed))
-                except Missing:
-                    console.print(f"{corpus}, seed {seed}: {name} is not finished", highlight=False, markup=False)
-                    continue
-                average = np.mean(found[name][-1].result.test)
-                console.print(f"{corpus}, seed {seed}: {name}: average {average:.3f}", highlight=False, markup=False)
+    # Seed by seed, then row by row: an interrupted comparison has all seeds of what matters most.
+    early, late = ([name for name in names if (name in LATER) == is_late] for is_late in (False, True))
+    all_seeds = range(0, 10 * seeds, 10)
+    for seed, name in [*product(all_seeds, early), *((seed, name) for name, seed in product(late, all_seeds))]:
+        try:
+            found[name].append(outcome(name, runs, seed))
+        except Missing:
+            console.print(f"{corpus}, seed {seed}: {name} is not finished", highlight=False, markup=False)
+            continue
+        average = np.mean(found[name][-1].result.test)
+        console.print(f"{corpus}, seed {seed}: {name}: average {average:.3f}", highlight=False, markup=False)
     plain = [one.seconds for one in found["uniform"]]
     rows = {
         name: {

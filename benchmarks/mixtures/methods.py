@@ -74,10 +74,10 @@ LONGER = "uniform, three times the steps"  # what a search costs, spent on plain
 BASELINES = ("uniform", "proportional", "temperature", "UniMax", LONGER)
 
 METHODS: dict[str, Method] = {
-    "DoReMi, recommended (reference: uniform)": Method("doremi", {"variant": "recommended"}, "uniform", True),
-    "DoReMi, paper (reference: uniform)": Method("doremi", {}, "uniform", True),
-    "DoReMi, recommended (reference: proportional)": Method("doremi", {"variant": "recommended"}, "proportional", True),
-    "DoReMi, paper (reference: proportional)": Method("doremi", {}, "proportional", True),
+    "DoReMi recommended, reference uniform": Method("doremi", {"variant": "recommended"}, "uniform", True),
+    "DoReMi paper, reference uniform": Method("doremi", {}, "uniform", True),
+    "DoReMi recommended, reference proportional": Method("doremi", {"variant": "recommended"}, "proportional", True),
+    "DoReMi paper, reference proportional": Method("doremi", {}, "proportional", True),
     "hardest": Method("hardest", searches=True),
     "Group DRO": Method("group_dro"),
     "on-demand": Method("on_demand"),
@@ -92,17 +92,17 @@ METHODS: dict[str, Method] = {
 
 # Measured after the others.
 MORE: dict[str, Method] = {
-    "mixture regression": Method("regression", searches=True),
-    "easiest": Method("easiest", {}, "uniform", True),
-    "agnostic": Method("agnostic"),
     "MERO": Method("mero", {}, "uniform"),
-    "topic CVaR": Method("topic_cvar"),
     "DRO-LM": Method("dro_lm", {}, "bigram"),
+    "agnostic": Method("agnostic"),
     "divergence ball": Method("divergence_ball", every=20),
-    "validation feedback, level": Method("validation_feedback"),
+    "topic CVaR": Method("topic_cvar"),
     "validation feedback, progress": Method("validation_feedback", {"mode": "progress"}),
+    "validation feedback, level": Method("validation_feedback"),
     "just train twice": Method("jtt", searches=True),
     "lookahead": Method("lookahead"),
+    "easiest": Method("easiest", {}, "uniform", True),
+    "mixture regression": Method("regression", searches=True),
 }
 METHODS |= MORE
 LATER = (*MORE, LONGER)

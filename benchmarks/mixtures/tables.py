@@ -136,7 +136,7 @@ def draw(path: Path, corpora: Sequence[Mapping[str, Any]]) -> Path:
     options: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 130}
     with plt.rc_context(options):
         figure, panels = plt.subplots(
-            1, len(corpora), figsize=(5.2 * len(corpora), 0.9 + 0.19 * max(heights)), squeeze=False
+            1, len(corpora), figsize=(5.6 * len(corpora), 0.9 + 0.19 * max(heights)), squeeze=False
         )
         for axes, measured in zip(panels[0], corpora):
             _panel(axes, measured)
@@ -156,6 +156,8 @@ def _panel(axes: Any, measured: Mapping[str, Any]) -> None:
             text = f"+{row.against_uniform.mean():.2f} →"
             axes.annotate(text, (SHOWN, place), xytext=(-6, 0), textcoords="offset points", ha="right", va="center")
     axes.axvline(0, color="#333333", linewidth=0.8)
+    axes.grid(axis="y", color="#EEEEEE", linewidth=0.8)
+    axes.set_axisbelow(True)
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     for label, row in zip(axes.get_yticklabels(), rows):
         label.set_color("#D55E00" if row.name in BASELINES else "#000000")

@@ -1,7 +1,8 @@
 """Hugging Face Trainer with exact resume: python examples/loader_hugging_face.py shards run 4
 
 The trainer would wrap the loader and skip batches when it resumes; the loader does both better, so it is handed over as
-it is, and its state goes into every checkpoint.
+it is, and its state goes into every checkpoint. Called again with more steps it goes on from the last one, with the
+very samples that a whole run would have seen.
 """
 
 import json
@@ -20,7 +21,7 @@ loader = MixtureLoader(
     mixture="uniform",
     global_batch_size=8,
     seed=17,
-    transform=lambda batch: {"input_ids": batch["input_ids"], "labels": batch["input_ids"]},
+    transform=lambda batch: {**batch, "labels": batch["input_ids"]},
 )
 
 
@@ -34,11 +35,24 @@ class MixtureTrainer(Trainer):
     def get_train_dataloader(self):
         return loader
 
+    def compute_loss(self, model, inputs, **options):
+        tokens = {"input_ids": inputs["input_ids"], "labels": inputs["labels"]}
+        loss = super().compute_loss(model, tokens, **options)
+        print(f"step {loader.step}: loss {loss.item():.9f}, samples {inputs['sample_ids'].tolist()}")
+        return loss
+
 
 vocab = loader.manifest.tokenizer.vocab_size
 config = GPT2Config(vocab_size=vocab, n_positions=loader.manifest.seq_len, n_embd=16, n_layer=1, n_head=1)
 arguments = TrainingArguments(
-    folder, max_steps=int(steps), save_steps=2, use_cpu=True, report_to=[], ignore_data_skip=True, disable_tqdm=True
+    folder,
+    max_steps=int(steps),
+    save_steps=1,
+    lr_scheduler_type="constant",  # another one would depend on max_steps
+    use_cpu=True,
+    report_to=[],
+    ignore_data_skip=True,
+    disable_tqdm=True,
 )
 torch.manual_seed(0)
 trainer = MixtureTrainer(GPT2LMHeadModel(config), arguments, callbacks=[KeepLoader()])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -23,7 +24,6 @@ from torch.utils.data import DataLoader
 
 from mixer.budget import Plan, plan_budget
 from mixer.cache import RemoteCache
-from mixer.composer_door import is_spinning, keep_place
 from mixer.dataset import MixtureDataset
 from mixer.errors import DataError, ExhaustedError, InputError
 from mixer.folders import load_manifest
@@ -32,12 +32,14 @@ from mixer.mixer import Draws, Mixer, RunEnded, Snapshot, Weights
 from mixer.plan_ahead import PlanSampler, as_is
 from mixer.remote_shards import RemoteShards
 from mixer.setup import MixtureLike, mixer_for, resolve_curriculum, resolve_mixture, tokens_in
+from mixer.trainers import fetched_ahead, is_spinning, keep_place
 from mixer.units import parse_bytes, short
 
 __all__ = ["MixtureLoader", "resolve_mixture"]
 
 Batch = dict[str, torch.Tensor]
 _READ_AHEAD = 8
+_REMEMBERED = 8
 
 
 class MixtureLoader(DataLoader[Any]):
@@ -144,6 +146,7 @@ class MixtureLoader(DataLoader[Any]):
                 f"read_ahead {self.read_ahead} must be at least num_workers {num_workers}: each needs a batch."
             )
         self._plan, self._delivered = PlanSampler(self), self.mixer.snapshot()
+        self._before: deque[Snapshot] = deque(maxlen=_REMEMBERED)  # each of the batches delivered last
         options: dict[str, Any] = {}
         if processes:  # forking a process that has threads is not safe
             options = {"multiprocessing_context": "forkserver", "prefetch_factor": self.read_ahead // processes}
@@ -228,6 +231,7 @@ class MixtureLoader(DataLoader[Any]):
         stage = self.mixer.schedule(step, weights, ramp=ramp)
         self._plan.add(stage)
         self._delivered = self._delivered.with_stage(stage)
+        self._before = deque((snapshot.with_stage(stage) for snapshot in self._before), _REMEMBERED)
 
     # --- batches ---------------------------------------------------------------------------------------------------
 
@@ -268,6 +272,7 @@ class MixtureLoader(DataLoader[Any]):
         if self.pin_memory and torch.cuda.is_available():
             batch = _pinned(batch)
         self._last = (batch.get("domain_ids") if isinstance(batch, Mapping) else None, draws.counts)
+        self._before.append(before)
         return batch
 
     def _plan_batch(self) -> Draws:
@@ -286,6 +291,7 @@ class MixtureLoader(DataLoader[Any]):
             for batch in self._timed(self._ready()):
                 if isinstance(batch, Exception):
                     raise batch
+                self._before.append(self._delivered)
                 self._delivered = self._plan.planned.popleft()
                 yield batch
                 if generation != self._generation:
@@ -318,8 +324,12 @@ class MixtureLoader(DataLoader[Any]):
     # --- state -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position after the last delivered batch, as JSON-like builtins; the same on every rank."""
-        return self.mixer.state_dict(self._now)
+        """Return the position after the last delivered batch, as JSON-like builtins; the same on every rank.
+
+        Lightning, which fetches ahead, gets the position after the last batch that it has trained on.
+        """
+        ahead = min(fetched_ahead(sys._getframe(1)), len(self._before))
+        return self.mixer.state_dict(self._before[-ahead] if ahead else self._now)
 
     def load_state_dict(self, state: Mapping[str, Any], *, remap: bool = False) -> None:
         """Continue after the batch at which ``state`` was taken, on any number of ranks and with any batch size.
@@ -338,6 +348,7 @@ class MixtureLoader(DataLoader[Any]):
             self.mixer.grown = before[1]
             raise
         self._ended, self._delivered = "", self.mixer.snapshot()
+        self._before.clear()
         self._generation += 1
 
     def plan(self, budget_tokens: float) -> Plan:

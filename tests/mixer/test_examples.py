@@ -21,9 +21,9 @@ def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("shards"), {"book": 30, "code": 150, "web": 400}, vocab_size=60_000)
 
 
-def needs(package):
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed")
+def needs(*packages):
+    if all(importlib.util.find_spec(package) is None for package in packages):
+        pytest.skip(f"{' or '.join(packages)} is not installed")
 
 
 def run(*command, **environment):
@@ -51,14 +51,23 @@ def test_composer_saves_the_loader(shards, tmp_path):
     assert "trained to step 2; the loader stands at 2" in out and list((tmp_path / "run").rglob("*.pt"))
 
 
-@pytest.mark.parametrize(("name", "package"), [("hugging_face", "transformers"), ("lightning", "lightning")])
-def test_trainer_goes_on_from_its_checkpoint(shards, tmp_path, name, package):
-    needs(package)
+@pytest.mark.parametrize(
+    ("name", "package"), [("hugging_face", "transformers"), ("lightning", "lightning, pytorch_lightning")]
+)
+def test_trainer_goes_on_from_its_checkpoint_to_the_bit(shards, tmp_path, name, package):
+    needs(*package.split(", "))
     if package == "transformers":
         # Beside a CPU torch, PyPI's torchvision (a CUDA build) keeps transformers from importing its models.
         loads = subprocess.run([sys.executable, "-c", "from transformers import GPT2LMHeadModel"], capture_output=True)
         if loads.returncode:
             pytest.skip("transformers cannot import its models here (torchvision and torch are of different builds)")
-    command = (sys.executable, ROOT / "examples" / f"loader_{name}.py", shards, tmp_path / "run")
-    for steps in (2, 5):
-        assert f"trained to step {steps}" in run(*command, steps)
+    program = (sys.executable, ROOT / "examples" / f"loader_{name}.py", shards)
+    whole = trained(run(*program, tmp_path / "whole", 5))
+    first, rest = trained(run(*program, tmp_path / "run", 2)), trained(run(*program, tmp_path / "run", 5))
+    assert [number for number, _ in first + rest] == ["1", "2", "3", "4", "5"]
+    assert first + rest == whole  # losses to nine digits and the ids of all samples
+
+
+def trained(out):
+    """Return (step, loss and samples) of each step that an example printed."""
+    return re.findall(r"^step (\d+): (loss .*)$", out, re.MULTILINE)

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from benchmarks.mixtures.__main__ import main
 from benchmarks.mixtures.corpora import FourDomains, entropy_floors
 from benchmarks.mixtures.methods import BASELINES, METHODS, outcome
 from benchmarks.mixtures.runs import Run, Runs, Setting
@@ -57,6 +59,18 @@ def test_every_row_of_the_comparison_runs(runs: Runs, name: str) -> None:
     assert np.isfinite(found.result.test).all() and len(found.result.test) == 3
     assert abs(sum(found.weights) - 1) < 1e-6
     assert found.seconds > 0
+
+
+def test_the_command_prints_every_finished_row_and_continues(shards: Path, tmp_path: Path) -> None:
+    asked = [str(shards), "--seeds", "1", "--steps", "40", "--batch-size", "4", "--out", str(tmp_path)]
+    first = CliRunner().invoke(main, [*asked, "--only", "ODM"])
+    assert first.exit_code == 0, first.output
+    assert all(name in first.stdout for name in (*BASELINES, "ODM", "40 steps of 4 samples"))
+    again = CliRunner().invoke(main, [*asked, "--only", "ODM", "--only", "ADO", "--finished"])
+    assert again.stdout == first.stdout
+    assert "ADO is not finished" in again.stderr
+    refused = CliRunner().invoke(main, [str(shards), "--only", "ODD"])
+    assert refused.exit_code == 2 and "no methods ['ODD']" in refused.output
 
 
 def test_floors_are_the_entropies_of_the_synthetic_domains() -> None:

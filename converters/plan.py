@@ -158,6 +158,8 @@ def _is_side_file(name: str, names: set[str]) -> bool:
     if is_conversion_file(name, names):
         return True
     prefix = f"{folder}/" if folder else ""
+    if last.startswith("cache-") and last.endswith(".arrow") and f"{prefix}state.json" in names:
+        return True  # what map() and filter() of a saved Hugging Face dataset left beside it
     if last in ("state.json", "dataset_info.json"):
         return {f"{prefix}state.json", f"{prefix}dataset_info.json"} <= names
     if last == "dataset_dict.json":

@@ -30,11 +30,10 @@ def text_rule(spec: str) -> TextRule:
     >>> text_rule("text")({"body": "b"})
     ('text', None)
     """
-    parts = _parts(spec)
-    if len(parts) == 1 and parts[0][0] == "":
+    parts, may_be_number = _parts(spec), "{" in spec
+    if len(parts) == 1 and not may_be_number:
         name = parts[0][1]
         return lambda fields: value if isinstance(value := field_value(fields, name), str) else (name, value)
-    may_be_number = "{" in spec
 
     def rule(fields: Mapping[str, Any]) -> str | tuple[str, Any]:
         pieces = []

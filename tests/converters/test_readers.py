@@ -90,6 +90,52 @@ def test_saved_hugging_face_dataset_is_read_without_its_side_files(tmp_path):
     assert texts_of(read(tmp_path / "set")) == texts
 
 
+SAVED = Path(__file__).parent / "saved_dataset"  # written by DatasetDict.save_to_disk of datasets 4.8.5
+
+
+def test_files_that_the_datasets_library_wrote_are_read_in_order(tmp_path):
+    import shutil
+
+    shutil.copytree(SAVED, tmp_path / "set")
+    cached = tmp_path / "set" / "train" / "cache-1b1d0c.arrow"
+    shutil.copy(tmp_path / "set" / "train" / "data-00000-of-00002.arrow", cached)  # as its map() leaves one behind
+    rows = read(tmp_path / "set", domain="field:meta.set")
+    names = [*(f"train document {n}" for n in range(12)), *(f"validation document {n}" for n in range(4))]
+    assert [text.split(" ü")[0] for text in texts_of(rows)] == names
+    assert texts_of(rows)[0] == "train document 0 ünïcödé 漢字\nsecond line"
+    assert [row.domain for row in rows[:3]] == ["news", "web", "news"]
+    assert [row.text for row in read(tmp_path / "set", text_field="{meta.year}", unit_bytes=10)][:2] == ["1990", "1991"]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst"])
+def test_lines_come_back_from_every_compression(tmp_path, suffix):
+    import bz2
+    import lzma
+
+    import zstandard
+
+    compress = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.compress}[suffix]
+    texts = documents("web", 30)
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    raw = (tmp_path / "a.jsonl").read_bytes()
+    half = raw.index(b"\n", len(raw) // 2) + 1
+    # Archives are often put together: several members or frames in one file are one text.
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / f"a.jsonl.{suffix}").write_bytes(compress(raw[:half]) + compress(raw[half:]))
+    assert texts_of(read(tmp_path / "in")) == texts
+
+
+@pytest.mark.parametrize("kind, group", [("parquet", 7), ("arrow", 7)])
+def test_row_groups_are_units_that_give_each_row_once(tmp_path, kind, group):
+    texts = one_line(documents("web", 50))
+    path, _ = written(tmp_path, kind, texts)
+    plan = make_plan([path], StageOptions(unit_bytes=100), {})
+    assert len(plan.units) == -(-len(texts) // group)
+    each = [[row.text for row in documents_of(piece, StageOptions())] for unit in plan.units for piece in unit.pieces]
+    assert [len(rows) for rows in each] == [group] * (len(texts) // group) + [len(texts) % group]
+    assert [text for texts in each for text in texts] == texts
+
+
 def test_dataset_saved_by_the_datasets_library_is_read(tmp_path):
     datasets = pytest.importorskip("datasets")
     texts = documents("web", 30)

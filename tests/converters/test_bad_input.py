@@ -267,3 +267,98 @@ def test_quarantined_records_keep_place_reason_and_raw_bytes(tmp_path):
     lines = (tmp_path / "corpus" / "web" / "a.jsonl").read_bytes()
     assert lines[rows[1]["offset"] :].startswith(b"{\n")
     assert manifest.domains["web"].skipped == {"json": 1, "utf8": 1}
+
+
+# --- the defects that other converters were tried with: 100 documents, one defect at the 31st, two processes ---------
+
+TABLE = {
+    "malformed JSON": (b'{"text": "no end', "json"),
+    "invalid UTF-8": (b'{"text": "caf\xe9"}', "utf8"),
+    "no text": (b'{"id": 7}', "no_text"),
+    "NUL in JSON": (b'{"text": "\0"}', "json"),
+}
+
+
+@pytest.mark.parametrize("policy", ["fail", "skip", "quarantine"])
+@pytest.mark.parametrize("defect", TABLE)
+def test_one_defect_among_100_documents_costs_that_document_or_stops_all(tmp_path, defect, policy):
+    line, reason = TABLE[defect]
+    (tmp_path / "corpus" / "web").mkdir(parents=True)
+    lines = [*LINES[:30], line, *LINES[31:]]
+    (tmp_path / "corpus" / "web" / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    given: dict = {"on_bad_record": policy, "workers": 2, "unit_size": 3000, "held_out": 0, "tail": "pad"}
+    if policy == "fail":
+        with pytest.raises(DataError, match=r"web/a.jsonl, line 31: "):
+            shards_of(tmp_path, **given)
+        assert not list((tmp_path / "shards").rglob("index.json"))
+        return
+    manifest = shards_of(tmp_path, **given)
+    texts = [text for number, text in enumerate(documents("web", 100)) if number != 30]
+    assert manifest.domains["web"].tokens_in == {"train": sum(len(text.encode()) + 1 for text in texts)}
+    assert manifest.converter["skipped"] == {reason: 1}
+    assert (tmp_path / "shards" / "quarantine.jsonl").exists() == (policy == "quarantine")
+
+
+@pytest.mark.parametrize("policy", ["skip", "quarantine"])
+def test_truncated_archive_stops_all_but_finished_units_are_kept(tmp_path, policy):
+    for name in ("code", "web"):
+        write_jsonl(tmp_path / "corpus" / name / "a.jsonl", documents(name, 100))
+    data = gzip.compress(b"\n".join(LINES))
+    (tmp_path / "corpus" / "web" / "b.jsonl.gz").write_bytes(data[: len(data) * 2 // 3])
+    given: dict = {"on_bad_record": policy, "max_bad": 1, "workers": 2, "unit_size": 3000}
+    with pytest.raises(DataError, match=r"web/b.jsonl.gz is truncated or damaged"):
+        shards_of(tmp_path, **given)
+    assert not list((tmp_path / "shards").rglob("index.json"))
+    assert list((tmp_path / "shards" / ".stage" / "units").glob("*/unit.json"))
+
+
+@pytest.mark.parametrize("policy", ["skip", "quarantine"])
+def test_every_record_is_kept_held_out_or_left_out_for_a_counted_reason(tmp_path, policy, monkeypatch):
+    monkeypatch.setattr("converters.readers.MAX_RECORD_BYTES", 50_000)
+    web, texts = tmp_path / "corpus" / "web", documents("web", 120)
+    web.mkdir(parents=True)
+    bad = [b"{", b'{"text": "\xff"}', b"[]", b'{"text": null}', b'{"text": ""}', b'{"text": "' + b"x" * 60_000 + b'"}']
+    lines = [json.dumps({"text": text}).encode() for text in [*texts, *texts[:7]]]
+    (web / "a.jsonl").write_bytes(b"\n".join([*lines[:50], *bad, *lines[50:]]) + b"\n\n \n")
+    (web / "b.csv").write_bytes(b"text,n\nfrom csv,1\ntoo,many,2\n")
+    (web / "c.txt").write_bytes(b"binary\0")
+    (web / "d.warc").write_bytes(
+        b"WARC/1.0\r\nWARC-Type: response\r\nContent-Type: application/http\r\nContent-Length: 1\r\n\r\nx\r\n\r\n"
+    )
+    write_jsonl(tmp_path / "corpus" / "spam" / "a.jsonl", documents("spam", 9))
+    manifest = shards_of(
+        tmp_path, on_bad_record=policy, max_bad=1, dedupe=True, held_out=0.2, domain_map={"spam": None}, unit_size=3000
+    )
+    expected = {
+        "binary": 1, "csv": 1, "dropped": 9, "duplicate": 7, "empty": 1, "json": 2, "no_text": 1, "not_text": 1,
+        "oversized": 1, "utf8": 1,
+    }  # fmt: skip
+    assert manifest.converter["skipped"] == expected
+    kept = sum(split.num_documents for split in manifest.domains["web"].splits.values())
+    assert kept == 121
+    assert manifest.domains["web"].splits["validation"].num_documents > 8
+    assert manifest.converter["documents_read"] == kept + sum(expected.values())
+    intended = ("dropped", "duplicate", "empty")
+    named = sum(count for reason, count in expected.items() if reason not in intended)
+    assert len(manifest.converter["bad_records"]) == named
+    if policy == "quarantine":
+        rows = [json.loads(line) for line in (tmp_path / "shards" / "quarantine.jsonl").read_bytes().splitlines()]
+        assert sorted(row["reason"] for row in rows) == sorted(
+            reason for reason, count in expected.items() if reason not in intended for _ in range(count)
+        )
+        assert all({"place", "offset", "reason", "detail", "raw_base64"} == row.keys() for row in rows)
+
+
+def test_file_that_nobody_can_read_is_named(tmp_path):
+    if not os.path.exists("/proc/self/mem"):
+        pytest.skip("no /proc/self/mem to stand for a file that gives an error when it is read")
+    corpus_with(tmp_path, LINES[0])
+    (tmp_path / "corpus" / "web" / "b.jsonl").symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match=r"cannot read .*b.jsonl: Input/output error"):
+        shards_of(tmp_path, on_bad_record="skip")
+
+
+def test_input_that_is_no_file_is_not_waited_for(tmp_path):
+    corpus_with(tmp_path, LINES[0])
+    os.mkfifo(tmp_path / "corpus" / "web" / "pipe.jsonl")
+    assert shards_of(tmp_path).converter["documents_read"] == 101

@@ -61,6 +61,25 @@ def test_every_damage_is_found_and_names_its_file(shards, damage, is_deep, messa
     assert "To repair:" in result.output
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda s: first_shard(s).unlink(), lambda s: flip(first_shard(s)), lambda s: edit_index(s)]
+)
+def test_repair_that_is_named_repairs(shards, tmp_path, damage):
+    import shutil
+    from pathlib import Path
+
+    whole = tree_hash(shards)
+    damage(shards)
+    findings = verify(shards, deep=True)
+    assert all("convert elsewhere by the same options and copy this file" in finding.repair for finding in findings)
+    options: dict = {"train_tokenizer": 300, "seq_len": 64, "shard_size": 8000}
+    convert([tmp_path / "corpus"], tmp_path / "elsewhere", **options)
+    for finding in findings:
+        shutil.copy(tmp_path / "elsewhere" / Path(finding.path).relative_to(shards), finding.path)
+    assert verify(shards, deep=True) == []
+    assert tree_hash(shards) == whole
+
+
 def test_findings_are_counted_and_end_with_one_dot(shards):
     assert "No findings (" in CliRunner().invoke(cli.verify, [str(shards)]).output
     (shards / "web" / "train" / "index.json").unlink()

@@ -111,7 +111,7 @@ class _Whole:
         return all_reduce(sums)
 
     def zeros(self) -> Tensor:
-        return torch.zeros(sum(parameter.numel() for parameter in self.parameters), device=self.parameters[0].device)
+        return _zeros(self.parameters)
 
     def mean_of(self, row: int) -> Tensor:
         loss, mask = self.losses_of(_take(self.batch, torch.tensor([row])))
@@ -163,8 +163,7 @@ class _Sharded(_Whole):
         return sums  # of_samples went over those of all ranks
 
     def zeros(self) -> Tensor:
-        parts = [_local(parameter) for parameter in self.parameters]
-        return torch.zeros(sum(part.numel() for part in parts), device=parts[0].device)
+        return _zeros([_local(parameter) for parameter in self.parameters])
 
     def flat(self, loss: Tensor) -> Tensor:
         kept = [parameter.grad for parameter in self.parameters]
@@ -201,6 +200,12 @@ def _shared(value: list[int] | None, source: int) -> list[int]:
 
 def _local(tensor: Any) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def _zeros(parameters: Sequence[Tensor]) -> Tensor:
+    """Return one 0 per parameter, in float32 or better: sums of half-precision gradients need more than their bits."""
+    dtype = torch.promote_types(parameters[0].dtype, torch.float32)
+    return torch.zeros(sum(p.numel() for p in parameters), dtype=dtype, device=parameters[0].device)
 
 
 def _concatenated(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:

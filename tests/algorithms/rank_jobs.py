@@ -18,6 +18,7 @@ from algorithms.rules import UPDATE_RULES
 from algorithms.worst_subset import WorstSubset
 from mixer.dataloader import MixtureLoader
 from mixer.errors import DataError, InputError
+from tests.algorithms.every_rule import weights_of_every_rule
 from tests.algorithms.ranks import job, main
 from tests.algorithms.test_domain_reweighting import heldout_windows, recorder
 from tests.algorithms.tiny import Loader, gpt2, llama, wrap
@@ -201,6 +202,12 @@ class Meddler(Callback):
         run = self.algorithm._run
         if state.timestamp.batch.value == 2 and dist.get_global_rank() == 1 and run is not None:
             run.state.log_weights[0] += 1e-9
+
+
+@job
+def every_rule(folder: Path, rank: int, world_size: int) -> list[Any]:
+    """The weights of every rule in the catalogue."""
+    return weights_of_every_rule(loader=Loader(rank=rank, world_size=world_size))
 
 
 @job

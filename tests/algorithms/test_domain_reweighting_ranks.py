@@ -11,6 +11,7 @@ import torch
 
 from algorithms.references import FrozenModel, as_reference
 from tests.algorithms import rank_jobs
+from tests.algorithms.every_rule import assert_equal_runs, weights_of_every_rule
 from tests.algorithms.ranks import JOBS, run_ranks
 from tests.algorithms.test_domain_reweighting_loader import row
 from tests.algorithms.tiny import VOCAB, Loader, batch
@@ -49,8 +50,16 @@ def test_gradient_on_two_ranks_is_that_of_one(ranks: Any, alone: Any) -> None:
         assert rank["ddp"]["loss"] == pytest.approx(alone["loss"], rel=1e-6)
 
 
+def test_every_rule_finds_on_two_ranks_what_it_finds_on_one(ranks: Any) -> None:
+    expected = weights_of_every_rule()
+    for rank in ranks:
+        assert_equal_runs(rank["every_rule"], expected)
+
+
 def test_four_ranks_do_what_one_does(alone: Any, tmp_path: Path) -> None:
-    for rank in run_ranks(["ddp"], 4, tmp_path):
+    every_rule = weights_of_every_rule()
+    for rank in run_ranks(["ddp", "every_rule"], 4, tmp_path):
+        assert_equal_runs(rank["every_rule"], every_rule)
         for ours, expected in zip(rank["ddp"]["gradients"], alone["gradients"], strict=True):
             assert distance(ours, expected) < 1e-6
         np.testing.assert_allclose(rank["ddp"]["weights"], alone["weights"], rtol=1e-6)

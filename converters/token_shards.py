@@ -25,14 +25,14 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from converters.files import naming, open_bytes, status
+from converters.files import damaged, naming, open_bytes, status
 from converters.options import StageOptions
 from converters.readers import Piece
 from converters.texts import text_columns
 from converters.tokenizers import Encoder, load_encoder
 from mixer.errors import DataError, InputError
 from mixer.manifest import Manifest, TokenizerInfo
-from mixer.mds import column_spans, decode_value, parse_header
+from mixer.mds import Header, column_spans, decode_value, parse_header
 
 __all__ = [
     "TokenDocument",
@@ -259,6 +259,15 @@ def _read_rows(path: str, version: str, column: str, dtype: str) -> tuple[NDArra
     with naming(path), open_bytes(path) as file:
         shard = file.read()
     header = parse_header(shard, path)
+    try:
+        return _unpacked(path, shard, header, column, dtype)
+    except (DataError, ValueError, KeyError, TypeError, IndexError, StopIteration) as error:
+        raise error if path in str(error) else damaged(path, error) from error
+
+
+def _unpacked(
+    path: str, shard: bytes, header: Header, column: str, dtype: str
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
     columns = dict(zip(header.config["column_names"], header.config["column_encodings"]))
     name = column if column in columns else _only_tokens(path, columns)
     starts, sizes = column_spans(np.frombuffer(shard, np.uint8), header, columns, name)

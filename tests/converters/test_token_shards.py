@@ -9,9 +9,15 @@ import pytest
 
 from converters import convert
 from converters.inspecting import read_samples
+from converters.options import StageOptions
+from converters.plan import make_plan
+from converters.readers import Bad
+from converters.stage import Document, documents_of
+from converters.tokenizers import describe
 from converters.training import train_bpe
 from mixer.errors import DataError, InputError
 from mixer.manifest import Manifest
+from mixer.mds import encode_shard
 from tests.converters.corpora import documents, tree_hash, write_corpus, write_jsonl
 
 EOS = 256
@@ -156,3 +162,27 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
         writer.write({"tokens": np.array([1, 2, 900, EOS], np.int32)})
     with pytest.raises(DataError, match=r"shard.00000.mds .*holds token id 900, the tokenizer has 257"):
         convert([f"web={tmp_path / 'mds'}"], tmp_path / "out", tokens_from="bytes", seq_len=2, **ALL)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_damaged_bytes_give_documents_or_one_named_error(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    columns = {"tokens": ["ndarray:uint16:16", "ndarray:uint16", "bytes", "ndarray"][seed % 4]}
+    rows = np.arange(160, dtype=np.uint16).reshape(10, 16) % 200
+    rows[::3, 5] = EOS
+    values = [row.astype(np.int64).tobytes() for row in rows] if columns["tokens"] == "bytes" else list(rows)
+    path = tmp_path / "web" / "shard.00000.mds"
+    path.parent.mkdir()
+    raw = bytearray(encode_shard(columns, {"tokens": values}))
+    places = rng.integers(0, [len(raw), 120][seed % 2], 3)  # anywhere, or in the header
+    for place in places:
+        raw[place] = rng.integers(256)
+    path.write_bytes(raw[: rng.integers(1, len(raw))] if seed % 5 == 0 else raw)
+    options = StageOptions(tokens_from=describe("bytes"))
+    try:
+        plan = make_plan([tmp_path / "web"], options, {})
+        found = [row for unit in plan.units for piece in unit.pieces for row in documents_of(piece, options)]
+    except (DataError, InputError) as error:
+        assert "shard.00000.mds" in str(error)
+    else:
+        assert all(isinstance(row, Document | Bad) for row in found)

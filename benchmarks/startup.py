@@ -7,8 +7,8 @@ Only ``index.json`` files are written, for four domains of 70 / 25 / 4.5 / 0.5 %
 data is needed to decide what the first batch holds, and which shards and rows it lies in. Every measurement runs in a
 process of its own; imports are shown apart. Memory is the growth of the peak resident size after the imports. For
 StreamingDataset the time runs from its construction until the order of the epoch is there. Medians of ``--rounds``; the
-very first start on an index, which has to parse it, is shown as "first of all". Results also go to
-benchmarks/results/startup.json.
+very first start on an index, which has to parse it, is shown as "first of all". At the end: how long ``import mixer``
+and what it offers take beside ``import torch``. Results also go to benchmarks/results/startup.json.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import RESULTS
+from benchmarks.peers import SHARES, WEIGHTS
 
-SHARES = {"a": 0.70, "b": 0.25, "c": 0.045, "d": 0.005}
-WEIGHTS = {"a": 0.4, "b": 0.3, "c": 0.2, "d": 0.1}
 PER_SHARD, SEQ_LEN = 16_384, 2048
 
 
@@ -124,6 +123,26 @@ def in_own_process(loader: str, folder: Path) -> dict[str, float] | None:
     return json.loads(lines[-1])
 
 
+IMPORTS = {
+    "torch": "import torch",
+    "mixer": "import mixer",
+    "MixtureLoader": "from mixer import MixtureLoader",
+    "streaming": "import streaming",
+}
+
+
+def import_seconds(rounds: int) -> dict[str, float]:
+    """Return medians of wall seconds that imports take in fresh processes, Python's own start taken off."""
+    found: dict[str, list[float]] = {name: [] for name in ("nothing", *IMPORTS)}
+    for _ in range(rounds):
+        for name in found:
+            began = time.perf_counter()
+            subprocess.run([sys.executable, "-c", IMPORTS.get(name, "pass")], check=False, capture_output=True)
+            found[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(seconds) for name, seconds in found.items()}
+    return {name: seconds - medians["nothing"] for name, seconds in medians.items() if name != "nothing"}
+
+
 @click.command()
 @click.option("--full", is_flag=True, help="StreamingDataset up to 1e8 samples.")
 @click.option("--rounds", default=3, show_default=True)
@@ -145,10 +164,10 @@ def main(full: bool, rounds: int, one: str | None, data: Path | None) -> None:
                 if kept:
                     results[name][size] = {key: statistics.median(run[key] for run in kept) for key in kept[0]}
                     results[name][size]["first of all"] = kept[0]["first batch"]
-    report(results, rounds)
+    report(results, import_seconds(rounds), rounds)
 
 
-def report(results: dict[str, dict[int, dict[str, float]]], rounds: int) -> None:
+def report(results: dict[str, dict[int, dict[str, float]]], imports: dict[str, float], rounds: int) -> None:
     table = Table(title=f"time to the first batch, median of {rounds}")
     for column in ("loader", "samples", "imports s", "first of all s", "first batch s", "after resume s", "memory MB"):
         table.add_column(column, justify="left" if column == "loader" else "right")
@@ -161,8 +180,12 @@ def report(results: dict[str, dict[int, dict[str, float]]], rounds: int) -> None
     if 10**5 in ours and 10**9 in ours:
         ratio = ours[10**9]["first batch"] / ours[10**5]["first batch"]
         print(f"mixer, first batch at 1e9 ÷ at 1e5: {ratio:.1f} (goal: 1.5 and under 1 s)")
+    ratios = ", ".join(f"{name} {seconds / imports['torch']:.2f}" for name, seconds in imports.items())
+    print(f"time of imports ÷ that of torch ({imports['torch']:.2f} s): {ratios}")
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "startup.json").write_text(json.dumps({"rounds": rounds, "results": results}, indent=2) + "\n")
+    (RESULTS / "startup.json").write_text(
+        json.dumps({"rounds": rounds, "results": results, "imports": imports}, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":

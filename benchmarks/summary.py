@@ -140,11 +140,17 @@ def plot(results: dict[str, Any]) -> None:
     summary, starts = results["loader"].get("summary", {}), results["startup"].get("results", {})
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", width_ratios=(3, 2))
     names = sorted(summary, key=lambda name: (summary[name].get("0") or {"rate": 0})["rate"])
-    for shift, count, colour in ((0.27, "0", "#1f4e79"), (0, "1", "#5b9bd5"), (-0.27, "2", "#bdd7ee")):
-        rates = [(summary[name].get(count) or {"rate": 0})["rate"] for name in names]
-        places = [place + shift for place in range(len(names))]
-        left.barh(places, rates, 0.25, color=colour, label=f"{count} workers")
+    for shift, count, marker, colour in (
+        (0.2, "0", "o", "#1f4e79"),
+        (0, "1", "s", "#5b9bd5"),
+        (-0.2, "2", "^", "#c55a11"),
+    ):
+        found = [(place + shift, (summary[name].get(count) or {}).get("rate")) for place, name in enumerate(names)]
+        places, rates = zip(*[pair for pair in found if pair[1]]) if any(rate for _, rate in found) else ((), ())
+        left.plot(rates, places, marker, color=colour, label=f"{count} worker{'s' if count != '1' else ''}")
     left.set_yticks(range(len(names)), names)
+    for label in left.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text().startswith("mixer") else "normal")
     left.set_xscale("log")
     left.set_xlabel("samples of 2,048 tokens per second")
     left.legend(loc="lower right", frameon=False)
@@ -154,12 +160,13 @@ def plot(results: dict[str, Any]) -> None:
             right.loglog(list(sizes), list(sizes.values()), "o-", color=colour)
             label = "mixer" if name == "mixer" else "mosaicml-streaming"
             size, seconds = list(sizes.items())[-1]
-            right.annotate(label, (size, seconds), (-4, 7), textcoords="offset points", ha="right", color=colour)
+            at = {"ha": "right", "xytext": (2, -18)} if name == "mixer" else {"ha": "left", "xytext": (9, -3)}
+            right.annotate(label, (size, seconds), textcoords="offset points", color=colour, **at)
     right.set_xlabel("samples")
     right.set_ylabel("seconds to the first batch, cold, without imports")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="x" if axes is left else "y", alpha=0.3)
+        axes.grid(axis="both" if axes is left else "y", alpha=0.3)
     figure.savefig(RESULTS / "summary.png", dpi=120)
 
 

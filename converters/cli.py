@@ -228,11 +228,11 @@ def stats(shards: str, split: str, max_tokens: str, plot: str | None, as_json: b
         facts = [{key: value for key, value in row._asdict().items() if key != "lengths"} for row in rows]
         click.echo(json.dumps(facts, indent=2))
         return
-    columns = ("domain", "tokens", "docs", "p10", "p50", "p90", "B/token", "copies", "H1", "H2")
+    columns = ("domain", "tokens", "docs", "p10", "p50", "p90", "B/tok", "copies", "H1", "H2")
     cells = [
         (
-            row.domain, _count(row.tokens), f"{row.documents:,}", *(_count(length) for length in row.quantiles),
-            f"{row.bytes_per_token:.2f}", f"{row.duplicates:.1%}", f"{row.h1:.2f}", f"{row.h2:.2f}",
+            row.domain, _short(row.tokens), f"{row.documents:,}", *(_short(length) for length in row.quantiles),
+            f"{row.bytes_per_token:.2f}", f"{row.duplicates:.1%}", f"{row.h1:.1f}", f"{row.h2:.1f}",
         )
         for row in rows
     ]  # fmt: skip
@@ -380,6 +380,10 @@ def _count(number: float) -> str:
     return f"{number:.1f} T"
 
 
+def _short(number: float) -> str:
+    return _count(number).replace(" ", "")
+
+
 def _size(size: float) -> str:
     return _count(size) + "B"
 
@@ -401,7 +405,7 @@ def _print_samples(shards: str, manifest: Manifest, domains: tuple[str, ...], sp
     from rich.panel import Panel
     from rich.text import Text
 
-    from converters.inspecting import decoded_samples
+    from converters.inspecting import decoded_documents
     from mixer.names import plain, printable
 
     console = Console()
@@ -409,6 +413,13 @@ def _print_samples(shards: str, manifest: Manifest, domains: tuple[str, ...], sp
         if split not in manifest.domains[domain].splits:
             click.echo(f"{domain}: no {split} split.", err=True)
             continue
-        for number, text in enumerate(decoded_samples(shards, domain=domain, split=split, count=count)):
+        for number, (documents, padding) in enumerate(
+            decoded_documents(shards, domain=domain, split=split, count=count)
+        ):
+            text = Text()
+            for place, (document, has_end) in enumerate(documents):
+                text.append(("\n" if place else "") + printable(document, keep="\n\t\xa0\u3000"))
+                text.append("\n--- end of document ---" if has_end else "", "dim")
+            text.append(f"\n--- {padding:,} tokens of padding ---" if padding else "", "dim")
             title = plain(f"{domain} / {split} / sample {number}")
-            console.print(Panel(Text(printable(text, keep="\n\t")), title=title, title_align="left"))
+            console.print(Panel(text, title=title, title_align="left"))

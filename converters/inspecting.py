@@ -15,7 +15,7 @@ from mixer.errors import DataError
 from mixer.manifest import Manifest, Split
 from mixer.mds import column_spans, decode_value, encoded_size, parse_header
 
-__all__ = ["DomainRow", "decoded_samples", "domain_rows", "read_index", "read_samples"]
+__all__ = ["DomainRow", "decoded_documents", "decoded_samples", "domain_rows", "read_index", "read_samples"]
 
 
 class DomainRow(NamedTuple):
@@ -136,3 +136,23 @@ def decoded_samples(folder: str | os.PathLike[str], *, domain: str, split: str =
     encoder = shards_encoder(folder, manifest)
     where = location(folder) / manifest.split(domain, split).path
     return [encoder.decode(row.tolist()) for row in read_samples(where, manifest.column, count)]
+
+
+def decoded_documents(
+    folder: str | os.PathLike[str], *, domain: str, split: str = "train", count: int = 1
+) -> list[tuple[list[tuple[str, bool]], int]]:
+    """Return the first samples of a domain as the documents in them, and how many tokens of each are padding.
+
+    A document is its text and whether it ends in the sample; its end-of-text token is not part of the text.
+    """
+    manifest = load_manifest(location(folder))
+    encoder, eos = shards_encoder(folder, manifest), manifest.tokenizer.eos_id
+    where = location(folder) / manifest.split(domain, split).path
+    samples = []
+    for row in read_samples(where, manifest.column, count):
+        pieces = np.split(row, np.flatnonzero(row == eos) + 1)
+        documents = [piece for piece in pieces if len(piece) > 1 or (len(piece) == 1 and piece[0] != eos)]
+        ended = [piece[-1] == eos for piece in documents]
+        texts = [encoder.decode(piece[: len(piece) - end].tolist()) for piece, end in zip(documents, ended)]
+        samples.append((list(zip(texts, map(bool, ended))), len(row) - sum(map(len, documents))))
+    return samples

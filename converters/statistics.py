@@ -1,13 +1,15 @@
 """What the text of each domain is like: document lengths, bytes per token, duplicates, entropies.
 
 All of it is counted from the shards alone: samples follow one another as they were cut, so joining them gives the
-documents back. The entropies are of the empirical token distribution, in bits per token: H1 of single tokens, H2 of a
+documents back (where samples were filled best-fit, a document longer than a sample counts as its pieces). Padding is
+left out. The entropies are of the empirical token distribution, in bits per token: H1 of single tokens, H2 of a
 token given the one before it. Where a domain is longer than ``max_tokens``, its first shards stand for it.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,23 +54,51 @@ def domain_statistics(
     rows = []
     for name in manifest.names:
         if split in manifest.domains[name].splits:
-            tokens = _tokens(location(shards) / manifest.split(name, split).path, manifest.column, max_tokens)
-            rows.append(_statistics(name, tokens, manifest))
+            samples = _samples(location(shards) / manifest.split(name, split).path, manifest.column, max_tokens)
+            rows.append(_statistics(name, samples, manifest))
     return rows
 
 
-def _tokens(folder: Location, column: str, max_tokens: int) -> NDArray[Any]:
-    parts: list[NDArray[Any]] = []
+def _samples(folder: Location, column: str, max_tokens: int) -> list[NDArray[Any]]:
+    """Return the first samples, cut after ``max_tokens``."""
+    samples: list[NDArray[Any]] = []
+    left = max_tokens
     for entry in read_index(folder):
-        if sum(len(part) for part in parts) >= max_tokens:
-            break
-        parts += shard_rows(folder, entry, column)
-    return np.concatenate(parts)[:max_tokens]
+        for row in shard_rows(folder, entry, column):
+            samples.append(row[:left])
+            left -= len(row)
+            if left <= 0:
+                return samples
+    return samples
 
 
-def _statistics(name: str, tokens: NDArray[Any], manifest: Manifest) -> DomainStatistics:
+def without_padding(
+    samples: Sequence[NDArray[Any]], eos: int, *, joined: bool
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Return the tokens of all samples, and the places at which documents end.
+
+    No document is empty, so an end of text right after another one is padding. Unless samples are ``joined`` as they
+    were cut, a document ends with its sample too.
+
+    >>> tokens, ends = without_padding([np.array([5, 0, 6, 0, 0]), np.array([7, 8, 9, 7, 8])], 0, joined=False)
+    >>> tokens.tolist(), ends.tolist()
+    ([5, 0, 6, 0, 7, 8, 9, 7, 8], [1, 3, 8])
+    """
+    tokens = np.concatenate(samples)
+    last = np.cumsum([len(sample) for sample in samples]) - 1
+    is_end = tokens == eos
+    padding = np.zeros(len(tokens), np.bool_)
+    padding[1:] = is_end[1:] & is_end[:-1]
+    padding[last[:-1] + 1] = False  # the first token of a sample is none
+    if not joined:
+        is_end[last] = True
+    return tokens[~padding], np.flatnonzero(is_end[~padding])
+
+
+def _statistics(name: str, samples: Sequence[NDArray[Any]], manifest: Manifest) -> DomainStatistics:
     domain, eos = manifest.domains[name], manifest.tokenizer.eos_id
-    ends = np.flatnonzero(tokens == eos)
+    joined = manifest.converter.get("request", {}).get("packing") != "best_fit"
+    tokens, ends = without_padding(samples, eos, joined=joined)
     lengths = np.diff(ends, prepend=-1)  # with their end of text; the cut document at the end is left out
     all_tokens = sum(domain.tokens_in.values()) or sum(part.num_tokens for part in domain.splits.values())
     h1, h2, distinct = entropies(tokens)
@@ -121,21 +151,28 @@ def plot_statistics(rows: list[DomainStatistics], path: str | os.PathLike[str]) 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
-    for row in rows:
-        if len(row.lengths):
-            ordered = np.sort(row.lengths)
-            left.step(
-                ordered, np.arange(1, len(ordered) + 1) / len(ordered), where="post", label=plot_label(row.domain)
-            )
-    left.set(xscale="log", xlabel="tokens per document", ylabel="share of documents up to this length")
-    left.legend(fontsize=8)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, max(4.5, 1.2 + 0.3 * len(rows))))
+    colors = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(rows)))
+    by_length = sorted((row for row in rows if len(row.lengths)), key=lambda row: row.quantiles[1])
+    for row, color in zip(by_length, colors):  # shortest first, so that colours and lines have one order
+        ordered = np.sort(row.lengths)
+        shares = np.arange(len(ordered) + 1) / len(ordered)
+        places = np.concatenate((ordered[:1], ordered))
+        left.step(places, shares, where="post", color=color, label=plot_label(row.domain))
+    left.set(xscale="log", xlabel="tokens per document", ylabel="share of documents up to this length", ylim=(0, 1.02))
+    left.set_title("Document lengths", loc="left")
+    left.grid(alpha=0.25)
+    if by_length:
+        left.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     place = np.arange(len(rows))
-    right.barh(place - 0.2, [row.h1 for row in rows], 0.4, label="H1: single tokens")
-    right.barh(place + 0.2, [row.h2 for row in rows], 0.4, label="H2: given the token before")
+    right.barh(place - 0.2, [row.h1 for row in rows], 0.4, color="#9db8d2", label="H1: single tokens")
+    right.barh(place + 0.2, [row.h2 for row in rows], 0.4, color="#33658a", label="H2: given the token before")
     right.set(yticks=place, yticklabels=[plot_label(row.domain) for row in rows], xlabel="bits per token")
+    right.set_title("Entropy", loc="left")
     right.invert_yaxis()
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0))
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

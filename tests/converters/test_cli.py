@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from converters import convert as conversion
 from converters.cli import convert, inspect, stats
 from mixer.manifest import Manifest
-from tests.converters.corpora import write_corpus
+from tests.converters.corpora import write_corpus, write_jsonl
 
 
 @pytest.fixture
@@ -35,7 +35,21 @@ def test_convert_ends_with_a_table_of_the_domains(shards):
 def test_inspect_shows_documents_joined_by_end_of_text(shards):
     result = CliRunner().invoke(inspect, [str(shards[0]), "--sample", "2", "--domain", "book"], catch_exceptions=False)
     assert "book / train / sample 1" in result.output
+    assert "--- end of document ---" not in result.output  # its two documents are longer than these samples
     assert "web / train" not in result.output
+
+
+def test_inspect_shows_where_documents_end_and_what_is_padding(tmp_path):
+    texts = ["one <|endoftext|>", "two", "three"]
+    write_jsonl(tmp_path / "in" / "a" / "a.jsonl", texts)
+    for packing in ("concat", "none"):
+        given: dict = {"tokenizer": "bytes", "seq_len": 40, "held_out": 0, "tail": "pad", "packing": packing}
+        conversion([tmp_path / "in"], tmp_path / packing, **given)
+        shown = CliRunner().invoke(inspect, [str(tmp_path / packing), "--sample", "3"], catch_exceptions=False).output
+        assert shown.count("--- end of document ---") == 3
+        assert [text for text in texts if text in shown] == texts
+        padding = 40 - sum(len(text) + 1 for text in texts)
+        assert (f"--- {padding} tokens of padding ---" in shown) == (packing == "concat")
 
 
 def test_inspect_prints_the_manifest_as_json(shards):
@@ -58,7 +72,7 @@ def test_narrow_terminal_keeps_names_and_cuts_no_number(tmp_path, columns):
         words = " ".join(result.output.split())
         columns_of = {
             inspect: "docs train valid tokens share size held",
-            stats: "tokens docs p10 p50 B/token copies H1 H2",
+            stats: "tokens docs p10 p50 B/tok copies H1 H2",
         }
         assert all(name in words for name in columns_of[command].split())
         assert ("no room for" in words) == (columns < 72)
@@ -66,7 +80,7 @@ def test_narrow_terminal_keeps_names_and_cuts_no_number(tmp_path, columns):
 
 def test_output_that_is_piped_has_every_column(tmp_path, shards):
     done = run("stats", str(shards[0]))
-    (heading,) = [line for line in done.stdout.splitlines() if "B/token" in line]
+    (heading,) = [line for line in done.stdout.splitlines() if "B/tok" in line]
     assert heading.split()[-2:] == ["H1", "H2"]
 
 

@@ -128,6 +128,23 @@ def test_statistics_are_those_of_the_documents(tmp_path):
     assert 0 < row.h2 < row.h1 < 8
 
 
+@pytest.mark.parametrize("options", [{"packing": "best_fit"}, {"packing": "none"}, {"tail": "pad"}], ids=str)
+def test_padding_is_no_text_and_no_document(tmp_path, options):
+    texts = documents("web", 40)
+    write_jsonl(tmp_path / "corpus" / "web" / "a.jsonl", texts)
+    (plain,), (padded,) = (
+        domain_statistics(convert_to(tmp_path, name, seq_len=2000, held_out=0, **given), max_tokens=10**9)
+        for name, given in (("plain", {"packing": "none"}), ("padded", options))
+    )
+    assert sorted(padded.lengths.tolist()) == sorted(len(text.encode()) + 1 for text in texts)
+    assert (padded.documents, padded.tokens, padded.h1) == (40, plain.tokens, pytest.approx(plain.h1))
+
+
+def convert_to(tmp_path, name, **options):
+    convert([tmp_path / "corpus"], tmp_path / name, tokenizer="bytes", **options)
+    return tmp_path / name
+
+
 def test_entropy_of_uniform_bytes_is_eight_bits(tmp_path):
     from converters.statistics import entropies
 

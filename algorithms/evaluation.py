@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from algorithms.losses import token_losses
+from algorithms.losses import loss_mask, token_losses
 from algorithms.models import samples_per_forward
+from algorithms.samples import evenly_spread
 from mixer.errors import DataError
 from mixer.manifest import Manifest
-from mixer.shards import open_domain
 
 __all__ = ["HeldOut", "heldout_losses", "heldout_samples"]
 
@@ -35,9 +35,7 @@ def heldout_samples(
     shards: str | os.PathLike[str], domain: str, *, split: str = "validation", max_samples: int = 256
 ) -> NDArray[np.int64]:
     """Return (n, T) token ids: every sample of the split, or ``max_samples`` spread evenly over it."""
-    samples = open_domain(shards, domain, split)
-    count = min(max_samples, samples.num_samples)
-    return samples.read(np.arange(count) * samples.num_samples // count).astype(np.int64)
+    return evenly_spread(shards, domain, split=split, max_samples=max_samples)["input_ids"].numpy()
 
 
 @torch.no_grad()
@@ -68,19 +66,19 @@ def heldout_losses(
     manifest = Manifest.load(shards)
     batch_size = min(32, samples_per_forward(manifest.tokenizer.vocab_size, manifest.seq_len))
     for domain in manifest.names:
-        rows = heldout_samples(shards, domain, split=split, max_samples=max_samples)
-        total, count = 0.0, 0
-        for start in range(0, len(rows), batch_size):
-            ids = torch.from_numpy(rows[start : start + batch_size]).to(device)
-            per_token = token_losses(model(input_ids=ids).logits, ids)
-            total += per_token.double().sum().item()
-            count += per_token.numel()
+        rows = evenly_spread(shards, domain, split=split, max_samples=max_samples)
+        total, count, num_samples = 0.0, 0, len(rows["input_ids"])
+        for start in range(0, num_samples, batch_size):
+            batch = {name: values[start : start + batch_size].to(device) for name, values in rows.items()}
+            labels = batch.pop("labels", batch["input_ids"])
+            total += token_losses(model(**batch).logits, labels).double().sum().item()
+            count += int(loss_mask(labels).sum())
         if not np.isfinite(total):
             raise DataError(
                 f"the held-out loss of domain {domain!r} is {total}: the model has diverged. "
                 "Train with a lower learning rate."
             )
-        losses[domain] = HeldOut(total / count, count, len(rows))
+        losses[domain] = HeldOut(total / max(count, 1), count, num_samples)
         on_domain(domain)
     model.train(was_training)
     return losses

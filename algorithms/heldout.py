@@ -22,6 +22,7 @@ from torch import Tensor
 
 from algorithms.losses import IGNORED, domain_sums, labels_of, loss_mask
 from algorithms.ranks import all_reduce
+from algorithms.samples import evenly_spread
 from mixer.errors import DataError, InputError
 from mixer.folders import load_manifest
 
@@ -150,8 +151,9 @@ def _joined(domains: Sequence[str], samples: Sequence[Mapping[str, NDArray[np.in
     return {name: torch.from_numpy(values.astype(np.int64)) for name, values in joined.items()}
 
 
-def _read(shards: Path, split: str, count: int) -> dict[str, NDArray[np.int64]]:
-    from algorithms.evaluation import heldout_samples
-
-    names = load_manifest(shards).names
-    return {name: heldout_samples(shards, name, split=split, max_samples=count) for name in names}
+def _read(shards: Path, split: str, count: int) -> dict[str, dict[str, NDArray[np.int64]]]:
+    found = {}
+    for name in load_manifest(shards).names:
+        batch = evenly_spread(shards, name, split=split, max_samples=count)
+        found[name] = {column: values.numpy() for column, values in batch.items()}
+    return found

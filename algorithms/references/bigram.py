@@ -44,14 +44,15 @@ class BigramTable(NamedTuple):
     contexts: Tensor
 
     @classmethod
-    def of(cls, rows: Iterator[NDArray[np.int64]], vocab_size: int) -> BigramTable:
-        """Count the rows (n, T), a part at a time."""
+    def of(cls, parts: Iterator[Sequence[NDArray[np.int64]]], vocab_size: int) -> BigramTable:
+        """Count samples, (n, T) or n arrays of any lengths, a part at a time; no pair reaches over their ends."""
         pairs, pair_counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
         counts, contexts = np.zeros(vocab_size, np.int64), np.zeros(vocab_size, np.int64)
-        for part in rows:
-            counts += np.bincount(part.ravel(), minlength=vocab_size)
-            contexts += np.bincount(part[:, :-1].ravel(), minlength=vocab_size)
-            new, new_counts = np.unique(part[:, :-1] * vocab_size + part[:, 1:], return_counts=True)
+        for part in parts:
+            first, second = (np.concatenate([row[ends] for row in part]) for ends in (slice(None, -1), slice(1, None)))
+            counts += np.bincount(np.concatenate(list(part)), minlength=vocab_size)
+            contexts += np.bincount(first, minlength=vocab_size)
+            new, new_counts = np.unique(first * vocab_size + second, return_counts=True)
             pairs, inverse = np.unique(np.concatenate([pairs, new]), return_inverse=True)
             pair_counts = np.bincount(inverse, np.concatenate([pair_counts, new_counts])).astype(np.int64)
         return cls(*(torch.from_numpy(table) for table in (pairs, pair_counts, counts, contexts)))
@@ -137,15 +138,17 @@ def count_bigrams(
     return folder
 
 
-def _parts(domain: DomainShards) -> Iterator[NDArray[np.int64]]:
+def _parts(domain: DomainShards) -> Iterator[Sequence[NDArray[np.int64]]]:
     size = max(1, TOKENS_AT_ONCE // domain.seq_len)
     for start in range(0, len(domain), size):
-        yield domain.read(np.arange(start, min(start + size, len(domain)))).astype(np.int64)
+        indices = np.arange(start, min(start + size, len(domain)))
+        rows = domain.read_lists(indices) if domain.variable else domain.read(indices)
+        yield [row.astype(np.int64) for row in rows]
 
 
 def _vocab_size(stated: int, domain: DomainShards) -> int:
     # Folders that others made do not state one; pairs are numbered by it.
-    return stated or int(max(part.max() for part in _parts(domain))) + 1
+    return stated or int(max(row.max() for part in _parts(domain) for row in part)) + 1
 
 
 def _save(path: Path, table: BigramTable) -> None:

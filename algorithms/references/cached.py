@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from algorithms.losses import labels_of, loss_mask
 from algorithms.references.base import Reference
 from algorithms.references.frozen import FrozenModel
 from algorithms.runs import begin_run, finish_run, read_result
+from algorithms.samples import read_batch
 from mixer.errors import DataError, InputError
 from mixer.folders import load_manifest
 from mixer.manifest import domain_folder
@@ -133,7 +135,13 @@ class CachedLosses(Reference):
         if missing:
             raise InputError(f"cached losses are looked up by domain_ids and sample_ids; the batch lacks {missing}.")
         domain_ids, sample_ids = (batch[name].cpu().numpy() for name in ("domain_ids", "sample_ids"))
-        return {COLUMN: torch.from_numpy(self._column.read_batch(self.domains, domain_ids, sample_ids))}
+        if domain_ids.ndim != 1:
+            raise InputError(
+                "cached losses are those of whole samples, each of one domain; the batch has domain_ids of shape "
+                f"{domain_ids.shape}. Run the reference online, or put its losses into the batch as {COLUMN!r}."
+            )
+        losses = torch.from_numpy(self._column.read_batch(self.domains, domain_ids, sample_ids))
+        return {COLUMN: _to_width(losses, labels_of(batch).shape[1] - 1)}
 
     def token_losses(self, batch: Mapping[str, Any]) -> Tensor:
         return losses_in(batch if COLUMN in batch else {**batch, **self.columns(batch)})
@@ -173,6 +181,13 @@ def losses_in(batch: Mapping[str, Any], shift: bool = True) -> Tensor:
     return losses
 
 
+def _to_width(losses: Tensor, width: int) -> Tensor:
+    """Return losses per token as (B, ``width``): batches of unequal samples are padded to lengths of their own."""
+    if losses.ndim == 1 or losses.shape[1] == width:
+        return losses
+    return F.pad(losses[:, :width], (0, max(width - losses.shape[1], 0)))
+
+
 def _shard_losses(
     domain: DomainShards, shard: int, reference: FrozenModel, per: Per, batch_size: int
 ) -> NDArray[np.float16] | NDArray[np.float32]:
@@ -180,7 +195,7 @@ def _shard_losses(
     parts = []
     for start in range(first, last, batch_size):
         samples = np.arange(start, min(start + batch_size, last))
-        losses = reference.token_losses({"input_ids": torch.from_numpy(domain.read(samples).astype(np.int64))})
+        losses = reference.token_losses(read_batch(domain, samples))
         bad = torch.nonzero(~losses.isfinite().all(1)).flatten().tolist()
         if bad:
             raise DataError(

@@ -1,7 +1,9 @@
-"""Where documents begin inside packed samples, in the forms that attention wants. For shards with a ``doc_starts``
-column.
+"""Where documents begin inside packed samples, in the forms that attention wants.
 
-loader = MixtureLoader(shards, columns=["doc_starts"], transform=position_ids, ...)
+    loader = MixtureLoader(shards, columns=["doc_starts"], transform=position_ids, ...)
+
+For shards with a ``doc_starts`` column (``mixer convert --doc-starts``). Each rank gets those of its own rows; as a
+transform it may run in worker processes. The padding of a padded sample counts as a document of its own.
 """
 
 from __future__ import annotations
@@ -53,8 +55,12 @@ def _starts(batch: dict[str, Any]) -> list[np.ndarray]:
         raise InputError(
             "the batch has no doc_starts: load with columns=['doc_starts'], from shards converted with them."
         )
-    starts = [np.asarray(places, np.int64).ravel() for places in batch["doc_starts"]]
-    return [np.unique(np.append(places, 0)) for places in starts]
+    starts = [np.append(np.asarray(places, np.int64).ravel(), 0) for places in batch["doc_starts"]]
+    if "attention_mask" in batch:
+        ends = batch["attention_mask"].sum(dim=1).tolist()
+        starts = [np.append(places, end) for places, end in zip(starts, ends)]
+    width = batch["input_ids"].shape[1]
+    return [np.unique(places[places < width]) for places in starts]
 
 
 def _without_starts(batch: dict[str, Any]) -> dict[str, Any]:

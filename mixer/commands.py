@@ -221,15 +221,18 @@ def _simulation_table(run: Any, batch_size: int) -> Any:
 
     from mixer.names import plain
 
-    total = max(int(run.drawn[-1].sum()), 1)
-    table = Table(title=f"{run.steps[-1]:,} batches of {batch_size:,}: {total:,} samples", title_justify="left")
+    counted, unit = (run.drawn[-1], "samples") if run.tokens is None else (run.tokens, "tokens")
+    total = max(int(counted.sum()), 1)
+    table = Table(title=f"{run.steps[-1]:,} batches of {batch_size:,}: {total:,} {unit}", title_justify="left")
     table.add_column("domain", overflow="fold")
     for column in ("weight now", "samples", "share", "epochs", "first batch", "worst error"):
         table.add_column(column, justify="right")
     for i, name in enumerate(run.names):
         drawn, first = int(run.drawn[-1, i]), int(run.first_step[i])
-        row = (f"{run.weights[-1, i]:.4f}", f"{drawn:,}", f"{drawn / total:.4f}", f"{run.epochs[i]:.3f}")
+        row = (f"{run.weights[-1, i]:.4f}", f"{drawn:,}", f"{counted[i] / total:.4f}", f"{run.epochs[i]:.3f}")
         table.add_row(plain(name), *row, "never" if first < 0 else f"{first:,}", f"{run.worst_error[i]:.2f}")
-    table.caption = "worst error: largest distance from the target at any batch, in samples."
+    table.caption = f"worst error: largest distance from the target at any batch, in {unit}."
+    if run.tokens is not None:
+        table.caption += " Shares are of tokens; every sample is taken to be as long as its domain's mean."
     table.caption_justify = "left"
     return table

@@ -29,7 +29,7 @@ from mixer.errors import DataError, ExhaustedError, InputError
 from mixer.folders import load_manifest
 from mixer.manifest import Manifest
 from mixer.mixer import Draws, Mixer, RunEnded, Snapshot, Weights
-from mixer.plan_ahead import PlanSampler, as_is
+from mixer.plan_ahead import PlanSampler, as_is, leave_with_parent
 from mixer.remote_shards import RemoteShards
 from mixer.setup import MixtureLike, mixer_for, resolve_curriculum, resolve_mixture, tokens_in
 from mixer.trainers import fetched_ahead, is_spinning, keep_place
@@ -66,6 +66,7 @@ class MixtureLoader(DataLoader[Any]):
         max_epochs: how often a domain may be read: a number, or one by domain; None for no limit.
         on_exhausted: what happens then: "repeat" (an error, if there is a limit), "drop" (its weight goes to the
             others), "stop" (the run ends); the latter two allow one epoch unless ``max_epochs`` says more.
+        pin_memory: deliver tensors in page-locked memory, for copies to a GPU that do not wait.
         remote: where the shards are, if not in ``shards``, which is then the folder that caches them: ``s3://…``,
             ``gs://…`` and every other scheme of streaming's ``Stream``, or a path. Or the address of each remote
             domain's MDS folder, by name; domains that lie in ``shards`` are then read there.
@@ -80,6 +81,9 @@ class MixtureLoader(DataLoader[Any]):
 
     Attributes: ``domains`` (sorted names that ``domain_ids`` index), ``num_samples`` (by domain), ``manifest``,
     ``mixture``, ``step`` (batches delivered), ``weights``, ``variable_length``.
+
+    Every batch is whole: none is smaller at the end, and a run that ends (``on_exhausted``) ends before the first batch
+    that cannot be filled. So shapes are static, but for samples that differ in length (see ``Padding(length=…)``).
 
     Where samples differ in length, a batch has ``global_batch_size`` of them, weights are shares of tokens, and what is
     owed is counted in tokens: see ``mixer.token_allocation``.
@@ -149,7 +153,8 @@ class MixtureLoader(DataLoader[Any]):
         self._before: deque[Snapshot] = deque(maxlen=_REMEMBERED)  # each of the batches delivered last
         options: dict[str, Any] = {}
         if processes:  # forking a process that has threads is not safe
-            options = {"multiprocessing_context": "forkserver", "prefetch_factor": self.read_ahead // processes}
+            options = {"multiprocessing_context": "forkserver", "worker_init_fn": leave_with_parent}
+            options["prefetch_factor"] = self.read_ahead // processes
         super().__init__(
             dataset,
             batch_size=share,

@@ -357,12 +357,13 @@ class Mixer:
         for i, name in enumerate(self.names):
             domains[name] = {
                 "position": int(now.positions[i]),
-                "drawn": int(now.drawn[i]),
                 "credit": float(now.credit[i]),
                 "weight": float(now.weights[i]),
                 "samples": int(self.num_samples[i]),
                 "fingerprint": self.fingerprints[name][:24],
             }
+            if now.drawn[i] != now.positions[i]:  # of a domain that was grown
+                domains[name]["drawn"] = int(now.drawn[i])
             if self._means is not None:
                 domains[name]["tokens"] = int(now.tokens[i])
             epoch, events = self.grown.get(name, (0, []))
@@ -397,7 +398,8 @@ class Mixer:
         def column(field: str, default: Any, dtype: type) -> NDArray[Any]:
             return np.array([saved[n][field] if k else default for n, k in zip(self.names, known)], dtype)
 
-        positions, drawn = column("position", 0, np.int64), column("drawn", 0, np.int64)
+        positions = column("position", 0, np.int64)
+        drawn = np.array([saved[n].get("drawn", saved[n]["position"]) if n in saved else 0 for n in self.names])
         credit, tokens = column("credit", 0.0, np.float64), np.zeros(len(self.names), np.int64)
         if self._means is not None:
             tokens = column("tokens", 0, np.int64)

@@ -7,6 +7,10 @@ however far the workers are; and weights that are set now hold from a batch that
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
 from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -19,7 +23,7 @@ from mixer.mixer import RunEnded, Snapshot, Stage
 if TYPE_CHECKING:
     from mixer.dataloader import MixtureLoader
 
-__all__ = ["PlanSampler", "as_is"]
+__all__ = ["PlanSampler", "as_is", "leave_with_parent"]
 
 
 class PlanSampler(DistributedSampler):  # type: ignore[type-arg]
@@ -55,6 +59,21 @@ class PlanSampler(DistributedSampler):  # type: ignore[type-arg]
 
     def __len__(self) -> int:
         raise TypeError("a MixtureLoader has no length: it goes on until training stops or its domains are used up")
+
+
+def leave_with_parent(_: int) -> None:
+    """Let this worker end when the training process does, however that ends.
+
+    torch's own watch looks at the parent by id, which is the fork server: that waits for the workers in turn.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_leave_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _leave_after(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def as_is(batch: Any) -> Any:

@@ -151,8 +151,10 @@ class DomainShards:
             return view
         pending = self._pending.get(shard)
         try:
-            # What is still queued behind others is opened here and now.
-            view = None if pending is None or pending.cancel() else pending.result()
+            # What is still queued behind others is opened here and now; so is what failed some time ago, if that costs
+            # little: it may have been mended.
+            stale = pending is not None and pending.done() and pending.exception() and self.cache is None
+            view = None if pending is None or pending.cancel() or stale else pending.result()
         finally:  # after an error the next attempt looks again
             self._pending.pop(shard, None)
         view = view or self._open(shard)

@@ -22,9 +22,10 @@ class Simulation(NamedTuple):
         steps: (n,) batches planned at each of the kept points, at most 1,000 of them, evenly spaced.
         drawn, weights: (n, D) samples drawn up to there, and weights in force there.
         epochs: (D,) at the end.
-        worst_error: (D,) largest distance from the target at any batch, in samples.
+        worst_error: (D,) largest distance from the target at any batch, in samples, or in tokens where lengths differ.
         first_step: (D,) first batch with a sample of the domain, or -1.
         end: why the run ended early, or "".
+        tokens: (D,) drawn, where samples differ in length (each as long as its domain's mean), else None.
     """
 
     names: tuple[str, ...]
@@ -35,6 +36,7 @@ class Simulation(NamedTuple):
     worst_error: NDArray[np.float64]
     first_step: NDArray[np.int64]
     end: str
+    tokens: NDArray[np.int64] | None = None
 
 
 def simulate(mixer: Mixer, num_batches: int) -> Simulation:
@@ -62,7 +64,8 @@ def simulate(mixer: Mixer, num_batches: int) -> Simulation:
         kept.append((mixer.step, mixer.drawn, mixer.weights))
     steps, drawn, in_force = (np.array(column) for column in zip(*kept))
     epochs = mixer.positions / np.maximum(mixer.num_samples, 1)
-    return Simulation(mixer.names, steps, drawn, in_force, epochs, worst, first, end)
+    tokens = None if mixer.mean_tokens is None else mixer.snapshot().tokens
+    return Simulation(mixer.names, steps, drawn, in_force, epochs, worst, first, end, tokens)
 
 
 def draw_plot(run: Simulation, path: str, num_samples: NDArray[np.int64]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from mixer import InputError, MixtureLoader, mds
 from mixer.boundaries import cu_seqlens, position_ids
-from tests.helpers import row_of, write_domain
+from tests.helpers import assert_same, row_of, write_domain
 
 COLUMNS = {
     "tokens": "ndarray:uint16:16",
@@ -79,6 +79,40 @@ def test_cu_seqlens_cut_the_flat_batch_where_documents_begin(shards):
     edges = [16 * i + start for i, s in enumerate(batch["sample_ids"].tolist()) for start in range(0, 16, s % 5 + 3)]
     assert batch["cu_seqlens"].tolist() == [*edges, 64] and batch["cu_seqlens"].dtype == torch.int32
     assert batch["max_seqlen"] == max(np.diff([*edges, 64]))
+
+
+@pytest.mark.parametrize(("form", "name"), [(position_ids, "position_ids"), (cu_seqlens, "cu_seqlens")])
+def test_boundaries_are_those_of_each_ranks_own_rows_with_and_without_workers(shards, form, name):
+    def of(rank, world, **options):
+        loader = MixtureLoader(
+            shards, global_batch_size=8, columns=["doc_starts"], transform=form, rank=rank, world_size=world, **options
+        )
+        return [batch for _, batch in zip(range(6), loader)]
+
+    for rank in range(2):
+        plain = of(rank, 2)
+        assert_same(of(rank, 2, num_workers=2), plain)
+        for batch in plain:
+            starts = [range(0, 16, index % 5 + 3) for index in batch["sample_ids"].tolist()]
+            edges = [16 * row + start for row, of_row in enumerate(starts) for start in of_row]
+            if name == "cu_seqlens":
+                assert batch[name].tolist() == [*edges, 64]
+            else:
+                assert (batch[name].flatten() == 0).nonzero().flatten().tolist() == edges
+    if name == "position_ids":
+        for whole, *parts in zip(of(0, 1), of(0, 2), of(1, 2)):
+            for rank, part in enumerate(parts):
+                assert_same(part, {key: value[rank::2] for key, value in whole.items()})
+
+
+def test_padding_is_a_document_of_its_own():
+    batch = {
+        "input_ids": torch.zeros(2, 6),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6]),
+        "doc_starts": [np.array([0, 3]), np.array([0])],
+    }
+    assert position_ids(batch)["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1], [0, 1, 2, 3, 4, 5]]
+    assert cu_seqlens(batch)["cu_seqlens"].tolist() == [0, 3, 4, 6, 12]
 
 
 def test_boundaries_need_their_column():

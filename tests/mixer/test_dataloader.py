@@ -16,6 +16,7 @@ import torch
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 from mixer import DataError, ExhaustedError, InputError, Mixture, MixtureLoader
 from tests.helpers import assert_resumes, assert_same, row_of, write_domain, write_shards
@@ -226,6 +227,42 @@ def test_ended_loader_goes_on_from_an_earlier_state(shards):
 def test_limit_with_repeat_is_an_error_in_the_training_process(shards):
     with pytest.raises(ExhaustedError, match="'book' after 1 epochs"):
         batches(make(shards, max_epochs=1), 10)
+
+
+# --- what training frameworks ask for ------------------------------------------------------------------------------
+
+
+def test_batches_have_one_shape_for_which_a_model_is_compiled_once(shards):
+    counter = CompileCounter()
+    torch.manual_seed(0)
+    embedding = torch.nn.Embedding(60_000, 2)
+    compiled = torch.compile(lambda batch: embedding(batch["input_ids"]).sum(), backend=counter, fullgraph=True)
+    for batch in batches(make(shards, on_exhausted="drop", max_epochs=0.5), 10):
+        compiled(batch)
+    assert counter.frame_count == 1
+    torch.compiler.reset()
+
+
+def test_every_batch_is_whole_to_the_end(shards):
+    sizes = {len(batch["input_ids"]) for batch in make(shards, on_exhausted="drop", global_batch_size=50)}
+    assert sizes == {50}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
+def test_pinning_memory_is_harmless_without_a_gpu(shards):
+    assert_same(batches(make(shards, pin_memory=True), 3), batches(make(shards), 3))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")
+def test_pinned_memory_holds_the_same_batches(shards):
+    for pinned, batch in zip(batches(make(shards, pin_memory=True), 3), batches(make(shards), 3)):
+        assert all(value.is_pinned() for value in pinned.values())
+        assert_same(pinned, batch)
+
+
+@pytest.mark.parametrize("transform", [len, lambda batch: (batch["input_ids"], batch["domain_ids"])])
+def test_transform_may_return_anything(shards, transform):
+    assert next(iter(make(shards, transform=transform))) is not None
 
 
 # --- damage --------------------------------------------------------------------------------------------------------

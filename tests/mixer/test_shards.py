@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 
-from mixer import mds
+from mixer import MixtureLoader, mds
 from mixer.errors import DataError, InputError
 from mixer.folders import load_manifest
 from mixer.shards import DomainShards, open_domain
@@ -227,6 +228,40 @@ def test_file_that_cannot_grow_while_decompressing_is_one_sentence_and_leaves_no
     done = subprocess.run([sys.executable, "-c", LITTLE_ROOM, tmp_path], capture_output=True, text=True)
     assert re.match(r"domain 'web': cannot write the decompressed shard .*File too large", done.stdout), done.stderr
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".zstd", ".zstd", ".zstd"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=64", "tmpfs", folder], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"may not mount a small file system: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)  # an error holds on to what was mapped
+
+
+def test_full_file_system_is_one_sentence_in_the_training_process_and_room_lets_it_go_on(small_disk):
+    rows = np.random.default_rng(0).integers(0, 16, (800, 16)).astype(np.uint16)  # four bits of sixteen: zstd halves it
+    write_domain(small_disk, rows, samples_per_shard=400, compression="zstd")
+    ballast = small_disk / "ballast"
+    with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+        while file.write(b"x" * 512):
+            pass
+    before = sorted(small_disk.iterdir())
+    loader = MixtureLoader(small_disk, global_batch_size=8)
+    for _ in range(2):
+        with pytest.raises(
+            DataError, match=r"^domain 'disk': cannot write .*shard\.0.*No space left on device\. Free [^\n]*$"
+        ):
+            next(iter(loader))
+        assert sorted(small_disk.iterdir()) == before and loader.step == 0
+    ballast.unlink()
+    batch = next(iter(loader))
+    np.testing.assert_array_equal(batch["input_ids"].numpy(), rows[batch["sample_ids"].numpy()])
 
 
 def test_sample_of_another_length_is_found(tmp_path):

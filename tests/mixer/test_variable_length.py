@@ -349,6 +349,25 @@ def test_stage_begins_with_the_first_batch_after_its_tokens(shards, tmp_path):
     assert_resumes(lambda: make(shards, mixture=path), 40, run)
 
 
+def test_simulation_counts_tokens_and_opens_no_shard(shards, tmp_path):
+    from click.testing import CliRunner
+
+    from mixer.commands import simulate
+
+    for path in shards.rglob("index.json"):
+        (tmp_path / path.relative_to(shards)).parent.mkdir(parents=True)
+    (tmp_path / "manifest.json").write_bytes((shards / "manifest.json").read_bytes())
+    out = CliRunner().invoke(
+        simulate,
+        [str(tmp_path), "--mixture", "uniform", "--batches", "200", "--batch-size", "12"],
+        catch_exceptions=False,
+    )
+    rows = [line.strip("│ ").split("│") for line in out.output.splitlines()]
+    shares = [float(row[3]) for row in rows if row[0].strip() in SIZES]
+    assert len(shares) == 3 and max(abs(share - 1 / 3) for share in shares) < 0.02
+    assert "in tokens. Shares are of" in " ".join(out.output.split())
+
+
 def test_plan_counts_tokens(shards):
     plan = make(shards, mixture="proportional").plan(1000)
     tokens = [sum(length_of(name, i) for i in range(size)) for name, size in SIZES.items()]

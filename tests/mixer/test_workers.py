@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ import torch
 from mixer import DataError, ExhaustedError, InputError, MixtureLoader
 from tests.helpers import assert_same, write_shards
 
+ROOT = Path(__file__).parents[2]
 SIZES = {"book": 3, "code": 150, "web": 400}
 
 
@@ -159,3 +164,52 @@ def test_scheduling_what_may_be_planned_already_is_refused(shards):
         loader.schedule(6, [1, 1, 1], ramp=4)
     with pytest.raises(InputError, match="read_ahead 1 must be at least num_workers 2"):
         make(shards, num_workers=2, read_ahead=1)
+
+
+TRAIN = """
+import sys
+from mixer import MixtureLoader
+from tests.mixer.test_workers import double
+for batch in MixtureLoader(sys.argv[1], mixture="uniform", global_batch_size=12, transform=double, num_workers=2):
+    print("batch", flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm to look into")
+def test_killed_training_process_leaves_no_shared_memory_and_no_worker_behind(shards):
+    before = set(os.listdir("/dev/shm"))
+    command = [sys.executable, "-c", TRAIN, shards]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True) as process:
+        for _ in range(5):
+            assert process.stdout.readline() == b"batch\n"
+        process.kill()
+        process.wait()
+        for _ in range(600):  # workers notice within seconds that nobody reads
+            if not session(process.pid):
+                break
+            time.sleep(0.1)
+    assert not session(process.pid)
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def session(leader):
+    """Return the processes that still run in a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, of = path.read_text().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(of) == leader and state != "Z":
+            found.append(path.parent.name)
+    return found
+
+
+def test_worker_that_stops_with_an_error_of_its_own_code_is_that_error(shards):
+    loader = make(shards, num_workers=2, transform=divide)
+    with pytest.raises(ZeroDivisionError):
+        next(iter(loader))
+
+
+def divide(batch):
+    return batch["sample_ids"].numel() / 0

@@ -7,7 +7,8 @@ Each step evaluates the whole batch without gradient, and trains on the share of
 (above their reference loss, if there is one). The choice is made over all ranks together, and the samples chosen are
 dealt out evenly, so it does not depend on the number of ranks. Oren, Sagawa, Hashimoto, Liang 2019, arXiv:1909.02060;
 the domain form of the same idea is the rule ``topic_cvar``. With keep = 1/2 and as many samples trained on per step, a
-step costs about 1.33 times that of weighting by domain: one more forward pass over twice the samples.
+step costs 5/3 of that of weighting by domain: one more forward pass, over twice the samples. (4/3 if the activations of
+all of them were kept for the backward pass, at twice the memory.)
 """
 
 from __future__ import annotations

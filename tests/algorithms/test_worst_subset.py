@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from composer import Algorithm
 from composer.models import HuggingFaceModel
+from torch.utils.flop_counter import FlopCounterMode
 
 from algorithms import DomainReweighting
 from algorithms.losses import token_losses
@@ -74,6 +76,18 @@ def test_an_encoder_decoder_model_trains_on_its_worst_pairs() -> None:
     losses = token_losses(logits, labels, shift=False).mean(1)
     losses.topk(6).values.mean().backward()
     assert distance(seen.steps[0], flat(p.grad for p in model.parameters())) < 1e-6
+
+
+def test_half_of_a_double_batch_costs_five_thirds_of_a_step() -> None:
+    """A backward pass is two forward passes; there is one more of these, over twice the samples."""
+
+    def operations(*algorithms: Algorithm, size: int) -> int:
+        with FlopCounterMode(display=False) as counter:
+            fit(*algorithms, loader=Loader(global_batch_size=size), steps=1)
+        return counter.get_total_flops()
+
+    subset = operations(WorstSubset(keep=0.5), DomainReweighting(), size=24)
+    assert subset / operations(DomainReweighting(), size=12) == pytest.approx(5 / 3, rel=0.02)
 
 
 def test_what_cannot_work_is_refused() -> None:

@@ -81,6 +81,30 @@ def test_a_forbidden_token_spoils_only_its_own_loss() -> None:
     assert logits.grad is not None and logits.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_sums_are_those_of_float32_losses_of_the_half_precision_logits(
+    dtype: torch.dtype,
+) -> None:
+    part, model, found = batch(), llama(), {}
+    for micro in (12, 5):
+        losses = DomainLosses(DOMAINS)
+        losses.start(part)
+        for start in range(0, 12, micro):
+            rows = {name: value[start : start + micro] for name, value in part.items()}
+            with torch.autocast("cpu", dtype):
+                logits = model(input_ids=rows["input_ids"]).logits
+                assert logits.dtype == dtype
+                losses(logits, rows, np.full(3, 1 / 3)).backward()
+        found[micro] = losses.signals()
+    with torch.autocast("cpu", dtype):
+        logits = model(input_ids=part["input_ids"]).logits.float()
+    each = F.cross_entropy(logits[:, :-1].transpose(1, 2), part["input_ids"][:, 1:], reduction="none").double().sum(1)
+    expected = torch.zeros(3, dtype=torch.float64).index_add_(0, part["domain_ids"], each.detach())
+    np.testing.assert_allclose(found[12].loss, expected.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(found[5].loss, found[12].loss, rtol=1e-3)  # matrix products of other shapes round anew
+    assert found[5].loss.dtype == np.float64
+
+
 def test_a_row_that_is_left_out_of_the_loss_reaches_no_gradient_even_if_it_is_nan() -> None:
     logits = torch.randn(1, 4, 5, generator=CPU)
     logits[0, 1] = float("nan")

@@ -540,13 +540,32 @@ def _fixed_block(name: str, encoding: str, values: Any) -> NDArray[np.uint8]:
 
 
 def _encode_rows(names: list[str], columns: Mapping[str, str], table: Mapping[str, Any]) -> list[bytes]:
-    variable = [encoded_size(columns[name]) is None for name in names]
-    rows = []
-    for values in zip(*(table[name] for name in names)):
-        encoded = [_encode_value(name, columns[name], value) for name, value in zip(names, values)]
-        sizes = [len(value) for value, varies in zip(encoded, variable) if varies]
-        rows.append(b"".join((np.array(sizes, "<u4").tobytes(), *encoded)))
-    return rows
+    encoded = [_encode_column(name, columns[name], table[name]) for name in names]
+    varying = [values for name, values in zip(names, encoded) if encoded_size(columns[name]) is None]
+    sizes = np.array([list(map(len, values)) for values in varying], "<u4").T.tobytes()
+    width = 4 * len(varying)
+    return [
+        b"".join((sizes[at : at + width], *values))
+        for at, values in zip(range(0, max(len(sizes), 1), width), zip(*encoded))
+    ]
+
+
+def _encode_column(name: str, encoding: str, values: Any) -> list[bytes]:
+    """Return each value's bytes; scalars in an array, and vectors of the declared dtype, without a look at each."""
+    if isinstance(values, np.ndarray) and encoding in _SCALARS and values.dtype == encoding and values.ndim == 1:
+        data, size = values.tobytes(), values.itemsize
+        return [data[at : at + size] for at in range(0, len(data), size)]
+    dtype, shape = _ndarray_spec(encoding) if encoding.startswith("ndarray:") else (None, None)
+    wanted = np.dtype(dtype) if dtype is not None and shape is None else None
+    if wanted is None or not all(
+        isinstance(value, np.ndarray) and value.dtype == wanted and value.ndim == 1 and value.size for value in values
+    ):
+        return [_encode_value(name, encoding, value) for value in values]
+    codes = [0 if len(value) < 1 << 8 else 1 if len(value) < 1 << 16 else 2 for value in values]
+    return [
+        bytes((4 | code,)) + len(value).to_bytes(1 << code, "little") + value.tobytes()
+        for code, value in zip(codes, values)
+    ]
 
 
 # --- JSON ----------------------------------------------------------------------------------------------------------

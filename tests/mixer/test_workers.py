@@ -213,3 +213,32 @@ def test_worker_that_stops_with_an_error_of_its_own_code_is_that_error(shards):
 
 def divide(batch):
     return batch["sample_ids"].numel() / 0
+
+
+def test_order_survives_restarts_on_other_ranks_workers_and_batch_sizes(shards):
+    """A run on one rank without processes, and the same run in legs; the weights move at every batch."""
+    whole, plain, states = [], make(shards), []
+    legs = [(1, 0, 12, 3), (2, 1, 12, 3), (1, 2, 24, 2), (3, 0, 24, 2), (2, 1, 6, 3)]
+    for _, _, size, count in legs:
+        states.append(json.loads(json.dumps(plain.state_dict())))
+        plain = make(shards, global_batch_size=size)
+        plain.load_state_dict(states[-1])
+        whole.append(moved(plain, count))
+    for leg, (world, workers, size, count) in enumerate(legs):
+        for rank in range(world):
+            loader = make(shards, rank=rank, world_size=world, num_workers=workers, global_batch_size=size)
+            loader.load_state_dict(states[leg])
+            for batch, expected in zip(moved(loader, count), whole[leg], strict=True):
+                assert_same(batch, {name: value[rank::world] for name, value in expected.items()})
+            if leg + 1 < len(legs):
+                assert json.loads(json.dumps(loader.state_dict())) == states[leg + 1]
+
+
+def moved(loader, count):
+    found = []
+    for batch in loader:
+        found.append(batch)
+        loader.set_weights([1, 1, loader.step])
+        if len(found) == count:
+            return found
+    return found

@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 import orjson
 import pytest
+import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -36,6 +37,7 @@ def write_unit(stage: Path, number: int, blocks: list[tuple[str, list[tuple[int,
     summary = {
         "blocks": [(domain, len(rows), sum(tokens for tokens, _ in rows)) for domain, rows in blocks],
         "domains": {domain: {} for domain, _ in blocks},
+        "documents_hash": xxhash.xxh3_64_hexdigest(documents.tobytes()),
     }
     (folder / "unit.json").write_bytes(orjson.dumps(summary))
     starts = np.cumsum([0, *(tokens for _, tokens, _ in rows)])

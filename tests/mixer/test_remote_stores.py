@@ -127,7 +127,8 @@ def test_lasting_faults_are_one_error_in_the_stated_time(proxy, tmp_path, fault)
 def test_server_that_never_answers_is_an_error_at_the_start_and_the_process_ends(proxy, tmp_path):
     proxy.fault = lambda *_: ("stall", 600)
     code = (
-        "import sys; from mixer import MixtureLoader\n"
+        "import sys; from tests.conftest import _let_streaming_import; _let_streaming_import()\n"
+        "from mixer import MixtureLoader\n"
         "MixtureLoader(sys.argv[1], remote=sys.argv[2], global_batch_size=4, download_timeout=0.3, download_retry=1)"
     )
     command = [sys.executable, "-c", code, str(tmp_path), REMOTE]
@@ -141,7 +142,7 @@ def test_trickle_below_a_mib_per_timeout_is_given_up(tmp_path, monkeypatch):
     def trickle(url, target, timeout, clients, connected):
         connected()
         with open(target, "ab") as file:
-            for _ in range(200):
+            for _ in range(50):
                 file.write(b"x" * 1000)
                 file.flush()
                 time.sleep(0.02)
@@ -175,6 +176,8 @@ def test_refused_credentials_are_named_at_once(proxy, tmp_path):
 
 RANK = """
 import sys
+from tests.conftest import _let_streaming_import
+_let_streaming_import()
 from mixer import MixtureLoader
 def as_is(batch): return batch
 if __name__ == "__main__":

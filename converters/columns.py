@@ -10,6 +10,7 @@ A sample is named by its domain and its number there, which is what the loader c
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -131,8 +132,10 @@ def _collect(
             values[domain] = _array(source, path, sizes.get(domain))
             given[domain][:] = True
         else:
-            for at, domain_, sample, value in _rows(path, domain, name):
-                _put(f"{path}, {at}", values, given, sizes, dtype, domain_, sample, value)
+            for rows in _batched(_rows(path, domain, name)):
+                if not _put_at_once(rows, values, given, sizes, dtype):
+                    for at, domain_, sample, value in rows:  # to name the row that does not fit
+                        _put(f"{path}, {at}", values, given, sizes, dtype, domain_, sample, value)
     for domain, size in sizes.items():
         missing = np.flatnonzero(~given[domain])
         if len(missing) and fill is None:
@@ -164,7 +167,10 @@ def _array(source: str, path: str, size: int | None) -> NDArray[Any]:
     return table
 
 
-def _rows(path: str, domain: str, name: str) -> Iterator[tuple[str, Any, Any, Any]]:
+_TableRow = tuple[str, Any, Any, Any]  # place, domain, sample number, value
+
+
+def _rows(path: str, domain: str, name: str) -> Iterator[_TableRow]:
     """Yield place, domain, sample number and value of every row of a table."""
     plain = path.lower().removesuffix(compression_suffix(path.lower()))
     kind = next((kind for kind in _TABLES if plain.endswith(FORMATS[kind].extensions)), None)
@@ -186,6 +192,42 @@ def _fields(row: Row, domain: str, name: str, where: str) -> tuple[Any, Any, Any
     if missing:
         raise InputError(f"{where}: no value for {missing}; the row has {sorted(row.fields)}.")
     return domain or row.fields["domain"], row.fields["sample_id"], row.fields[name]
+
+
+def _batched(rows: Iterator[_TableRow]) -> Iterator[list[_TableRow]]:
+    while batch := list(itertools.islice(rows, 1 << 16)):
+        yield batch
+
+
+def _put_at_once(
+    rows: Sequence[_TableRow],
+    values: dict[str, NDArray[Any]],
+    given: Mapping[str, NDArray[np.bool_]],
+    sizes: Mapping[str, int],
+    dtype: str,
+) -> bool:
+    """Put the values of many rows; return False, with nothing put, unless all of them fit."""
+    _, domains, samples, found = zip(*rows)
+    try:
+        numbers = np.array(samples)
+        numbers = numbers.astype(np.int64) if numbers.dtype.kind == "U" else numbers
+        table = _fitting("", dtype, list(found))
+        names = np.array(domains)
+    except (InputError, ValueError, OverflowError):
+        return False
+    if numbers.dtype.kind not in "iu" or numbers.ndim != 1 or not set(domains) <= sizes.keys():
+        return False
+    places = [(str(name), np.flatnonzero(names == name)) for name in np.unique(names)]
+    for name, here in places:
+        mine, shape = numbers[here], values[name].shape[1:] if name in values else table.shape[1:]
+        fits = mine.min() >= 0 and mine.max() < sizes[name] and shape == table.shape[1:]
+        if not fits or given[name][mine].any() or len(np.unique(mine)) < len(mine):
+            return False
+    for name, here in places:
+        if name not in values:
+            values[name] = np.zeros((sizes[name], *table.shape[1:]), dtype)
+        values[name][numbers[here]], given[name][numbers[here]] = table[here], True
+    return True
 
 
 def _put(

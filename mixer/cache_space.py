@@ -151,7 +151,7 @@ class CacheSpace:
                     folder.mkdir(parents=True)
                     (folder / "claim").write_text(json.dumps({"name": name, "bytes": size_bytes}))
                     return folder
-            if ahead:
+            if ahead or not threading.main_thread().is_alive():  # who reads ahead must not keep a process from ending
                 return None
             time.sleep(_POLL)
 

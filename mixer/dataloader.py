@@ -319,7 +319,10 @@ class MixtureLoader(DataLoader[Any]):
 
     def _ready(self) -> Iterator[Any]:
         try:
-            yield from super().__iter__()
+            self._plan.is_ours = True
+            batches = super().__iter__()  # plans the first of them at once
+            self._plan.is_ours = False
+            yield from batches
         except (RuntimeError, EOFError, ConnectionError) as error:  # the latter: killed while it handed a batch over
             if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
                 raise

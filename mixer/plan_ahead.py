@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DistributedSampler
 
-from mixer.errors import DataError
+from mixer.errors import DataError, InputError
 from mixer.mixer import RunEnded, Snapshot, Stage
 
 if TYPE_CHECKING:
@@ -37,10 +37,20 @@ class PlanSampler(DistributedSampler):  # type: ignore[type-arg]
         self.num_replicas, self.rank, self.epoch = loader.world_size, loader.rank, 0
         self.shuffle, self.drop_last, self.seed = False, True, 0
         self.planned: deque[Snapshot] = deque()  # after each batch that is planned and not delivered
+        self.is_ours = False  # while the loader itself begins to iterate
         self.end: Exception | None = None  # why planning stopped; raised when what was planned has been delivered
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Yield (domain id, sample index); torch gathers them to this rank's batches."""
+        """Yield (domain id, sample index); torch gathers them to this rank's batches.
+
+        Raises: InputError: if it is not the loader that asks: whoever took it apart would share out, shuffle or skip
+            once more, and its state would not be that of what was delivered.
+        """
+        if not self.is_ours:
+            raise InputError(
+                "something took this MixtureLoader apart to make a loader of its own (accelerate's prepare, Lightning"
+                " with use_distributed_sampler): hand it over as it is; it shares out its batches over ranks itself."
+            )
         loader, mine = self._loader, slice(self.rank, None, self.num_replicas)
         while True:
             try:

@@ -177,11 +177,12 @@ for batch in MixtureLoader(sys.argv[1], mixture="uniform", global_batch_size=12,
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm to look into")
 def test_killed_training_process_leaves_no_shared_memory_and_no_worker_behind(shards):
-    before = set(os.listdir("/dev/shm"))
     command = [sys.executable, "-c", TRAIN, shards]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True) as process:
         for _ in range(5):
             assert process.stdout.readline() == b"batch\n"
+        shared = {path for one in session(process.pid) for path in shared_memory(one)}
+        assert any(path.exists() for path in shared)
         process.kill()
         process.wait()
         for _ in range(600):  # workers notice within seconds that nobody reads
@@ -189,7 +190,16 @@ def test_killed_training_process_leaves_no_shared_memory_and_no_worker_behind(sh
                 break
             time.sleep(0.1)
     assert not session(process.pid)
-    assert set(os.listdir("/dev/shm")) <= before
+    assert not [path for path in shared if path.exists()]
+
+
+def shared_memory(process):
+    """Return the files of shared memory, semaphores among them, that a process has mapped."""
+    try:
+        lines = Path(f"/proc/{process}/maps").read_text().splitlines()
+    except OSError:
+        return set()
+    return {Path(line.split(maxsplit=5)[5]) for line in lines if "/dev/shm/" in line and not line.endswith("(deleted)")}
 
 
 def session(leader):
@@ -242,3 +252,18 @@ def moved(loader, count):
         if len(found) == count:
             return found
     return found
+
+
+def test_loader_that_is_taken_apart_says_so_instead_of_delivering_something_else(shards):
+    for workers in (0, 1):
+        loader = make(shards, num_workers=workers)
+        apart = torch.utils.data.DataLoader(loader.dataset, sampler=loader.sampler, batch_size=4)
+        with pytest.raises(InputError, match=r"took this MixtureLoader apart .* hand it over as it is"):
+            next(iter(apart))
+        assert loader.step == 0 and len(next(iter(loader))["sample_ids"]) == 12
+
+
+def test_accelerate_is_told_to_leave_the_loader_as_it_is(shards):
+    accelerate = pytest.importorskip("accelerate")
+    with pytest.raises(InputError, match="accelerate's prepare"):
+        next(iter(accelerate.Accelerator(cpu=True).prepare(make(shards, transform=None, read_ahead=None))))

@@ -143,6 +143,11 @@ class CachedLosses(Reference):
         losses = torch.from_numpy(self._column.read_batch(self.domains, domain_ids, sample_ids))
         return {COLUMN: _to_width(losses, labels_of(batch).shape[1] - 1)}
 
+    def per_sample(self, domain_ids: NDArray[np.int64], sample_ids: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the sum of the losses of each of n samples, float64 (n,)."""
+        values = self._column.read_batch(self.domains, domain_ids, sample_ids).astype(np.float64)
+        return values if values.ndim == 1 else values.sum(axis=1)
+
     def token_losses(self, batch: Mapping[str, Any]) -> Tensor:
         return losses_in(batch if COLUMN in batch else {**batch, **self.columns(batch)})
 

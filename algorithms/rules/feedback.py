@@ -198,6 +198,12 @@ def _given(
     """Return the targets given by name, and 1 for the domains that have one."""
     if not isinstance(targets, Mapping):
         return np.zeros(len(known.names)), np.zeros(len(known.names))
+    missing = sorted(set(known.names) - set(targets))
+    if missing and default is None:
+        raise InputError(
+            f"targets has no value for {missing}; the domains are {list(known.names)}. Give one for each, in nats per "
+            'token; validation_feedback(others="reference") takes the model\'s own first held-out losses for the rest.'
+        )
     named = np.array([float(name in targets) for name in known.names])
     return by_name(targets, known, "targets", default), named
 

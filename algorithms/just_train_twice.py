@@ -1,0 +1,145 @@
+"""Just train twice, by example: shards in which the samples that a first model learnt badly are there several times.
+
+    mixer train shards --steps 200 --out first                        # 1: an early model
+    mixer score shards --model first/model --per sample --out scores  #    its loss of every sample
+    upsample("shards", "scores", "again", upweight=5)                 # 2: train from scratch, in proportion to size
+    mixer train again --mixture proportional --out second
+
+Liu, Haghgoo, Chen, Raghunathan, Koh, Sagawa, Liang, Finn 2021, arXiv:2107.09044: E is what the first model gets wrong,
+and the second one trains on the union of all examples with lambda - 1 more copies of E. A language model has no error
+bit; E is the top share of the losses above their domain's median (``rules.jtt.error_set``). The rule ``jtt`` does the
+same for whole domains, without new shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from algorithms.references.cached import CachedLosses
+from algorithms.rules.jtt import error_set
+from algorithms.rules.steps import number
+from mixer import mds
+from mixer.errors import InputError
+from mixer.manifest import Domain, Manifest, Split, domain_folder
+from mixer.shards import DomainShards, open_domain
+
+__all__ = ["upsample"]
+
+HASHES = ("xxh64",)
+SHARD_BYTES = 1 << 26
+
+
+def upsample(
+    shards: str | os.PathLike[str],
+    scores: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    upweight: int = 5,
+    share: float = 0.2,
+    baseline: str = "median",
+) -> dict[str, int]:
+    """Write shards in which bad samples are there ``upweight`` times; return how many there are, by domain.
+
+    Other splits and the tokenizer are copied as they are, so that held-out losses stay comparable.
+
+    Args:
+        shards: from ``mixer convert``.
+        scores: what ``mixer score`` wrote for their split train with the first model.
+        out: a folder that does not exist yet; the manifest is written last.
+        upweight: lambda; the paper has 100 and 50 for images, 4 and 6 for text.
+        share, baseline: what counts as bad, see ``error_set``.
+
+    Raises: InputError: if the scores are of other shards, samples differ in length or hold more than tokens.
+    """
+    manifest, folder = Manifest.load(shards), Path(out)
+    copies = int(number(upweight, "upweight", low=1))
+    if folder.exists():
+        raise InputError(f"{folder} exists already; name a new folder.")
+    losses = CachedLosses(scores)
+    losses.bind(manifest.names, _Read(manifest))
+    opened = {name: open_domain(shards, name, "train", manifest=manifest) for name in manifest.names}
+    _check_plain(manifest, opened)
+    bad = _bad_samples(losses, opened, share, baseline)
+    domains = {}
+    for name, samples in opened.items():
+        order = np.concatenate([np.arange(len(samples)), np.repeat(bad[name], copies - 1)])
+        split = _write(folder, f"{domain_folder(name)}/train", samples, order, manifest.split(name, "train"))
+        domains[name] = _with_split(manifest.domains[name], split)
+        for other in set(manifest.domains[name].splits) - {"train"}:
+            path = manifest.split(name, other).path
+            shutil.copytree(Path(shards) / path, folder / path)
+    if manifest.tokenizer.file:
+        shutil.copytree((Path(shards) / manifest.tokenizer.file).parent, folder / Path(manifest.tokenizer.file).parent)
+    facts = {"upweight": copies, "share": share, "baseline": baseline, "reference": losses.fingerprint}
+    made = replace(manifest, domains=domains, converter={**manifest.converter, "upsampled": facts})
+    made.save(folder)
+    return {name: len(rows) for name, rows in bad.items()}
+
+
+class _Read:
+    """What ``CachedLosses.bind`` asks of a loader."""
+
+    split = "train"
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+
+
+def _check_plain(manifest: Manifest, opened: dict[str, DomainShards]) -> None:
+    if manifest.variable_length:
+        raise InputError("samples that differ in length cannot be upsampled yet: convert with --packing concat.")
+    more = sorted({column for samples in opened.values() for column in samples.columns} - {manifest.column})
+    if more:
+        raise InputError(f"the shards have the columns {more} beside the tokens, which would be lost; leave them out.")
+
+
+def _bad_samples(
+    losses: CachedLosses, opened: dict[str, DomainShards], share: float, baseline: str
+) -> dict[str, NDArray[np.int64]]:
+    """Return the numbers of the bad samples of each domain, chosen over all domains together."""
+    ids = np.repeat(np.arange(len(opened)), [len(samples) for samples in opened.values()])
+    numbers = np.concatenate([np.arange(len(samples)) for samples in opened.values()])
+    means = losses.per_sample(ids, numbers) / (losses.settings["seq_len"] - 1)
+    chosen = error_set(means, ids, share, baseline)
+    return {name: numbers[chosen][ids[chosen] == domain] for domain, name in enumerate(opened)}
+
+
+def _write(folder: Path, path: str, samples: DomainShards, order: NDArray[np.int64], old: Split) -> Split:
+    """Write the samples in ``order`` as one MDS folder."""
+    columns, entries = {samples.column: mds.token_encoding(samples.dtype.name, samples.seq_len)}, []
+    (folder / path).mkdir(parents=True)
+    for count, rows in enumerate(_parts(samples, order)):
+        raw, name = mds.encode_shard(columns, rows, hashes=HASHES), f"shard.{count:05}.mds"
+        (folder / path / name).write_bytes(raw)
+        entries.append(mds.shard_entry(columns, name, raw, num_samples=len(rows), hashes=HASHES))
+    index = mds.write_index(folder / path, entries).read_bytes()
+    return Split(
+        path=path,
+        num_samples=len(order),
+        num_tokens=len(order) * samples.seq_len,
+        num_documents=old.num_documents,
+        num_shards=len(entries),
+        size_bytes=sum((folder / path / f"shard.{count:05}.mds").stat().st_size for count in range(len(entries))),
+        fingerprint=f"sha256:{hashlib.sha256(index).hexdigest()}",
+    )
+
+
+def _parts(samples: DomainShards, order: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+    size = max(1, SHARD_BYTES // samples.row_bytes)
+    for start in range(0, len(order), size):
+        yield samples.read(order[start : start + size])
+
+
+def _with_split(domain: Domain, split: Split) -> Domain:
+    # What went into the conversion stays on record; the identity of tokens in and out no longer holds for this split.
+    kept = {name: value for name, value in domain.tokens_in.items() if name != "train"}
+    return replace(domain, splits={**domain.splits, "train": split}, tokens_in=kept)

@@ -6,9 +6,10 @@
 
 Liu, Haghgoo, Chen, Raghunathan, Koh, Sagawa, Liang, Finn 2021, arXiv:2107.09044. There E is the misclassified examples
 after T epochs of plain training (T, lambda: Waterbirds 60, 100; CelebA 1, 50; MultiNLI 2, 4; CivilComments 2, 6) and
-examples, not domains, are drawn lambda times as often: ``algorithms.just_train_twice.upsample`` writes shards for that. A language model has no
-error bit: the top share of the losses takes its place, which is our adaptation. A raw loss is high where entropy is
-high; subtract a reference (gather the histogram of loss - reference) or the domain's median.
+examples, not domains, are drawn lambda times as often: ``algorithms.just_train_twice.upsample`` writes shards for
+that. A language model has no error bit: the top share of the losses takes its place, which is our adaptation. A raw
+loss is high where entropy is high; subtract a reference (gather the histogram of loss - reference) or the domain's
+median.
 
 As a rule this is one run in two halves: the weights in force stay at the prior while the histograms add up, and
 ``result`` is the mixture to train again with.

@@ -159,8 +159,8 @@ def convert(
     plan = make_plan(inputs, stage_options, _identity(asked, train_tokenizer), known)
     run = functools.partial(run_tasks, engine, workers=workers)
     job = Job(
-        where, output_location(stage) if stage else where / STAGE, plan, stage_options, pack_options, given, backend, run,
-        progress or (lambda _: None), base,
+        where, output_location(stage) if stage else where / STAGE, plan, stage_options, pack_options, given, backend,
+        run, progress or (lambda _: None), base,
     )  # fmt: skip
     cleared = fresh and workplace.clear(job)
     manifest = workplace.finished(job, is_ours=cleared)

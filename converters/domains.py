@@ -13,6 +13,7 @@ An input written ``name=path`` gives all its documents to the domain ``name``, w
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -89,7 +90,11 @@ def domain_rule(text: str) -> Rule:
     if kind not in RULES or (kind in _WITH_ARGUMENT) != bool(argument):
         raise InputError(f"no domain rule {text!r}; use 'folder', 'file', 'field:<dotted.path>' or 'path:<regex>'.")
     rule = RULES[kind](argument)
-    return lambda piece, fields: piece.root[1:] if piece.root.startswith("=") else rule(piece, fields)
+    if kind == "field":
+        return lambda piece, fields: piece.root[1:] if piece.root.startswith("=") else rule(piece, fields)
+    # Once per piece, not per record.
+    of_piece = functools.lru_cache(64)(lambda piece: piece.root[1:] if piece.root.startswith("=") else rule(piece, {}))
+    return lambda piece, fields: of_piece(piece)
 
 
 def mapped(name: str, mapping: Mapping[str, str | None]) -> str | None:

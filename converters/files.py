@@ -35,7 +35,7 @@ class Status(NamedTuple):
 
 def open_raw(path: str, block_bytes: int = BLOCK_BYTES) -> IO[bytes]:
     """Open a file for reading, as it is; ``block_bytes`` is what a server is asked for at a time."""
-    return io.BufferedReader(UrlReader(path), block_bytes) if is_url(path) else open(path, "rb")
+    return io.BufferedReader(UrlReader(path), block_bytes) if is_url(path) else open(path, "rb", 1 << 18)
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -254,10 +254,10 @@ def _scratch() -> str:
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
-def write_whole(where: Location, data: bytes) -> None:
+def write_whole(where: Location, data: bytes | bytearray) -> None:
     """Write a file that is there whole or not at all, also after a power failure."""
     if isinstance(where, UrlPath):
-        where._ask("pipe_file", data, what="write")
+        where._ask("pipe_file", bytes(data), what="write")
         return
     where.parent.mkdir(parents=True, exist_ok=True)
     partial = where.with_name(f".{where.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")

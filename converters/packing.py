@@ -23,7 +23,7 @@ from converters.shuffling import Shuffled
 from converters.splits import SplitPlan, samples_of
 from converters.streams import Stream
 from mixer.errors import DataError
-from mixer.mds import compress, encode_shard, shard_entry, shard_overhead, token_encoding
+from mixer.mds import compress, empty_shard, encode_shard, shard_entry, shard_overhead, token_encoding
 
 __all__ = ["PackTask", "check_accounting", "pack_shard", "pack_tasks", "read_record", "shard_path"]
 
@@ -173,34 +173,50 @@ def pack_shard(task: PackTask) -> dict[str, Any]:
     if (done := _finished(task)) is not None:
         return done
     options, columns = task.options, shard_columns(task.dtype, task.options)
+    raw, tokens = _encoded(task, columns)
+    zipped = compress(options.compression, raw) if options.compression else None
+    entry = shard_entry(
+        columns, f"shard.{task.number:05d}.mds", raw, num_samples=task.num_samples, zipped=zipped,
+        **options.shard_facts(),
+    )  # fmt: skip
+    write_whole(shard_path(task.folder, entry), raw if zipped is None else zipped)
+    record = {"samples": task.num_samples, "tokens": tokens, "entry": entry}
+    write_whole(location(task.record), orjson.dumps(record))
+    return record
+
+
+def _encoded(task: PackTask, columns: Mapping[str, str]) -> tuple[bytes | bytearray, int]:
+    """Return the raw bytes of the shard, and how many tokens are in it."""
+    options = task.options
+    if columns.keys() == {"tokens"} and options.packing != "none":
+        shard, samples = empty_shard(columns, task.num_samples, **options.shard_facts())
+        _fill(task, samples.reshape(-1))
+        return shard, samples.size
     rows, used = _rows(task)
     values: dict[str, Any] = {"tokens": rows}
     if options.doc_starts:
         values[DOC_STARTS] = _doc_starts(task, rows, used)
     if options.sample_ids:
         values[SAMPLE_ID] = np.arange(task.first_id, task.first_id + task.num_samples, dtype=np.uint64)
-    raw = encode_shard(columns, values, **options.shard_facts())
-    zipped = compress(options.compression, raw) if options.compression else None
-    entry = shard_entry(
-        columns, f"shard.{task.number:05d}.mds", raw, num_samples=len(rows), zipped=zipped, **options.shard_facts()
-    )
-    write_whole(shard_path(task.folder, entry), raw if zipped is None else zipped)
-    record = {"samples": len(rows), "tokens": sum(map(len, rows)), "entry": entry}
-    write_whole(location(task.record), orjson.dumps(record))
-    return record
+    return encode_shard(columns, values, **options.shard_facts()), sum(map(len, rows))
 
 
 def _rows(task: PackTask) -> tuple[Sequence[NDArray[Any]] | NDArray[Any], NDArray[np.int64]]:
     """Return the samples, and how many tokens of each are not padding."""
-    if task.layout is not None:
-        return _laid_out_rows(task)
-    return _varying_rows(task) if task.options.packing == "none" else _even_rows(task)
+    if task.options.packing == "none":
+        return _varying_rows(task)
+    rows = np.empty((task.num_samples, task.options.seq_len), task.dtype)
+    return rows, _fill(task, rows.reshape(-1))
 
 
-def _even_rows(task: PackTask) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Return samples (n, T) cut evenly from the stream."""
+def _fill(task: PackTask, tokens: NDArray[Any]) -> NDArray[np.int64]:
+    """Write the samples, one after another; return how many tokens of each are not padding."""
+    return _fill_evenly(task, tokens) if task.layout is None else _fill_by_layout(task, tokens)
+
+
+def _fill_evenly(task: PackTask, tokens: NDArray[Any]) -> NDArray[np.int64]:
+    """Write samples cut evenly from the stream."""
     seq_len = task.options.seq_len
-    tokens = np.empty(task.num_samples * seq_len, task.dtype)
     at = task.stream.copy(tokens, task.first_token)
     missing = len(tokens) - at
     if missing and (task.options.tail != "pad" or missing >= seq_len):
@@ -208,7 +224,7 @@ def _even_rows(task: PackTask) -> tuple[NDArray[Any], NDArray[np.int64]]:
     tokens[at:] = task.eos_id
     used = np.full(task.num_samples, seq_len)
     used[-1] -= missing
-    return tokens.reshape(task.num_samples, seq_len), used
+    return used
 
 
 def _varying_rows(task: PackTask) -> tuple[list[NDArray[Any]], NDArray[np.int64]]:
@@ -222,17 +238,16 @@ def _varying_rows(task: PackTask) -> tuple[list[NDArray[Any]], NDArray[np.int64]
     return np.split(tokens, np.cumsum(lengths)[:-1]), lengths
 
 
-def _laid_out_rows(task: PackTask) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Return samples (n, T) put together by the layout."""
+def _fill_by_layout(task: PackTask, tokens: NDArray[Any]) -> NDArray[np.int64]:
+    """Write samples put together by the layout."""
     layout = load_layout(str(task.layout), task.first_sample, task.first_sample + task.num_samples)
     seq_len = task.options.seq_len
     sample = np.repeat(np.arange(task.num_samples), np.diff(layout.first))
     before = np.cumsum(layout.length) - layout.length
     in_sample = before - before[layout.first[:-1]][sample]  # where in its sample a piece goes
-    rows = np.full(task.num_samples * seq_len, task.eos_id, task.dtype)
-    task.stream.copy_pieces(rows, layout.start - task.first_token, layout.length, sample * seq_len + in_sample)
-    used = np.bincount(sample, layout.length, task.num_samples).astype(np.int64)
-    return rows.reshape(task.num_samples, seq_len), used
+    tokens[:] = task.eos_id
+    task.stream.copy_pieces(tokens, layout.start - task.first_token, layout.length, sample * seq_len + in_sample)
+    return np.bincount(sample, layout.length, task.num_samples).astype(np.int64)
 
 
 def _ends_early(task: PackTask) -> DataError:

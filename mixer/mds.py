@@ -32,6 +32,7 @@ __all__ = [
     "compress",
     "compression_extension",
     "decode_value",
+    "empty_shard",
     "encode_shard",
     "encoded_size",
     "hash_hex",
@@ -115,7 +116,35 @@ def encode_shard(
         rows = _encode_rows(names, columns, table)
         sizes = np.fromiter(map(len, rows), np.int64, len(rows))
         body = b"".join(rows)
-    config = _config_bytes(columns, compression, hashes, size_limit)
+    return b"".join((_head(sizes, _config_bytes(columns, compression, hashes, size_limit)), body))
+
+
+def empty_shard(
+    columns: Mapping[str, str],
+    num_samples: int,
+    *,
+    compression: str | None = None,
+    hashes: Sequence[str] = (),
+    size_limit: int | None = SIZE_LIMIT,
+) -> tuple[bytearray, NDArray[Any]]:
+    """Return a shard of one fixed-length ndarray column, to be filled: its raw bytes, and a view (n, T) of the samples.
+
+    For shards of half the memory: see ``encode_shard``, which gives the same bytes from an array.
+    """
+    (encoding,) = columns.values()
+    dtype, shape = _ndarray_spec(encoding)
+    size = encoded_size(encoding)
+    if dtype is None or shape is None or size is None:
+        raise InputError(f"a column of fixed length was expected, got {encoding!r}.")
+    head = _head(np.full(num_samples, size, np.int64), _config_bytes(columns, compression, hashes, size_limit))
+    raw = bytearray(len(head) + num_samples * size)
+    raw[: len(head)] = head
+    rows = np.frombuffer(raw, dtype, num_samples * int(np.prod(shape)), len(head))
+    return raw, rows.reshape(num_samples, *shape)
+
+
+def _head(sizes: NDArray[np.int64], config: bytes) -> bytes:
+    """Return what stands before the samples of these sizes."""
     offsets = np.zeros(len(sizes) + 1, np.int64)
     np.cumsum(sizes, out=offsets[1:])
     offsets += 4 + 4 * len(offsets) + len(config)
@@ -124,7 +153,7 @@ def encode_shard(
             f"a shard of {offsets[-1]:,} bytes does not fit: MDS offsets are uint32. Give fewer samples per shard (here"
             f" {len(sizes):,})."
         )
-    return b"".join((np.uint32(len(sizes)).tobytes(), offsets.astype("<u4").tobytes(), config, body))
+    return b"".join((np.uint32(len(sizes)).tobytes(), offsets.astype("<u4").tobytes(), config))
 
 
 def shard_overhead(
@@ -141,7 +170,7 @@ def shard_overhead(
 def shard_entry(
     columns: Mapping[str, str],
     basename: str,
-    raw: bytes | Mapping[str, Any],
+    raw: bytes | bytearray | Mapping[str, Any],
     *,
     num_samples: int,
     compression: str | None = None,
@@ -397,7 +426,7 @@ def compression_extension(compression: str) -> str:
     return compression.partition(":")[0]
 
 
-def compress(compression: str, data: bytes) -> bytes:
+def compress(compression: str, data: bytes | bytearray) -> bytes:
     """Compress shard bytes by ``zstd`` or ``zstd:LEVEL`` (1–22; default 3).
 
     The frame carries a checksum, so that a flipped bit is found even where no hash is recorded.
@@ -595,7 +624,7 @@ def _config_bytes(
     return json.dumps(_config(columns, compression, hashes, size_limit), sort_keys=True).encode("utf-8")
 
 
-def _file_info(basename: str, data: bytes | Mapping[str, Any], hashes: Sequence[str]) -> dict[str, Any]:
+def _file_info(basename: str, data: bytes | bytearray | Mapping[str, Any], hashes: Sequence[str]) -> dict[str, Any]:
     if isinstance(data, Mapping):
         return {"basename": basename, "bytes": int(data["bytes"]), "hashes": dict(data["hashes"])}
     return {

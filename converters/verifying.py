@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
 
 from converters.engines import run_tasks
 from converters.inspecting import raw_shard, read_index, shard_rows
@@ -43,6 +45,14 @@ class _ShardCheck(NamedTuple):
     deep: bool
 
 
+class _Checked(NamedTuple):
+    """What is wrong with a shard of a folder, and how many tokens are in it (None: not counted)."""
+
+    folder: str
+    findings: list[Finding]
+    tokens: int | None = None
+
+
 def verify(
     shards: str | os.PathLike[str],
     *,
@@ -53,7 +63,7 @@ def verify(
     """Return what is wrong with a folder of shards; an empty list if nothing is.
 
     Args:
-        deep: read every shard and check its hashes, header and token ids.
+        deep: read every shard and check its hashes, header and token ids, and that its tokens add up.
         workers: processes for the shards.
         progress: called with (shards checked, shards in all).
     Raises: InputError: if there is no readable manifest to check against.
@@ -65,22 +75,36 @@ def verify(
     for name in manifest.names:
         domain = manifest.domains[name]
         for key, split in domain.splits.items():
-            findings += _check_accounting(name, key, domain, split, manifest.seq_len)
+            findings += _check_accounting(name, key, domain, split)
             try:
                 entries = read_index(folder / split.path)
             except DataError as error:
-                findings.append(Finding(f"{split.path}/index.json", str(error), _REPAIR))
+                findings.append(Finding(str(folder / split.path / "index.json"), str(error), _REPAIR))
                 continue
             findings += _check_index(folder, split, entries)
             where = str(folder / split.path)
             checks += [
                 _ShardCheck(where, entry, manifest.column, manifest.tokenizer.vocab_size, deep) for entry in entries
             ]
-    for done, found in enumerate(run_tasks("local", _check_shard, checks, workers if deep else 1), start=1):
-        findings += found
+    counted: dict[str, list[int | None]] = {}
+    for done, shard in enumerate(run_tasks("local", _check_shard, checks, workers if deep else 1), start=1):
+        findings += shard.findings
+        counted.setdefault(shard.folder, []).append(shard.tokens)
         if progress:
             progress(done, len(checks))
-    return findings
+    return [*findings, *_check_tokens(folder, manifest, counted)]
+
+
+def _check_tokens(
+    folder: Location, manifest: Manifest, counted: Mapping[str, Sequence[int | None]]
+) -> Iterator[Finding]:
+    """Compare the tokens that the shards hold with the manifest, where all of them could be counted."""
+    for name in manifest.names:
+        for key, split in manifest.domains[name].splits.items():
+            tokens = counted.get(str(folder / split.path), [])
+            if len(tokens) == split.num_shards and None not in tokens and sum(filter(None, tokens)) != split.num_tokens:
+                what = f"says {split.num_tokens:,} tokens, its shards hold {sum(filter(None, tokens)):,}"
+                yield Finding(f"manifest.json, domain {name!r}, {key}", what, "restore the manifest, or convert again")
 
 
 def _check_tokenizer(folder: Location, manifest: Manifest) -> Iterator[Finding]:
@@ -119,7 +143,7 @@ def _digest(path: Location) -> str | None:
         return None
 
 
-def _check_accounting(name: str, key: str, domain: Domain, split: Split, seq_len: int) -> Iterator[Finding]:
+def _check_accounting(name: str, key: str, domain: Domain, split: Split) -> Iterator[Finding]:
     where = f"manifest.json, domain {name!r}, {key}"
     if key not in domain.tokens_in:
         return  # written by an older version, or by others
@@ -145,30 +169,36 @@ def _check_index(folder: Location, split: Split, entries: list[dict[str, Any]]) 
         yield Finding(str(index), f"{what} {split.num_shards:,} of {split.num_samples:,}", _REPAIR)
 
 
-def _check_shard(check: _ShardCheck) -> list[Finding]:
+def _check_shard(check: _ShardCheck) -> _Checked:
     stored = check.entry.get("zip_data") or check.entry["raw_data"]
     path = location(check.folder) / stored["basename"]
     try:
         size = size_of(path)
     except OSError as error:
-        return [Finding(str(path), f"cannot be read: {error.strerror or error}", _REPAIR)]
+        return _Checked(check.folder, [Finding(str(path), f"cannot be read: {error.strerror or error}", _REPAIR)])
     if size != stored["bytes"]:
-        return [Finding(str(path), f"has {size:,} bytes, its index says {stored['bytes']:,}", _REPAIR)]
-    return list(_check_bytes(check, path, stored)) if check.deep else []
+        return _Checked(
+            check.folder, [Finding(str(path), f"has {size:,} bytes, its index says {stored['bytes']:,}", _REPAIR)]
+        )
+    return _check_bytes(check, path, stored) if check.deep else _Checked(check.folder, [])
 
 
-def _check_bytes(check: _ShardCheck, path: Location, stored: Mapping[str, Any]) -> Iterator[Finding]:
+def _check_bytes(check: _ShardCheck, path: Location, stored: Mapping[str, Any]) -> _Checked:
     for algorithm, expected in stored["hashes"].items():
         found = hash_hex(algorithm, path.read_bytes())
         if found != expected:
-            yield Finding(str(path), f"has {algorithm} {found}, its index says {expected}", _REPAIR)
-            return
+            return _Checked(
+                check.folder, [Finding(str(path), f"has {algorithm} {found}, its index says {expected}", _REPAIR)]
+            )
     try:
         raw = raw_shard(location(check.folder), check.entry)
         rows = shard_rows(location(check.folder), check.entry, check.column)
     except DataError as error:
-        yield Finding(str(path), str(error), _REPAIR)
-        return
+        return _Checked(check.folder, [Finding(str(path), str(error), _REPAIR)])
+    return _Checked(check.folder, list(_check_rows(check, path, raw, rows)), sum(map(len, rows)))
+
+
+def _check_rows(check: _ShardCheck, path: Location, raw: bytes, rows: Sequence[NDArray[Any]]) -> Iterator[Finding]:
     for algorithm, expected in check.entry["raw_data"]["hashes"].items():
         if (found := hash_hex(algorithm, raw)) != expected:
             yield Finding(str(path), f"decompresses to {algorithm} {found}, its index says {expected}", _REPAIR)

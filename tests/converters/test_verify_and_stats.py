@@ -109,6 +109,20 @@ def edit_manifest(shards):
     (shards / "manifest.json").write_text(json.dumps(raw))
 
 
+def test_tokens_that_do_not_add_up_are_found(tmp_path):
+    write_corpus(tmp_path / "corpus")
+    folder = convert_to(tmp_path, "shards", seq_len=64, packing="none", shard_size=4000)
+    assert verify(folder, deep=True) == []
+    raw = json.loads((folder / "manifest.json").read_text())
+    domain = raw["domains"]["web"]
+    domain["splits"]["train"]["num_tokens"] += 1
+    domain["tokens_in"]["train"] += 1  # so that the manifest agrees with itself
+    (folder / "manifest.json").write_text(json.dumps(raw))
+    assert verify(folder) == []
+    (finding,) = verify(folder, deep=True)
+    assert (finding.path, "its shards hold" in finding.what) == ("manifest.json, domain 'web', train", True)
+
+
 def test_ids_beyond_the_vocabulary_are_found(shards):
     raw = json.loads((shards / "manifest.json").read_text())
     raw["tokenizer"]["vocab_size"] = 10

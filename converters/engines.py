@@ -37,20 +37,35 @@ def local(
 ) -> Iterator[Result]:
     """Run tasks in ``workers`` processes of this machine; with one worker, in this process."""
     tasks = list(tasks)
-    workers = min(workers, len(tasks))
-    if workers <= 1:
+    if min(workers, len(tasks)) <= 1:
         yield from map(function, tasks)
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    with _pool(workers) as pool:
+        try:
+            yield from _results(pool, function, tasks, 2 * workers)
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a worker process died (killed, or out of memory?). Finished work is kept: run the same command again,"
+                f" with fewer than {workers} workers if memory is short. In a script of your own, call convert() under"
+                ' `if __name__ == "__main__":`.'
+            ) from error
+
+
+_kept: list[ProcessPoolExecutor | None] = []  # by ``kept_running``; None until there is work for it
+
+
+@contextlib.contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Yield a pool of processes: the one that is kept running, else one for this block."""
+    pool = _kept[-1] if _kept else None
+    if pool is None:
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    if _kept:
+        _kept[-1] = pool
+        yield pool
+        return
     try:
-        yield from _results(pool, function, tasks, 2 * workers)
-        pool.shutdown()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process died (killed, or out of memory?). Finished work is kept: run the same command again,"
-            f" with fewer than {workers} workers if memory is short. In a script of your own, call convert() under"
-            ' `if __name__ == "__main__":`.'
-        ) from error
+        yield pool
     finally:
         _stop(pool)
 
@@ -105,10 +120,16 @@ def ray(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int,
 
 @contextlib.contextmanager
 def kept_running(engine: str, workers: int) -> Iterator[None]:
-    """Start Ray once for everything in the block; other engines need nothing."""
+    """Start processes, or Ray, once for everything in the block."""
     name, _, address = engine.partition(":")
     if name != "ray":
-        yield
+        _kept.append(None)
+        try:
+            yield
+        finally:
+            pool = _kept.pop()
+            if pool is not None:
+                _stop(pool)
         return
     with _ray_started(_imported_ray(), workers, f"ray:{address}" if address.startswith("//") else address):
         yield

@@ -20,7 +20,7 @@ from algorithms.domain_losses import DomainLosses
 from algorithms.heldout import HeldOutWindows
 from algorithms.losses import token_losses
 from algorithms.micro_batch import share_of_the_sum
-from algorithms.references import FrozenModel, as_reference
+from algorithms.references import CachedLosses, FrozenModel, as_reference
 from algorithms.rules.base import UpdateRule
 from algorithms.signals import Signals, loss_histogram
 from mixer.errors import DataError, InputError
@@ -73,12 +73,37 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("options", [{}, {"padded": True}, {"per_token": True}], ids=["plain", "padded", "per_token"])
-@pytest.mark.parametrize("micro", [12, 5, 4, 1])
+PACKINGS = {
+    "plain": {},
+    "padded": {"padded": True},
+    "per_token": {"per_token": True},
+    "padded per_token": {"padded": True, "per_token": True},
+}
+
+
+@pytest.mark.parametrize("options", PACKINGS.values(), ids=PACKINGS)
+@pytest.mark.parametrize("micro", [12, 5, 1])
 def test_gradient_is_the_papers_for_any_micro_batch(micro: int, options: dict[str, bool]) -> None:
     seen = Gradients()
     fit(DomainReweighting(constant()), loader=Loader(**options), micro=micro, steps=1, callbacks=[seen])
     assert distance(seen.steps[0], written_out(llama(), batch(**options))) < 1e-6
+
+
+def test_doremi_scores_tokens_by_their_own_domain_where_a_sample_holds_several() -> None:
+    options = {"padded": True, "per_token": True}
+    algorithm = DomainReweighting(doremi(), reference=llama(seed=1))
+    fit(algorithm, loader=Loader(**options), micro=5, steps=1)
+    part = batch(**options)
+    keep, of = part["attention_mask"][:, 1:].bool(), part["domain_ids"][:, 1:]
+    own, theirs = (FrozenModel(llama(seed=seed)).token_losses(part) for seed in (0, 1))
+    for domain in range(3):
+        here = keep & (of == domain)
+        assert algorithm.trajectory.num_tokens[0, domain] == here.sum()
+        assert algorithm.trajectory.excess[0, domain] == pytest.approx((own - theirs)[here].mean().item(), rel=1e-4)
+        clipped = (own - theirs).clamp(min=0)[here].mean().item()
+        assert algorithm.trajectory.clipped_excess[0, domain] == pytest.approx(clipped, rel=1e-4)
+    with pytest.raises(InputError, match=r"losses are those of whole samples.*shape \(12, 12\)"):
+        CachedLosses.columns(SimpleNamespace(), {**part, "sample_ids": torch.arange(12)})  # type: ignore[arg-type]
 
 
 def test_gradient_does_not_change_when_composer_accumulates_by_tokens() -> None:

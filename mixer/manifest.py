@@ -58,7 +58,8 @@ class Split:
 class Domain:
     """The splits of one domain, and what became of its documents.
 
-    ``held_out`` says how the validation split was cut: ``{"by": "documents" | "samples", "share": 0.01}``.
+    ``held_out`` says how the validation split was cut: ``{"by": "documents" | "samples" | "given", "share": 0.01}``,
+    ``given`` by the input that was split already.
     ``skipped`` counts documents that were left out, by reason; ``dropped_tokens`` is the tail that filled no sample.
     In every split, ``tokens_in`` = ``num_tokens`` - ``padding_tokens`` + ``dropped_tokens``.
     """

@@ -26,7 +26,7 @@ from benchmarks.mixtures.methods import BASELINES
 __all__ = ["console_table", "draw", "markdown", "publish", "summary"]
 
 Losses = NDArray[np.float64]
-SHOWN = 0.35  # nats; differences beyond this are drawn at the edge
+SHOWN = (-0.16, 0.36)  # nats; differences beyond these are drawn at the edge
 
 
 class Row(NamedTuple):
@@ -150,11 +150,12 @@ def _panel(axes: Any, measured: Mapping[str, Any]) -> None:
     rows = [row for row in rows_of(measured) if row.name != "uniform"]
     for place, row in enumerate(rows):
         colour = "#D55E00" if row.name in BASELINES else "#0072B2"
-        shown = np.minimum(row.against_uniform, SHOWN)
+        shown, mean = np.clip(row.against_uniform, *SHOWN), float(row.against_uniform.mean())
         axes.plot(shown, np.full(len(shown), place), "o", color=colour, markersize=4, alpha=0.75, clip_on=False)
-        if row.against_uniform.mean() > SHOWN:
-            text = f"+{row.against_uniform.mean():.2f} →"
-            axes.annotate(text, (SHOWN, place), xytext=(-6, 0), textcoords="offset points", ha="right", va="center")
+        if not SHOWN[0] <= mean <= SHOWN[1]:
+            edge, side, text = (SHOWN[0], 1, f"← {mean:+.2f}") if mean < 0 else (SHOWN[1], -1, f"{mean:+.2f} →")
+            align = {"ha": "left" if side > 0 else "right", "va": "center"}
+            axes.annotate(text, (edge, place), xytext=(6 * side, 0), textcoords="offset points", **align)
     axes.axvline(0, color="#333333", linewidth=0.8)
     axes.grid(axis="y", color="#EEEEEE", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -162,8 +163,7 @@ def _panel(axes: Any, measured: Mapping[str, Any]) -> None:
     for label, row in zip(axes.get_yticklabels(), rows):
         label.set_color("#D55E00" if row.name in BASELINES else "#000000")
     axes.invert_yaxis()
-    low = min(float(row.against_uniform.min()) for row in rows)
-    axes.set_xlim(min(low * 1.1, -0.02), SHOWN)
+    axes.set_xlim(*SHOWN)
     axes.set_title(f"{measured['corpus']}: average loss against uniform", loc="left", weight="bold", fontsize=10)
     axes.set_xlabel("nats per token, left is better; a dot per seed")
 

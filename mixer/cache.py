@@ -140,6 +140,9 @@ class RemoteCache:
                 f"no space left for {self.local / name}. Free space, or set a cache_limit that fits the disk."
             )
         tried = f"{attempts} attempt{'s' if attempts > 1 else ''}"
+        if isinstance(error, DataError):  # it came, and is not what it should be; where it lay is of no interest
+            what = re.sub(r"\S*/claim\.\d+/attempt-\d+/\S*?(?=: )", url, what)
+            return DataError(f"cannot fetch {url} ({tried}): {what}")
         return DataError(
             f"cannot fetch {url} ({tried}): {type(error).__name__}: {what}. Check the network and the"
             " credentials, or raise download_timeout or download_retry; the run goes on from its last checkpoint."

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -83,6 +84,7 @@ class DomainLosses:
         self.num_rows = 0.0  # mean number of samples of a rank in this step
         self._sums: Tensor | None = None
         self._counted_by_call = False
+        self._weights_digest = 0
 
     def start(self, *batches: Mapping[str, Any], num_samples: NDArray[np.int64] | None = None) -> None:
         """Begin a step: count the tokens of each domain in this rank's whole share of it, over all ranks.
@@ -141,6 +143,7 @@ class DomainLosses:
         ids = self._ids(batch)
         self.add(loss, mask, ids, reference_loss)
         self._counted_by_call = by_call
+        self._weights_digest = 0 if weights is None else xxhash.xxh3_64(np.asarray(weights).tobytes()).intdigest()
         return weighted_loss(loss, self.usable(loss, mask), ids, self.coefficients(weights)) * world_size()
 
     def add(self, token_loss: Tensor, mask: Tensor, domain_ids: Tensor, reference_loss: Tensor | None = None) -> None:
@@ -166,17 +169,19 @@ class DomainLosses:
             torch.as_tensor(np.asarray(weights, dtype=np.float64)), tokens, self.normalization, shares
         )
 
-    def signals(self, signature: int = 0) -> Signals:
+    def signals(self, signature: int | None = None) -> Signals:
         """Return the sums of the step over all ranks (one all-reduce), and begin the next step.
 
         Args:
-            signature: a digest of what all ranks should hold alike, see ``all_reduce_checked``.
+            signature: a digest of what all ranks should hold alike, see ``all_reduce_checked``; by default of the
+                weights that this step was called with.
 
         Raises: DataError: on a non-finite loss with ``on_nonfinite="fail"``, or signatures that differ; on every rank.
         """
         if self._sums is None:
             raise InputError("no losses were added since the last call of signals().")
-        signals = to_signals(all_reduce_checked(self._sums, signature))
+        mine = self._weights_digest if signature is None else signature
+        signals = to_signals(all_reduce_checked(self._sums, mine))
         self.num_tokens = None
         self.reset()
         return self._finite(signals)

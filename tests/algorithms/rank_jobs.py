@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
@@ -13,7 +14,7 @@ from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from algorithms import DomainReweighting, FrozenModel, doremi, group_dro
+from algorithms import DomainLosses, DomainReweighting, FrozenModel, doremi, group_dro
 from algorithms.rules import UPDATE_RULES
 from algorithms.worst_subset import WorstSubset
 from mixer.dataloader import MixtureLoader
@@ -21,7 +22,7 @@ from mixer.errors import DataError, InputError
 from tests.algorithms.every_rule import weights_of_every_rule
 from tests.algorithms.ranks import job, main
 from tests.algorithms.test_domain_reweighting import heldout_windows, recorder
-from tests.algorithms.tiny import Loader, gpt2, llama, wrap
+from tests.algorithms.tiny import DOMAINS, Loader, gpt2, llama, wrap
 from tests.algorithms.training_helpers import Gradients, fit, flat, parameters
 
 
@@ -218,7 +219,14 @@ def diverged(folder: Path, rank: int, world_size: int) -> dict[str, str]:
     other = DomainReweighting(group_dro(eta=0.1 * (1 + rank)))
     elsewhere = Loader(rank=rank, world_size=world_size)
     elsewhere.set_weights({"books": 0.2 + 0.1 * rank, "code": 0.3 - 0.1 * rank, "web": 0.5})
+
+    def plain_loop() -> None:
+        losses, model, part = DomainLosses(DOMAINS), llama(), next(iter(Loader(rank=rank, world_size=world_size)))
+        losses(model(input_ids=part["input_ids"]).logits, part, np.array([0.5, 0.3 + 0.1 * rank, 0.2 - 0.1 * rank]))
+        losses.signals()
+
     return {
+        "plain_loop": raised(plain_loop),
         "state": raised(lambda: fit(mixed_up, loader=loader, callbacks=[Meddler(mixed_up)], steps=5)),
         "settings": raised(lambda: fit(other, loader=Loader(rank=rank, world_size=world_size), steps=2)),
         "loader": raised(lambda: fit(searching(), loader=elsewhere, steps=2)),

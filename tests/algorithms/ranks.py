@@ -49,7 +49,7 @@ def run_ranks(
                 command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
         )
-    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    outputs = [process.communicate(timeout=500)[0] for process in processes]
     failed = [
         f"rank {rank}:\n{output[-3000:]}"
         for rank, (process, output) in enumerate(zip(processes, outputs))

@@ -2,7 +2,8 @@
 
     python -m benchmarks.conversion            # 30 MB of text
     python -m benchmarks.conversion --full     # 120 MB
-    python -m benchmarks.conversion --size 64MB --tokenizer tokenizer.json --backend hf
+    python -m benchmarks.conversion --size 64MB --tokenizer tokenizer.json
+    python -m benchmarks.conversion --cost     # the table of docs/converting.md, from the last results
 
 The text is what this Python install already has: source files (.py), C and C++ headers (.h), stub files (.pyi) and
 package metadata and documentation (.txt, .md, .rst, METADATA), each kind a domain, written as JSON lines. Without
@@ -101,9 +102,13 @@ if __name__ == "__main__":
 @click.option("--size", default="30MB", show_default=True, help="Text to convert.")
 @click.option("--full", is_flag=True, help="The same with 120 MB.")
 @click.option("--tokenizer", help="A tokenizer.json; default: one trained on the text.")
+@click.option("--cost", "only_cost", is_flag=True, help="Print what 1 T and 15 T tokens cost by the last results.")
 @click.option("--repeat", default=1, show_default=True, help="Runs of each, of which the median is shown.")
-def main(size: str, full: bool, tokenizer: str | None, repeat: int) -> None:
+def main(size: str, full: bool, tokenizer: str | None, only_cost: bool, repeat: int) -> None:
     """Measure conversions of one corpus by several settings."""
+    if only_cost:
+        click.echo(cost_table(json.loads((RESULTS / "conversion.json").read_text())))
+        return
     console = Console(width=110)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -205,6 +210,53 @@ def train(folder: Path) -> str:
 
 def median(rows: list[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+
+
+CORE_HOUR = 0.04  # of your currency
+DOCUMENT_TOKENS, INDEX_ENTRY_BYTES = 700, 440  # English web pages; an entry of ``index.json`` by default options
+
+
+def cost_table(results: dict[str, Any]) -> str:
+    """Return the table of time, space and cost as Markdown; ids of two bytes, shards of 64 MiB, sizes as measured."""
+    runs = results["runs"]
+    lines = ["| | 1 T tokens | 15 T tokens |", "|---|---|---|"]
+    for what, name in (
+        ("tokenise and pack, `hf`", "convert, 1 worker"),
+        ("tokenise and pack, `gigatoken`", "by gigatoken"),
+        ("pack again", "pack again"),
+    ):
+        if name in runs:
+            rate = runs[name]["tokens"] / runs[name]["cpu_s"]
+            hours = 1e12 / rate / 3600
+            lines.append(
+                f"| {what}, {rate / 1e6:.2f} Mtok per CPU second |"
+                f" {hours:,.0f} core-hours, {hours * CORE_HOUR:,.1f} |"
+                f" {15 * hours:,.0f} core-hours, {15 * hours * CORE_HOUR:,.0f} |"
+            )
+    shards = 1e12 * 2 / (64 << 20)
+    sizes = {
+        "stage: 2 bytes per token, 16 per document": (2 + 16 / DOCUMENT_TOKENS) * 1e12,
+        "shards before compression": 2e12,
+        "all `index.json` together": shards * INDEX_ENTRY_BYTES,
+        "tables of documents, read twice to plan": 16e12 / DOCUMENT_TOKENS,
+        "with `shuffle_seed`: the order, 32 bytes per document": 32e12 / DOCUMENT_TOKENS,
+    }
+    lines += [f"| {what} | {amount(size)} | {amount(15 * size)} |" for what, size in sizes.items()]
+    lines.append(f"| shards of 64 MiB | {shards:,.0f} | {15 * shards:,.0f} |")
+    return "\n".join(lines)
+
+
+def amount(size: float) -> str:
+    """Return bytes for people.
+
+    >>> amount(2.02e12), amount(13.1e6)
+    ('2.0 TB', '13.1 MB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
 
 
 def report(console: Console, rows: dict[str, dict[str, float]], text_bytes: int) -> None:

@@ -136,3 +136,32 @@ def test_extension_uses_the_tokenizer_that_was_trained_before(tmp_path):
     after = convert([tmp_path / "corpus"], tmp_path / "shards", extend=True, **options)
     assert after.tokenizer == before.tokenizer
     assert after.domains["web"].splits["train"].num_samples > before.domains["web"].splits["train"].num_samples
+
+
+def test_mixer_goes_on_with_extended_shards_where_it_stopped(corpus, tmp_path):
+    """Domains that did not grow give the very samples that they would have given; the new ones join."""
+    from mixer import MixtureLoader
+
+    options: dict = {"mixture": "uniform", "global_batch_size": 12, "seed": 3}
+    before = MixtureLoader(tmp_path / "shards", **options)
+    for _ in zip(range(5), before):
+        pass
+    state = before.state_dict()
+    expected = rows_of("code", before, 15)  # 4 of 12 in a batch
+    grow(corpus)
+    extend(corpus)
+    after = MixtureLoader(tmp_path / "shards", **options)
+    with pytest.raises(InputError, match="remap"):
+        after.load_state_dict(state)
+    after.load_state_dict(state, remap=True)
+    found = rows_of("code", after, 20)  # 3 of 12: a fourth domain takes its share
+    assert len(expected) == len(found) == 60
+    assert sorted(map(bytes, found)) == sorted(map(bytes, expected))
+    assert len(rows_of("wiki", after, 10)) == 30
+
+
+def rows_of(domain: str, loader, batches: int) -> np.ndarray:
+    """Return the samples of one domain in the next batches."""
+    taken = [batch for _, batch in zip(range(batches), loader)]
+    number = list(loader.mixer.names).index(domain)
+    return np.concatenate([batch["input_ids"][batch["domain_ids"] == number] for batch in taken])

@@ -24,7 +24,7 @@ from algorithms.rules import UPDATE_RULES
 from benchmarks.mixtures.runs import Result, Run, Runs
 from mixer.static_weights import proportional, temperature, uniform, unimax
 
-__all__ = ["BASELINES", "LATER", "METHODS", "Method", "Outcome", "baselines", "outcome"]
+__all__ = ["BASELINES", "LATER", "LONGER", "METHODS", "Method", "Outcome", "baselines", "outcome"]
 
 COSTLY = frozenset({"heldout", "gradients", "gradient_variance"})
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from benchmarks.mixtures.methods import BASELINES
+from benchmarks.mixtures.methods import BASELINES, LONGER
 
 __all__ = ["console_table", "draw", "markdown", "publish", "summary"]
 
@@ -46,11 +46,12 @@ class Row(NamedTuple):
 def rows_of(measured: Mapping[str, Any]) -> list[Row]:
     """Return the rows by average loss, lowest first.
 
-    The excess is over the floors, where the corpus has known ones, else over the lowest mean of any row.
+    The excess is over the floors, where the corpus has known ones, else over the lowest mean of the rows of equal steps.
     """
     losses = {name: np.array(row["losses"]) for name, row in measured["rows"].items()}
     floors = measured["floors"]
-    least = np.min([one.mean(axis=0) for one in losses.values()], axis=0) if floors is None else np.array(floors)
+    equal = [one.mean(axis=0) for name, one in losses.items() if name != LONGER]
+    least = np.min(equal, axis=0) if floors is None else np.array(floors)
     uniform = losses["uniform"].mean(axis=1)
     rows = []
     for name, one in losses.items():

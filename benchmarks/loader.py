@@ -7,8 +7,8 @@
 Domains hold 70 / 25 / 4.5 / 0.5 % of the samples (2,048 int32 tokens) and are drawn by 0.4 / 0.3 / 0.2 / 0.1. Every
 loader reads its own best format (benchmarks/peers.py), in a process of its own, page cache warm, one math thread;
 rounds go through all loaders in turn. Rates are medians; ratios are medians of the ratios within a round, because the
-machine is not quiet. Memory is what the loader's processes take more than after the imports, memory-mapped files
-aside. Results also go to benchmarks/results/loader.json.
+machine is not quiet; without workers also by CPU time, which other programs disturb less. Memory is what the loader's
+processes take more than after the imports, memory-mapped files aside. Results also go to results/loader.json.
 """
 
 from __future__ import annotations
@@ -66,12 +66,14 @@ def measure(name: str, data: Path, batch: int, workers: int, seconds: float) -> 
     began = time.perf_counter()
     while time.perf_counter() - began < seconds / 2:
         next(batches)
-    count, began = 0, time.perf_counter()
+    count, began, busy = 0, time.perf_counter(), time.process_time()
     while (passed := time.perf_counter() - began) < seconds:
         next(batches)
         count += 1
+    busy = time.process_time() - busy
     own, mapped = own_mb()
-    return {"rate": count * batch / passed, "own_mb": own - before[0], "mapped_mb": mapped - before[1]}
+    cpu = {} if workers else {"cpu_rate": count * batch / busy}
+    return {"rate": count * batch / passed, **cpu, "own_mb": own - before[0], "mapped_mb": mapped - before[1]}
 
 
 def in_own_process(name: str, data: Path, batch: int, workers: int, seconds: float) -> dict[str, float] | None:
@@ -148,23 +150,31 @@ def report(results: dict[str, dict[int, list[Any]]], setting: dict[str, Any], mi
     summary = {name: {count: summarise(results, name, count) for count in by} for name, by in results.items()}
     megabytes = setting["samples"] * SEQ_LEN * 4 / 1e6
     title = f"samples/s of {SEQ_LEN} tokens ({megabytes:,.0f} MB, batch {setting['batch']}, {setting['rounds']} rounds)"
-    table = Table(title=title)
+    table = Table(title=title, padding=(0, 0, 0, 1))
     table.add_column("loader", no_wrap=True)
     for count in workers:
         table.add_column(f"{count} wrk", justify="right")
         table.add_column("÷", justify="right")
-    table.add_column("MB 0 w", justify="right")
-    table.add_column("MB 2 w", justify="right")
+    table.add_column("/CPU s", justify="right")
+    table.add_column("÷", justify="right")
+    table.add_column("MB", justify="right")
     for name, by in summary.items():
         cells = []
         for count in workers:
             row = by.get(count) or {}
             cells.append(f"{row['rate']:,.0f}" if "rate" in row else "–")
             cells.append(f"{row['ours_over_it']:.2f}" if "ours_over_it" in row else "–")
-        memory = [by.get(count) or {} for count in (0, 2)]
-        table.add_row(name, *cells, *[f"{row['own_mb']:,.0f}" if "own_mb" in row else "–" for row in memory])
+        row = by.get(0) or {}
+        cells.append(f"{row['cpu_rate']:,.0f}" if "cpu_rate" in row else "–")
+        cells.append(f"{row['ours_over_it_cpu']:.2f}" if "ours_over_it_cpu" in row else "–")
+        table.add_row(name, *cells, f"{row['own_mb']:,.0f}" if "own_mb" in row else "–")
     Console(width=100).print(table)
-    print("÷: mixer's rate ÷ this one's, same number of workers. MB: own memory beside imports and mapped files.")
+    print(
+        "÷: mixer's rate ÷ this one's, same number of worker processes (wrk). MB: own memory beside imports and files"
+    )
+    print(
+        "that are mapped, 0 wrk. On a machine that is not quiet, samples per CPU second say more than those per second."
+    )
     if missing:
         print("left out, not installed (python -m benchmarks.peers):", ", ".join(missing))
     RESULTS.mkdir(exist_ok=True)
@@ -179,8 +189,11 @@ def summarise(results: dict[str, dict[int, list[Any]]], name: str, count: int) -
     if not good:
         return {}
     found = {key: statistics.median(run[key] for run in good) for key in good[0]}
-    ratios = [own["rate"] / run["rate"] for own, run in zip(ours, runs) if own and run]
-    return found | ({"ours_over_it": statistics.median(ratios)} if ratios else {})
+    pairs = [(own, run) for own, run in zip(ours, runs) if own and run]
+    for key, label in (("rate", "ours_over_it"), ("cpu_rate", "ours_over_it_cpu")):
+        if pairs and key in pairs[0][0]:
+            found[label] = statistics.median(own[key] / run[key] for own, run in pairs)
+    return found
 
 
 if __name__ == "__main__":

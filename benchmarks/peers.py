@@ -300,7 +300,7 @@ class Loader(NamedTuple):
 OURS = "mixer"
 LOADERS = {
     OURS: Loader(mixer, "mixer"),
-    "mixer, stored dtype": Loader(mixer_stored, "mixer"),
+    "mixer, stored dtype": Loader(mixer_stored, "mixer", (0,)),  # workers change nothing for it
     "mixer, transform in workers": Loader(mixer_transform, "mixer"),
     "bare memmap gather": Loader(memmap_gather, "numpy", (0,)),
     "memmap in a DataLoader": Loader(memmap_dataloader, "torch"),

@@ -46,7 +46,8 @@ class Row(NamedTuple):
 def rows_of(measured: Mapping[str, Any]) -> list[Row]:
     """Return the rows by average loss, lowest first.
 
-    The excess is over the floors, where the corpus has known ones, else over the lowest mean of the rows of equal steps.
+    The excess is over the floors, where the corpus has known ones, else over the lowest mean of the rows of equal
+    steps.
     """
     losses = {name: np.array(row["losses"]) for name, row in measured["rows"].items()}
     floors = measured["floors"]

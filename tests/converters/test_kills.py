@@ -1,0 +1,81 @@
+"""Fifty random kills in one conversion: of all its processes, or of one worker."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from converters import convert
+from tests.converters.corpora import tree_hash, write_corpus
+from tests.converters.zygote import OPTIONS
+
+KILLS, WORKERS = 50, 2
+
+
+def test_fifty_kills_cost_at_most_a_unit_per_worker_each_and_change_nothing(tmp_path):
+    write_corpus(tmp_path / "corpus", scale=4)
+    convert([tmp_path / "corpus"], tmp_path / "undisturbed", **OPTIONS)
+    out, log, rng = tmp_path / "shards", tmp_path / "log", random.Random(11)
+    log.touch()
+    command = [sys.executable, "-m", "tests.converters.zygote", str(tmp_path / "corpus"), str(out), str(log), "2"]
+    zygote = subprocess.Popen(
+        command, cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    killed = {"tokenising": 0, "packing": 0}
+    while sum(killed.values()) < KILLS:
+        begun, finished = len(log.read_text().split()), units(out)
+        pid = started(zygote)
+        wanted = done(out) + rng.randint(1, 12)
+        while done(out) < wanted and not has_ended(pid):
+            time.sleep(0.001)
+        assert not has_ended(pid), "it was done before it was killed as often as it should be"
+        phase = "packing" if list(out.glob(".pack/shards/*")) else "tokenising"
+        workers = children(pid)
+        if workers and rng.random() < 0.5:
+            os.kill(rng.choice(workers), signal.SIGKILL)
+        else:
+            os.killpg(pid, signal.SIGKILL)
+        killed[phase] += int(zygote.stdout.readline()) in (1, -signal.SIGKILL)
+        assert not (out / "manifest.json").exists()
+        redone = len(log.read_text().split()) - begun - (units(out) - finished)
+        assert redone <= WORKERS
+    assert min(killed.values()) >= 5
+    started(zygote)
+    assert int(zygote.stdout.readline()) == 0
+    zygote.communicate()
+    assert tree_hash(out) == tree_hash(tmp_path / "undisturbed")
+
+
+def started(zygote: subprocess.Popen[str]) -> int:
+    zygote.stdin.write("go\n")
+    zygote.stdin.flush()
+    return int(zygote.stdout.readline())
+
+
+def units(out: Path) -> int:
+    return len(list(out.glob(".stage/units/??????/unit.json")))
+
+
+def done(out: Path) -> int:
+    return units(out) + len(list(out.glob(".pack/shards/*/*/*.json")))
+
+
+def children(pid: int) -> list[int]:
+    """Return the worker processes of a process (not the one that tracks its semaphores)."""
+    try:
+        found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [child for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    except FileNotFoundError:
+        return []
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True

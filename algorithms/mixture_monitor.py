@@ -1,8 +1,8 @@
-"""Log what a ``MixtureLoader`` delivers, and let a second ``fit()`` go on where the first one stopped.
+"""Log what a ``MixtureLoader`` delivers.
 
     trainer = Trainer(train_dataloader=loader, callbacks=[MixtureMonitor()], ...)
 
-Not needed beside ``DomainReweighting`` for the second purpose, which does the same.
+For logging alone: a second ``fit()`` goes on where the first one stopped without any callback.
 """
 
 from __future__ import annotations
@@ -24,12 +24,6 @@ class MixtureMonitor(Callback):
 
     def __init__(self, every: int = 10) -> None:
         self.every = max(int(every), 1)
-
-    def fit_start(self, state: State, logger: Logger) -> None:
-        # The loader knows its own position. Without this Composer would draw, and throw away, as many batches as have
-        # been trained on, whenever fit() begins inside an epoch.
-        if isinstance(state.train_dataloader, MixtureLoader):
-            state.dataset_resumption["train"] = True
 
     def batch_end(self, state: State, logger: Logger) -> None:
         loader, step = state.train_dataloader, state.timestamp.batch.value

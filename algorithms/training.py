@@ -201,7 +201,7 @@ class _ProgressBar(Callback):
 
     def __init__(self, label: str, steps: int, loader: MixtureLoader, console: Console | None) -> None:
         self._label, self._steps = label, steps
-        self._tokens_per_step = loader.global_batch_size * loader.manifest.seq_len
+        self._loader = loader
         self._bar = Progress(
             TextColumn("{task.description:<24}", markup=False),
             BarColumn(bar_width=30),
@@ -214,19 +214,19 @@ class _ProgressBar(Callback):
         self._task = self._bar.add_task(label, total=steps, rate="", loss="", start=False)
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        self._first, self._start = state.timestamp.batch.value, time.perf_counter()
+        self._first, self._start = self._loader.stats()["tokens"], time.perf_counter()
         self._bar.start()
         self._bar.start_task(self._task)
-        self._bar.update(self._task, completed=self._first)
+        self._bar.update(self._task, completed=state.timestamp.batch.value)
 
     def after_loss(self, state: State, logger: Logger) -> None:
         # The model's own mean loss: from BEFORE_BACKWARD on it is the reweighted one.
         self._loss = state.loss.detach().float().mean() if isinstance(state.loss, torch.Tensor) else None
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        done = state.timestamp.batch.value
-        rate = (done - self._first) * self._tokens_per_step / max(time.perf_counter() - self._start, 1e-9)
+        rate = (self._loader.stats()["tokens"] - self._first) / max(time.perf_counter() - self._start, 1e-9)
         loss = "" if self._loss is None else f"loss {self._loss.item():.3f}"
+        done = state.timestamp.batch.value
         self._bar.update(self._task, completed=done, rate=f"{rate / 1000:,.1f} k tokens/s", loss=loss)
 
     def close(self, state: State, logger: Logger) -> None:

@@ -145,7 +145,7 @@ def _outcome(
         "loader": delivered,
         "ended": ended,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "num_tokens": delivered["samples"] * loader.manifest.seq_len,
+        "num_tokens": delivered["tokens"],
     }
 
 

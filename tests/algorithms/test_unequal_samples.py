@@ -14,9 +14,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from algorithms import DomainReweighting, HeldOutWindows, doremi
 from algorithms.evaluation import heldout_losses
 from algorithms.references import FrozenModel, as_reference, count_bigrams, score
+from algorithms.training import TrainSettings
+from algorithms.training_run import train_on
 from mixer.cli import cli
 from mixer.dataloader import MixtureLoader
+from mixer.mixture import Mixture
 from mixer.shards import open_domain
+from tests.algorithms.test_pipeline import QUIET
 from tests.algorithms.tiny import wrap
 from tests.algorithms.training_helpers import fit
 
@@ -87,3 +91,13 @@ def test_bigrams_do_not_reach_from_one_document_into_the_next(shards: Path, tmp_
         rows = documents(shards, domain, "train")
         assert int(table.counts.sum()) == sum(map(len, rows))
         assert int(table.pair_counts.sum()) == int(table.contexts.sum()) == sum(len(row) - 1 for row in rows)
+
+
+def test_a_run_counts_the_tokens_that_it_read(shards: Path, tmp_path: Path) -> None:
+    uniform = Mixture({"code": 0.5, "web": 0.5})
+    settings = TrainSettings(steps=3, global_batch_size=8)
+    result = train_on(shards, uniform, settings, tmp_path / "run", label="run", console=QUIET)
+    loader = MixtureLoader(shards, mixture="uniform", global_batch_size=8, seed=settings.seed)
+    batches = [next(iter(loader)) for _ in range(3)]
+    read = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    assert result["num_tokens"] == read < 3 * 8 * LONGEST

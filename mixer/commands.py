@@ -123,13 +123,14 @@ def _mixture(manifest: Any, weights: Any, method: str, settings: dict[str, Any])
 
 
 def _table(plan: Any, tokens: Any, budget: int | None) -> Any:
+    from rich import box
     from rich.table import Table
 
     from mixer.names import plain
     from mixer.units import short
 
     title = f"{short(tokens.sum())} tokens" + (f", a run of {short(budget)}" if budget else ", one epoch of all")
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("domain", overflow="fold")
     for column in ("tokens", "share", "weight", "× share", "epochs", "worth"):
         table.add_column(column, justify="right")
@@ -145,7 +146,7 @@ def _table(plan: Any, tokens: Any, budget: int | None) -> Any:
         table.add_row(plain(name), *row, f"{plan.epochs[i]:.2f}{mark}", short(plan.effective[i]))
     caption = (
         f"worth: unique tokens of the same value, {short(plan.effective.sum())} in all (Muennighoff et al. 2023)."
-        + (f" {plan.note}." if plan.note else "")
+        + (f" {plan.note[0].upper()}{plan.note[1:]}." if plan.note else "")
     )
     table.caption = plain(caption)
     table.caption_justify = "left"
@@ -217,13 +218,15 @@ def simulate(
 
 
 def _simulation_table(run: Any, batch_size: int) -> Any:
+    from rich import box
     from rich.table import Table
 
     from mixer.names import plain
 
     counted, unit = (run.drawn[-1], "samples") if run.tokens is None else (run.tokens, "tokens")
     total = max(int(counted.sum()), 1)
-    table = Table(title=f"{run.steps[-1]:,} batches of {batch_size:,}: {total:,} {unit}", title_justify="left")
+    title = f"{run.steps[-1]:,} batches of {batch_size:,}: {total:,} {unit}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("domain", overflow="fold")
     for column in ("weight now", "samples", "share", "epochs", "first batch", "worst error"):
         table.add_column(column, justify="right")

@@ -8,6 +8,7 @@ from typing import Any
 import click
 import numpy as np
 from numpy.typing import NDArray
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -107,7 +108,8 @@ def _caps(runs: Runs, shards: Path | None, max_epochs: float | None, budget: str
 
 def _table(runs: Runs, weights: Vector, facts: dict[str, Any]) -> Table:
     best = runs.mixtures[np.argmin(runs.losses.mean(axis=1))]
-    table = Table(title=f"{facts['runs']} runs, {facts['law']} law, {facts['objective']} loss")
+    title = f"{facts['runs']} runs, {facts['law']} law, {facts['objective']} loss"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for title in ("domain", "best run", "proposal"):
         table.add_column(title, justify="left" if title == "domain" else "right")
     for index in np.argsort(-weights, kind="stable"):

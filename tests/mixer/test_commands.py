@@ -169,7 +169,7 @@ def test_simulation_of_stages_shows_the_weights_in_force(shards, tmp_path):
     Mixture({"book": 0, "code": 0, "web": 1}).save(tmp_path / "a.json")
     (tmp_path / "m.json").write_text(json.dumps({"stages": stages}))
     result = simulated(shards, "--mixture", tmp_path / "m.json", "--batches", 8, "--batch-size", 10)
-    lines = {line.split()[1]: line for line in result.output.splitlines() if line.startswith("│")}
+    lines = {line.split()[0]: line for line in result.output.splitlines() if line.strip()}
     assert " 30 " in lines["code"] and " 50 " in lines["web"] and "never" in lines["book"]
     assert "1.0000" in lines["code"]
 

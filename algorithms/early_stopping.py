@@ -1,6 +1,6 @@
 """``WorstDomainEarlyStopping``: end a run when its worst domain no longer gets better.
 
-    Trainer(..., callbacks=[WorstDomainEarlyStopping("shards", every="50ba", patience=3)])
+    Trainer(..., callbacks=[WorstDomainEarlyStopping("shards", every="50ba", patience=3, restore_best=True)])
 
 A large model can drive every training loss so low that reweighting has nothing left to act on; what then decides is
 when to stop. Sagawa, Koh, Hashimoto, Liang 2020, arXiv:1911.08731, stop early and select by the worst group's held-out
@@ -17,10 +17,13 @@ from typing import Any
 import numpy as np
 from composer.core import Callback, State
 from composer.loggers import Logger
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from algorithms.forward import evaluate_windows
 from algorithms.heldout import HeldOutWindows
 from algorithms.intervals import interval, is_due
+from algorithms.references.frozen import language_model
 from mixer.errors import InputError
 
 __all__ = ["WorstDomainEarlyStopping"]
@@ -32,11 +35,15 @@ class WorstDomainEarlyStopping(Callback):
     Args:
         heldout: windows, or the folder of shards whose validation split to take them from.
         targets: nats per token by domain to subtract, so that the worst domain is the one farthest above its target.
+        objective: weights by domain, to watch the weighted average of the losses in place of the worst.
         every: time between evaluations, in batches ("50ba"), samples ("sp") or tokens ("tok").
         patience: evaluations without an improvement before the run ends.
         min_delta: an improvement is more than this, in nats.
+        restore_best: end with the model of the best evaluation, whether or not the run was cut short; the last step is
+            evaluated too. A copy of its parameters is held in main memory, and in checkpoints.
 
-    Logged at Composer's own loss step: ``worst_domain/loss`` and ``worst_domain/best``.
+    Logged at Composer's own loss step: ``worst_domain/loss`` and ``worst_domain/best``; with an objective
+    ``objective/loss`` and ``objective/best``.
     """
 
     def __init__(
@@ -44,42 +51,81 @@ class WorstDomainEarlyStopping(Callback):
         heldout: HeldOutWindows | str | Path,
         *,
         targets: Mapping[str, float] | None = None,
+        objective: Mapping[str, float] | None = None,
         every: str | int = "50ba",
         patience: int = 3,
         min_delta: float = 0.0,
+        restore_best: bool = False,
     ) -> None:
         if patience < 1 or not min_delta >= 0:
             raise InputError(f"patience must be >= 1 and min_delta >= 0; got {patience} and {min_delta}.")
         self.heldout = heldout if isinstance(heldout, HeldOutWindows) else HeldOutWindows(heldout)
-        missing = sorted(set(self.heldout.domains) - set(targets)) if targets else []
-        if missing:
-            raise InputError(f"no target loss for the domains {missing}.")
-        self.targets = np.array([targets[name] if targets else 0.0 for name in self.heldout.domains])
+        self.targets = self._by_domain(targets, "target loss") if targets else np.zeros(len(self.heldout.domains))
+        self.objective = self._by_domain(objective, "weight in the objective") if objective else None
         self.every, self.patience, self.min_delta = interval(every), patience, min_delta
+        self.restore_best = restore_best
+        self._best_model: dict[str, Tensor] = {}
         self.best, self.best_step, self.num_worse = math.inf, -1, 0
 
+    def _by_domain(self, values: Mapping[str, float], what: str) -> NDArray[np.float64]:
+        missing = sorted(set(self.heldout.domains) - set(values))
+        if missing:
+            raise InputError(f"no {what} for the domains {missing}.")
+        return np.array([values[name] for name in self.heldout.domains], dtype=np.float64)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if self.restore_best and state.fsdp_enabled:
+            raise InputError(
+                "restore_best keeps whole parameters, and under FSDP each rank has a part of them. Leave it out, and "
+                "load the checkpoint of best_step."
+            )
+        if self.num_worse >= self.patience:
+            state.stop_training()  # continued from a checkpoint of the step that had ended the run
+
     def batch_end(self, state: State, logger: Logger) -> None:
-        if not is_due(self.every, state):
+        is_last = state.max_duration is not None and state.timestamp >= state.max_duration
+        if not is_due(self.every, state) and not (self.restore_best and is_last):
             return
         losses, tokens = evaluate_windows(state, self.heldout)
-        step, worst = state.timestamp.batch.value - 1, float((losses / tokens - self.targets).max())
-        if worst < self.best - self.min_delta:
-            self.best, self.best_step, self.num_worse = worst, step, 0
+        step, watched = state.timestamp.batch.value - 1, self._watched(losses / tokens - self.targets)
+        if watched < self.best - self.min_delta:
+            self.best, self.best_step, self.num_worse = watched, step, 0
+            if self.restore_best:
+                self._best_model = _copy(language_model(state.model))
         else:
             self.num_worse += 1
-        logger.log_metrics({"worst_domain/loss": worst, "worst_domain/best": self.best}, step=step)
+        prefix = "worst_domain" if self.objective is None else "objective"
+        logger.log_metrics({f"{prefix}/loss": watched, f"{prefix}/best": self.best}, step=step)
         if self.num_worse >= self.patience:
             state.stop_training()
+
+    def _watched(self, losses: NDArray[np.float64]) -> float:
+        return float(losses.max() if self.objective is None else np.average(losses, weights=self.objective))
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self.restore(state.model)
+
+    def restore(self, model: nn.Module) -> None:
+        """Put the parameters of the best evaluation into ``model``, where they are kept; ``fit`` does so at its end."""
+        if self._best_model:
+            language_model(model).load_state_dict(self._best_model)
 
     @property
     def reason(self) -> str:
         """Why the run was ended; "" where it was not."""
         if self.num_worse < self.patience:
             return ""
-        return f"the worst domain's held-out loss has not improved since step {self.best_step} ({self.best:.3f})"
+        what = "the worst domain's held-out loss" if self.objective is None else "the objective's held-out loss"
+        return f"{what} has not improved since step {self.best_step} ({self.best:.3f})"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_step": self.best_step, "num_worse": self.num_worse}
+        kept = {"model": self._best_model} if self._best_model else {}
+        return {"best": self.best, "best_step": self.best_step, "num_worse": self.num_worse, **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.best_step, self.num_worse = state["best"], state["best_step"], state["num_worse"]
+        self._best_model = state.get("model", {})
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}

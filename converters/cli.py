@@ -63,6 +63,7 @@ def _default_workers() -> int:
 @click.option("--dedupe", is_flag=True, help="Keep only the first of equal texts in a domain.")
 @click.option("--on-bad-record", type=click.Choice(["fail", "skip", "quarantine"]), default="fail", show_default=True)
 @click.option("--max-bad", default=0.01, show_default=True, help="Share of records that may be bad.")
+@click.option("--max-record", default="8MiB", show_default=True, help="A longer record or text is a bad record.")
 @click.option("--workers", type=int, help="Processes; default: one per core.")
 @click.option(
     "--backend", type=click.Choice(["hf", "gigatoken"]), default="hf", show_default=True,

@@ -62,6 +62,7 @@ def convert(
     dedupe: bool = False,
     on_bad_record: str = "fail",
     max_bad: float = 0.01,
+    max_record: str | int = "8MiB",
     workers: int = 1,
     engine: str = "local",
     backend: str = "hf",
@@ -114,6 +115,8 @@ def convert(
         on_bad_record: ``fail``, ``skip`` (counted by reason, places named in the manifest) or ``quarantine`` (also
             kept, with place, reason and raw bytes, in ``quarantine.jsonl``).
         max_bad: unless ``fail``, the share of records that may be bad.
+        max_record: bytes that a record or its text may have; a longer one is bad (``oversized``). A worker takes up to
+            nine bytes of memory for each.
         workers: processes; with Ray, tasks at a time.
         engine: ``local``, ``ray`` or ``ray:<address>``; see ``converters.engines``.
         backend: ``hf``, or ``gigatoken`` for a ``tokenizer.json``: many times faster; compared with ``hf`` on documents
@@ -143,6 +146,7 @@ def convert(
         special_tokens=special_tokens, retokenize=retokenize,
         tokens_from=None if tokens_from is None else describe(tokens_from, eos),
         domain_map={} if domain_map is None else load_mapping(domain_map),
+        max_record_bytes=size_in_bytes(max_record, "max_record"),
         unit_bytes=None if unit_size is None else size_in_bytes(unit_size, "unit_size"),
     )  # fmt: skip
     pack_options = PackOptions(

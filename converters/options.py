@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from converters.domains import domain_rule
-from converters.readers import FORMATS
+from converters.readers import FORMATS, MAX_RECORD_BYTES
 from converters.texts import text_rule
 from converters.tokenizers import SPECIAL_TOKENS
 from mixer.errors import InputError
@@ -59,6 +59,7 @@ class StageOptions:
     text_field: str = "text"
     on_bad_record: str = "fail"
     max_bad: float = 0.01
+    max_record_bytes: int = MAX_RECORD_BYTES
     unit_bytes: int | None = None
     train_tokenizer: int | None = None
     seed: int = 0

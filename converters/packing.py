@@ -22,6 +22,7 @@ from converters.options import PackOptions
 from converters.shuffling import Shuffled
 from converters.splits import SplitPlan, samples_of
 from converters.streams import Stream
+from converters.tokenizers import forget_encoders
 from mixer.errors import DataError
 from mixer.mds import compress, empty_shard, encode_shard, shard_entry, shard_overhead, token_encoding
 
@@ -172,6 +173,7 @@ def pack_shard(task: PackTask) -> dict[str, Any]:
     """
     if (done := _finished(task)) is not None:
         return done
+    forget_encoders()  # or the memory of both would add up
     options, columns = task.options, shard_columns(task.dtype, task.options)
     raw, tokens = _encoded(task, columns)
     zipped = compress(options.compression, raw) if options.compression else None

@@ -108,7 +108,10 @@ def _files(inputs: Sequence[str | os.PathLike[str]], options: StageOptions) -> I
                 raise InputError(f"{file} comes in twice, by {seen[file]!r} and {item!r}; give it once.")
             seen[file] = item
             size, version = _status(file)
-            yield in_its_domain(Piece(file, name, root, _format(file, options), size, version), options)
+            piece = Piece(
+                file, name, root, _format(file, options), size, version, max_record_bytes=options.max_record_bytes
+            )
+            yield in_its_domain(piece, options)
 
 
 def _listed(inputs: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
@@ -146,8 +149,11 @@ def _wanted_files(path: str, options: StageOptions) -> Iterator[tuple[str, str]]
             continue
         if not is_url(file) and not os.path.exists(file):
             raise InputError(f"cannot read {file}: it is a link to nothing. Repair it, or leave it out with --exclude.")
-        if is_url(file) or os.path.isfile(file):
-            yield file, name
+        if not is_url(file) and not os.path.isfile(file):
+            raise InputError(
+                f"cannot convert {file}: a pipe, socket or device is no file. Leave it out with --exclude."
+            )
+        yield file, name
 
 
 def _is_side_file(name: str, names: set[str]) -> bool:

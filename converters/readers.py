@@ -25,7 +25,7 @@ from mixer.errors import InputError
 
 __all__ = ["Bad", "FORMATS", "Format", "Piece", "Row", "place"]
 
-MAX_RECORD_BYTES = 64 << 20
+MAX_RECORD_BYTES = 8 << 20  # by default: a text takes up to four times as much, and a worker is to stay below 200 MB
 
 
 class Piece(NamedTuple):
@@ -42,6 +42,7 @@ class Piece(NamedTuple):
     version: str = ""
     start: int = 0
     stop: int | None = None
+    max_record_bytes: int = MAX_RECORD_BYTES
 
 
 class Row(NamedTuple):
@@ -87,9 +88,11 @@ class Format:
     count_groups: Callable[[str], int] | None = None
 
 
-def oversized(at: int, offset: int, raw: bytes) -> Bad:
+def oversized(limit: int, at: int, offset: int, raw: bytes) -> Bad:
     """Return the verdict on a record that would not fit in a worker's memory; keeps the first bytes only."""
-    return Bad("oversized", f"longer than {MAX_RECORD_BYTES >> 20} MiB", at, offset, raw[:4096])
+    return Bad(
+        "oversized", f"longer than {limit:,} bytes (--max-record, at 9 bytes of memory each)", at, offset, raw[:4096]
+    )
 
 
 def place(piece: Piece, at: int) -> str:
@@ -115,7 +118,7 @@ def _records_before(piece: Piece) -> int:
 def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
     """Yield (offset, line) for every line that starts in the piece; offsets count decompressed bytes.
 
-    A line belongs to the piece in which it starts. A line longer than ``MAX_RECORD_BYTES`` comes back cut to one byte
+    A line belongs to the piece in which it starts. A line longer than ``max_record_bytes`` comes back cut to one byte
     more than that, so that no file can fill the memory.
     """
     at = max(piece.start - 1, 0)
@@ -128,12 +131,13 @@ def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
 
 
 def _cut_lines(piece: Piece, at: int) -> Iterator[tuple[bytes, int]]:
+    limit = piece.max_record_bytes
     with naming(piece.path), open_bytes(piece.path) as file:
         if at:
             file.seek(at)
-        while line := file.readline(MAX_RECORD_BYTES + 1):
+        while line := file.readline(limit + 1):
             length = len(line)
-            while length > MAX_RECORD_BYTES and not line.endswith(b"\n") and (rest := file.readline(1 << 20)):
+            while length > limit and not line.endswith(b"\n") and (rest := file.readline(1 << 20)):
                 length += len(rest)
                 if rest.endswith(b"\n"):
                     break
@@ -147,8 +151,8 @@ def read_jsonl(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
             line = line[3:]
         if not line.strip():
             continue
-        if len(line) > MAX_RECORD_BYTES:
-            yield oversized(at, offset, line)
+        if len(line) > piece.max_record_bytes:
+            yield oversized(piece.max_record_bytes, at, offset, line)
             continue
         try:
             fields = orjson.loads(line)
@@ -169,9 +173,9 @@ def _json_verdict(line: bytes, at: int, offset: int, error: Exception) -> Bad:
     return Bad("json", f"not valid JSON: {error}", at, offset, line)
 
 
-def _decoded(raw: bytes, at: int, offset: int) -> Row | Bad:
-    if len(raw) > MAX_RECORD_BYTES:
-        return oversized(at, offset, raw)
+def _decoded(piece: Piece, raw: bytes, at: int, offset: int) -> Row | Bad:
+    if len(raw) > piece.max_record_bytes:
+        return oversized(piece.max_record_bytes, at, offset, raw)
     if b"\0" in raw:
         return Bad("binary", "holds a NUL byte, so it is not text", at, offset, raw)
     try:
@@ -183,15 +187,15 @@ def _decoded(raw: bytes, at: int, offset: int) -> Row | Bad:
 def read_text(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
     """The whole file is one document: plain text, source code."""
     with naming(piece.path), open_bytes(piece.path) as file:
-        raw = file.read(MAX_RECORD_BYTES + 1)
-    yield _decoded(raw, 1, 0)
+        raw = file.read(piece.max_record_bytes + 1)
+    yield _decoded(piece, raw, 1, 0)
 
 
 def read_text_lines(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
     """Every line that is not blank is one document."""
     for at, (offset, line) in enumerate(_lines(piece), start=1):
         if line.strip():
-            yield _decoded(line.rstrip(b"\r\n"), at, offset)
+            yield _decoded(piece, line.rstrip(b"\r\n"), at, offset)
 
 
 def read_text_blocks(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
@@ -202,14 +206,14 @@ def read_text_blocks(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Ba
         if line.strip():
             if not block:
                 start, first = offset, at
-            if size <= MAX_RECORD_BYTES:  # one line too many is enough to see that it is oversized
+            if size <= piece.max_record_bytes:  # one line too many is enough to see that it is oversized
                 block.append(line)
                 size += len(line)
         elif block:
-            yield _decoded(b"".join(block).rstrip(b"\r\n"), first, start)
+            yield _decoded(piece, b"".join(block).rstrip(b"\r\n"), first, start)
             block, size = [], 0
     if block:
-        yield _decoded(b"".join(block).rstrip(b"\r\n"), first, start)
+        yield _decoded(piece, b"".join(block).rstrip(b"\r\n"), first, start)
 
 
 def read_csv(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
@@ -223,7 +227,7 @@ def read_tsv(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
 
 
 def _read_separated(piece: Piece, delimiter: str) -> Iterator[Row | Bad]:
-    csv.field_size_limit(MAX_RECORD_BYTES)
+    csv.field_size_limit(piece.max_record_bytes)
     # Surrogates stand for bytes that are not UTF-8, so that one bad record does not end the file.
     with naming(piece.path), open_bytes(piece.path) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
@@ -280,12 +284,12 @@ def read_parquet(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
     import pyarrow.parquet
 
     with _arrow_errors(piece.path), open_raw(piece.path) as raw:
-        file = pyarrow.parquet.ParquetFile(raw)
+        file = pyarrow.parquet.ParquetFile(raw, buffer_size=1 << 20)  # else a column of a row group is read at once
         groups = range(piece.start, file.num_row_groups if piece.stop is None else piece.stop)
         wanted = [name for name in file.schema_arrow.names if name in columns]
         at = 1 + sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
         for group in groups:
-            for batch in file.iter_batches(1024, row_groups=[group], columns=wanted):
+            for batch in file.iter_batches(128, row_groups=[group], columns=wanted):
                 yield from _arrow_rows(batch, at)
                 at += batch.num_rows
 
@@ -376,14 +380,14 @@ def read_warc(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
             headers, size = _warc_headers(piece.path, first, file)
             offset += size
             length = headers["content-length"]
-            body = file.read(min(length, MAX_RECORD_BYTES + 1))
+            body = file.read(min(length, piece.max_record_bytes + 1))
             size = len(body)
             while size < length and (rest := file.read(min(length - size, 1 << 20))):
                 size += len(rest)
             if size < length:
                 raise EOFError(f"record {at} has {size} of {length} bytes")
             if headers.get("warc-type") not in _NOT_DOCUMENTS:
-                yield _warc_row(headers, body, at, offset)
+                yield _warc_row(piece, headers, body, at, offset)
             offset += length
 
 
@@ -403,11 +407,11 @@ def _warc_headers(path: str, first: bytes, file: Any) -> tuple[dict[str, Any], i
     return headers, size + len(line)
 
 
-def _warc_row(headers: dict[str, Any], body: bytes, at: int, offset: int) -> Row | Bad:
+def _warc_row(piece: Piece, headers: dict[str, Any], body: bytes, at: int, offset: int) -> Row | Bad:
     if headers.get("warc-type") == "response" or not headers.get("content-type", "").startswith("text/plain"):
         what = f"{headers.get('warc-type')} of {headers.get('content-type')}"
         return Bad("not_text", f"a {what}, not plain text; extract the text first (WET)", at, offset, body)
-    row = _decoded(body.rstrip(b"\r\n"), at, offset)
+    row = _decoded(piece, body.rstrip(b"\r\n"), at, offset)
     return row if isinstance(row, Bad) else row._replace(fields={**headers, **row.fields})
 
 

@@ -32,7 +32,7 @@ from converters.files import status
 from converters.locations import Location, UrlPath, local_file, location, write_file, write_whole
 from converters.options import StageOptions
 from converters.plan import Unit
-from converters.readers import FORMATS, MAX_RECORD_BYTES, Bad, Piece, Row, oversized, place
+from converters.readers import FORMATS, Bad, Piece, Row, oversized, place
 from converters.texts import text_columns, text_rule
 from converters.token_shards import check_same_tokenizer, holds_tokens, token_documents
 from converters.token_shards import is_held_out as is_held_out_before
@@ -117,8 +117,8 @@ def documents_of(piece: Piece, options: StageOptions) -> Iterator[Document | Bad
             yield Bad("dropped", f"domain {domain!r} is dropped", row.at)
         elif not isinstance(text, str):
             yield _no_text(row, *text)
-        elif len(text) > MAX_RECORD_BYTES:
-            yield oversized(row.at, row.offset, row.raw)
+        elif len(text) > piece.max_record_bytes:
+            yield oversized(piece.max_record_bytes, row.at, row.offset, row.raw)
         elif not text:
             yield Bad("empty", "empty text", row.at)
         else:

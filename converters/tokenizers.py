@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from mixer.errors import InputError
 from mixer.manifest import TokenizerInfo
 
-__all__ = ["BACKENDS", "KINDS", "SPECIAL_TOKENS", "Encoder", "describe", "id_dtype", "load_encoder"]
+__all__ = ["BACKENDS", "KINDS", "SPECIAL_TOKENS", "Encoder", "describe", "forget_encoders", "id_dtype", "load_encoder"]
 
 LONG_TEXT = 1 << 18  # characters
 SPECIAL_TOKENS = ("text", "parse")
@@ -68,7 +68,27 @@ def _split(ids: NDArray[Any], lengths: NDArray[np.int64]) -> list[NDArray[Any]]:
     return np.split(ids, np.cumsum(lengths)[:-1])
 
 
-class HuggingFaceEncoder:
+class _PieceWise:
+    """Encodes long texts in pieces, where no token reaches across: libraries take many times what they get at once."""
+
+    def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        if max(map(len, texts), default=0) <= LONG_TEXT or not self._may_cut:
+            return self._encode(texts)
+        parts = [self._encode_long(text) if len(text) > LONG_TEXT else self._encode([text])[0] for text in texts]
+        return np.concatenate(parts), np.fromiter(map(len, parts), np.int64, len(parts))
+
+    def _encode_long(self, text: str) -> NDArray[Any]:
+        return np.concatenate([self._encode([piece])[0] for piece in cut_between_words(text, LONG_TEXT)])
+
+    def _encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        raise NotImplementedError
+
+    @property
+    def _may_cut(self) -> bool:
+        raise NotImplementedError
+
+
+class HuggingFaceEncoder(_PieceWise):
     """A ``tokenizer.json``."""
 
     def __init__(self, file: str, special_tokens: str = "text") -> None:
@@ -78,20 +98,14 @@ class HuggingFaceEncoder:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = special_tokens == "text"
-        self._may_cut = splits_between_words(self._tokenizer, json.loads(Path(file).read_bytes()))
+        self._file = file
 
-    def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        if not self._may_cut or max(map(len, texts), default=0) <= LONG_TEXT:
-            return self._encode(texts)
-        parts = [self._encode_long(text) if len(text) > LONG_TEXT else self._encode([text])[0] for text in texts]
-        return np.concatenate(parts), np.fromiter(map(len, parts), np.int64, len(parts))
+    @functools.cached_property
+    def _may_cut(self) -> bool:
+        return splits_between_words(self._tokenizer, json.loads(Path(self._file).read_bytes()))
 
     def _encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         return _joined([each.ids for each in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
-
-    def _encode_long(self, text: str) -> NDArray[Any]:
-        """Encode a text in pieces: the library takes about a hundred times the size of what it is given at once."""
-        return np.concatenate([self._encode([piece])[0] for piece in cut_between_words(text, LONG_TEXT)])
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -137,8 +151,11 @@ def splits_between_words(tokenizer: Any, facts: Mapping[str, Any]) -> bool:
     return is_cut and [word for piece in pieces for word, _ in piece] == [word for word, _ in words]
 
 
-class GigatokenEncoder:
-    """The same ``tokenizer.json`` through gigatoken, which is about twenty times as fast; decodes by ``tokenizers``."""
+class GigatokenEncoder(_PieceWise):
+    """The same ``tokenizer.json`` through gigatoken, which is about twenty times as fast; decodes by ``tokenizers``.
+
+    It remembers every word it has seen, without end; it is loaded anew when that has taken ``_MAX_GROWTH`` of memory.
+    """
 
     def __init__(self, file: str, special_tokens: str = "text") -> None:
         self._file, self._special_tokens = file, special_tokens
@@ -146,34 +163,62 @@ class GigatokenEncoder:
             import gigatoken
         except ImportError as error:
             raise InputError("the backend gigatoken is not installed: pip install gigatoken, or use 'hf'.") from error
-        facts = json.loads(Path(file).read_bytes())
-        if special_tokens == "text":  # gigatoken has no switch for it, so it is not told of special tokens
-            facts["added_tokens"] = [token for token in facts.get("added_tokens", []) if not token.get("special")]
-        self._fast = gigatoken.Tokenizer.from_json(json.dumps(facts).encode("utf-8"))
+        self._new = gigatoken.Tokenizer.from_json
+        self._load()
 
-    @functools.cached_property
+    def _load(self) -> None:
+        self._fast: Any = None  # the memory of the one before
+        facts = json.loads(Path(self._file).read_bytes())
+        if self._special_tokens == "text":  # gigatoken has no switch for it, so it is not told of special tokens
+            facts["added_tokens"] = [token for token in facts.get("added_tokens", []) if not token.get("special")]
+        self._fast = self._new(json.dumps(facts).encode("utf-8"))
+        self._memory = resident_bytes()
+
+    @property
     def exact(self) -> HuggingFaceEncoder:
         """The encoder that this one must agree with; workers have no need of it."""
         return HuggingFaceEncoder(self._file, self._special_tokens)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.exact.decode(ids)
+    @functools.cached_property
+    def _may_cut(self) -> bool:
+        return self.exact._may_cut
 
-    def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._decoder.decode(ids)
+
+    @functools.cached_property
+    def _decoder(self) -> HuggingFaceEncoder:
+        return self.exact
+
+    def _encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        if resident_bytes() - self._memory > _MAX_GROWTH:
+            self._load()
         layout = self._fast.encode_batch(list(texts), parallel=False).layout
         offsets = np.asarray(layout.offsets)
         return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets).astype(np.int64)
 
     def check(self, texts: Sequence[str]) -> None:
         """Raise InputError unless ``tokenizers`` gives the same ids for these texts."""
-        # The library takes about a hundred times the size of what it is given at once.
-        fast, exact = _split(*self.encode(texts)), (self.exact.encode([text])[0] for text in texts)
-        for text, one, other in zip(texts, fast, exact):
+        exact = self.exact
+        for text, one in zip(texts, _split(*self.encode(texts))):
+            other = exact.encode([text])[0]  # one by one: the library takes a hundred times what it is given at once
             if not np.array_equal(one, other):
                 raise InputError(
                     f"gigatoken does not give the ids of the tokenizers library for the text {text[:60]!r}…"
                     f" ({len(one):,} and {len(other):,} tokens). Use --backend hf."
                 )
+
+
+_MAX_GROWTH = 64 << 20
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process has now; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 class SentencePieceEncoder:
@@ -346,6 +391,11 @@ def _configured_eos(file: Path) -> tuple[str, ...]:
 def load_encoder(kind: str, file: str | None, backend: str = "hf", special_tokens: str = "text") -> Encoder:
     """Return the encoder, made once per process as long as its file stays the same."""
     return _loaded(kind, file, backend, special_tokens, "" if file is None else str(os.stat(file).st_mtime_ns))
+
+
+def forget_encoders() -> None:
+    """Free the memory of this process's encoders."""
+    _loaded.cache_clear()
 
 
 @functools.lru_cache(maxsize=2)

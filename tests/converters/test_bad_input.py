@@ -158,10 +158,11 @@ def test_byte_order_mark_is_not_text(tmp_path):
     assert shards_of(tmp_path).converter["skipped"] == {}
 
 
-def test_record_too_large_for_memory_is_a_bad_record(tmp_path, monkeypatch):
-    monkeypatch.setattr("converters.readers.MAX_RECORD_BYTES", 5000)
+def test_record_too_large_for_memory_is_a_bad_record(tmp_path):
     corpus_with(tmp_path, json.dumps({"text": "x" * 20_000}).encode())
-    manifest = shards_of(tmp_path, on_bad_record="skip")
+    with pytest.raises(DataError, match=r"line 31: longer than 5,000 bytes \(--max-record"):
+        shards_of(tmp_path, max_record=5000)
+    manifest = shards_of(tmp_path, max_record=5000, on_bad_record="skip")
     assert manifest.converter["skipped"] == {"oversized": 1}
     assert sum(split.num_documents for split in manifest.domains["web"].splits.values()) == 100
 
@@ -313,8 +314,7 @@ def test_truncated_archive_stops_all_but_finished_units_are_kept(tmp_path, polic
 
 
 @pytest.mark.parametrize("policy", ["skip", "quarantine"])
-def test_every_record_is_kept_held_out_or_left_out_for_a_counted_reason(tmp_path, policy, monkeypatch):
-    monkeypatch.setattr("converters.readers.MAX_RECORD_BYTES", 50_000)
+def test_every_record_is_kept_held_out_or_left_out_for_a_counted_reason(tmp_path, policy):
     web, texts = tmp_path / "corpus" / "web", documents("web", 120)
     web.mkdir(parents=True)
     bad = [b"{", b'{"text": "\xff"}', b"[]", b'{"text": null}', b'{"text": ""}', b'{"text": "' + b"x" * 60_000 + b'"}']
@@ -327,8 +327,9 @@ def test_every_record_is_kept_held_out_or_left_out_for_a_counted_reason(tmp_path
     )
     write_jsonl(tmp_path / "corpus" / "spam" / "a.jsonl", documents("spam", 9))
     manifest = shards_of(
-        tmp_path, on_bad_record=policy, max_bad=1, dedupe=True, held_out=0.2, domain_map={"spam": None}, unit_size=3000
-    )
+        tmp_path, on_bad_record=policy, max_bad=1, max_record=50_000, dedupe=True, held_out=0.2, unit_size=3000,
+        domain_map={"spam": None},
+    )  # fmt: skip
     expected = {
         "binary": 1, "csv": 1, "dropped": 9, "duplicate": 7, "empty": 1, "json": 2, "no_text": 1, "not_text": 1,
         "oversized": 1, "utf8": 1,
@@ -358,7 +359,9 @@ def test_file_that_nobody_can_read_is_named(tmp_path):
         shards_of(tmp_path, on_bad_record="skip")
 
 
-def test_input_that_is_no_file_is_not_waited_for(tmp_path):
+def test_input_that_is_no_file_is_named_and_not_waited_for(tmp_path):
     corpus_with(tmp_path, LINES[0])
     os.mkfifo(tmp_path / "corpus" / "web" / "pipe.jsonl")
-    assert shards_of(tmp_path).converter["documents_read"] == 101
+    with pytest.raises(InputError, match=r"web/pipe.jsonl: a pipe, socket or device is no file.*--exclude"):
+        shards_of(tmp_path)
+    assert shards_of(tmp_path, exclude=["pipe*"]).converter["documents_read"] == 101

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from algorithms.objective import objective_weights, weighted_average
 from algorithms.plots import plot_comparison, plot_trajectory
 from algorithms.runs import read_result, read_settings
 from mixer.errors import InputError
@@ -98,13 +99,17 @@ def search_table(shards: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     return table
 
 
-def train_table(out: str | os.PathLike[str]) -> Table:
+def train_table(out: str | os.PathLike[str], objective: str | Mapping[str, float] | None = None) -> Table:
     """Return a table of one training run: weights and held-out loss per domain."""
-    return comparison_table([Path(out)])
+    return comparison_table([Path(out)], objective)
 
 
-def comparison_table(runs: Sequence[Path]) -> Table:
-    """Return a table of main runs: per domain its size and, under each mixture, weight and held-out log-perplexity."""
+def comparison_table(runs: Sequence[Path], objective: str | Mapping[str, float] | None = None) -> Table:
+    """Return a table of main runs: per domain its size and, under each mixture, weight and held-out log-perplexity.
+
+    Args:
+        objective: weights by domain, or how to find them (``objective_weights``), of one more average.
+    """
     results = {_name(run, runs): read_result(run) for run in runs}
     first = next(iter(results.values()))
     sizes = first["num_samples"]
@@ -125,19 +130,34 @@ def comparison_table(runs: Sequence[Path]) -> Table:
             cells += [f"{result['weights'][domain]:.4f}", f"[{mark}]{loss:.3f}[/{mark}]"]
         table.add_row(plain(domain), *cells)
     table.add_section()
-    for key in ("average", "worst"):
-        low = min(result[key] for result in results.values())
+    for key, values in _totals(list(results.values()), objective).items():
         cells = []
-        for result in results.values():
-            mark = "bold green" if len(results) > 1 and result[key] == low else "bold"
-            cells += ["", f"[{mark}]{result[key]:.3f}[/{mark}]"]
+        for value in values:
+            mark = "bold green" if len(results) > 1 and value == min(values) else "bold"
+            cells += ["", f"[{mark}]{value:.3f}[/{mark}]"]
         table.add_row(f"[bold]{key}[/bold]", "", "", *cells)
     if _unequal(runs):
         table.caption = f"[yellow]{_unequal(runs)}[/yellow]"
     return table
 
 
-def write_report(runs: Sequence[Path], out: Path, *, baseline: str | None = None) -> list[Path]:
+def _totals(
+    results: Sequence[Mapping[str, Any]], objective: str | Mapping[str, float] | None
+) -> dict[str, list[float]]:
+    """Return the losses over all domains, a number per run: average, worst, and the objective where there is one."""
+    totals = {key: [result[key] for result in results] for key in ("average", "worst")}
+    if objective is None or not results:
+        return totals
+    first = results[0]
+    weights = objective if isinstance(objective, Mapping) else None
+    weights = weights or objective_weights(str(objective), first.get("sizes") or first["num_samples"])
+    losses = [{name: row["loss"] for name, row in result["heldout"].items()} for result in results]
+    return {**totals, "objective": [weighted_average(row, weights) for row in losses]}
+
+
+def write_report(
+    runs: Sequence[Path], out: Path, *, baseline: str | None = None, objective: str | None = None
+) -> list[Path]:
     """Write the HTML page about ``runs`` and return those that are main runs.
 
     Raises: InputError: a folder is no finished run, the main runs are of different shards, or no such baseline.
@@ -183,6 +203,7 @@ def write_report(runs: Sequence[Path], out: Path, *, baseline: str | None = None
                 name: min(read_result(run)["heldout"][name]["loss"] for run in mains)
                 for name in (read_result(mains[0])["heldout"] if mains else ())
             },
+            totals=_totals([read_result(run) for run in mains], objective),
             comparison=comparison,
             unequal=_unequal(mains),
         )

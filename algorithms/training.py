@@ -49,7 +49,9 @@ class TrainSettings:
         weight_decay: decoupled from the learning rate's peak, per step.
         seed: model weights, sample order and dropout.
         patience: end the run when the worst domain's held-out loss, evaluated every 50 steps, has not improved so many
-            times in a row; None for the full length.
+            times in a row; None for the full length. Either way the model is then that of the best evaluation.
+        objective: weights by domain, whose weighted average ``patience`` watches in place of the worst domain, and
+            which the result reports; None for the worst, and nothing more.
         on_nonfinite: "fail" or "skip", see ``DomainReweighting``.
     """
 
@@ -61,6 +63,7 @@ class TrainSettings:
     weight_decay: float = 1e-5
     seed: int = 17
     patience: int | None = None
+    objective: Mapping[str, float] | None = None
     on_nonfinite: OnNonfinite = "fail"
 
     def __post_init__(self) -> None:
@@ -70,7 +73,7 @@ class TrainSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all settings; later ones only where they are in use, so that runs from before them go on."""
-        return without_defaults(asdict(self), {"patience": None, "on_nonfinite": "fail"})
+        return without_defaults(asdict(self), {"patience": None, "objective": None, "on_nonfinite": "fail"})
 
 
 def without_defaults(settings: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

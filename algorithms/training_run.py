@@ -22,6 +22,7 @@ from algorithms.early_stopping import WorstDomainEarlyStopping
 from algorithms.evaluation import HeldOut, heldout_losses
 from algorithms.evaluation import heldout_samples as _heldout_samples
 from algorithms.models import build_model
+from algorithms.objective import weighted_average
 from algorithms.runs import begin_run, finish_run
 from algorithms.training import TrainSettings, train
 from mixer.dataloader import MixtureLoader
@@ -89,16 +90,23 @@ def train_on(
         save_every=save_every,
         console=console,
     )
+    for callback in stopping:
+        callback.restore(model)  # fit() does so at its end, which a loader that ends first does not reach
     ended = loader.ended or "".join(callback.reason for callback in stopping)
     if ended:
         console.print(f"{label}: ended after {loader.step} of {settings.steps} steps: {ended}", markup=False)
+    for callback in stopping:
+        console.print(f"{label}: kept the model of step {callback.best_step} ({callback.best:.3f})", markup=False)
     algorithm.save_trajectory(folder / "trajectory.npz")
     if algorithm.rule is not None:
         algorithm.mixture().save(folder / "mixture.json")
     model.save_pretrained(folder / "model")
     _save_tokenizer(Path(shards), manifest, folder / "model")
     heldout = heldout_losses(model, shards, max_samples=heldout_samples)
-    result = finish_run(folder, _outcome(loader, heldout, mixture, model, ended))
+    chosen = {"best_step": stopping[0].best_step, "best": stopping[0].best} if stopping else {}
+    result = finish_run(
+        folder, _outcome(loader, heldout, mixture, model, ended) | _objective(settings, heldout) | chosen
+    )
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
 
@@ -106,7 +114,16 @@ def train_on(
 def _early_stopping(shards: str | os.PathLike[str], settings: TrainSettings) -> list[WorstDomainEarlyStopping]:
     if settings.patience is None:
         return []
-    return [WorstDomainEarlyStopping(Path(shards), every="50ba", patience=settings.patience)]
+    objective, patience = settings.objective, settings.patience
+    return [
+        WorstDomainEarlyStopping(Path(shards), objective=objective, every="50ba", patience=patience, restore_best=True)
+    ]
+
+
+def _objective(settings: TrainSettings, heldout: dict[str, HeldOut]) -> dict[str, Any]:
+    if settings.objective is None:
+        return {}
+    return {"objective": weighted_average({name: row.loss for name, row in heldout.items()}, settings.objective)}
 
 
 def _asked(
@@ -142,6 +159,7 @@ def _outcome(
         "worst": float(max(losses)),
         "weights": dict(mixture.weights) if len(loader.curriculum) == 1 else realised,
         "num_samples": dict(loader.num_samples),
+        "sizes": {name: loader.manifest.split(name, "train").num_tokens for name in loader.domains},
         "loader": delivered,
         "ended": ended,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),

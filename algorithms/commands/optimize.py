@@ -115,7 +115,7 @@ def optimize(
         raise InputError(f"there is no run to resume in {out}. Leave out --resume to start one.")
     settings = SearchSettings(
         rule=parse_settings(rule),
-        proxy=training_settings(options),
+        proxy=training_settings(options, shards),
         budget_tokens=parse_count(budget, "a number of tokens") if budget else None,
         **options,
     )

@@ -50,7 +50,13 @@ _OPTIONS = (
         "--patience",
         type=click.IntRange(1),
         metavar="N",
-        help="Stop when the worst domain's held-out loss has not improved N times, evaluated every 50 steps.",
+        help="Stop when the worst domain's held-out loss has not improved N times, evaluated every 50 steps, and keep "
+        "the best model.",
+    ),
+    click.option(
+        "--objective",
+        help="Watch this average for --patience, and report it: uniform, proportional, or a file of weights.  "
+        "[default: the worst domain]",
     ),
     click.option(
         "--on-nonfinite",
@@ -95,12 +101,25 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def training_settings(options: dict[str, Any]) -> TrainSettings:
+def training_settings(options: dict[str, Any], shards: Path) -> TrainSettings:
     """Take the options of ``training_options`` out of a command's, and return what they say."""
     from algorithms.training import TrainSettings
 
+    objective = _objective(options.pop("objective"), shards)
     taken = {name: options.pop(name) for name in ("model", "steps", "seed", "weight_decay", "patience", "on_nonfinite")}
-    return TrainSettings(global_batch_size=options.pop("batch_size"), learning_rate=options.pop("lr"), **taken)
+    return TrainSettings(
+        global_batch_size=options.pop("batch_size"), learning_rate=options.pop("lr"), objective=objective, **taken
+    )
+
+
+def _objective(source: str | None, shards: Path) -> dict[str, float] | None:
+    from algorithms.objective import objective_weights
+    from mixer.folders import load_manifest
+
+    if source is None:
+        return None
+    manifest = load_manifest(shards)
+    return objective_weights(source, {name: manifest.split(name, "train").num_tokens for name in manifest.names})
 
 
 def _literal(value: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import numpy as np
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from algorithms.mixture_regression import Runs, cross_validated, descend, fit_kernel, fit_log_linear, read_runs, search
+from algorithms.objective import objective_weights
 from mixer.errors import InputError
 from mixer.manifest import Manifest
 from mixer.mixture import Mixture
@@ -31,10 +32,9 @@ Vector = NDArray[np.float64]
 @click.option("--law", type=click.Choice(["log-linear", "kernel"]), default="log-linear", show_default=True)
 @click.option(
     "--objective",
-    type=click.Choice(["average", "worst"]),
     default="average",
     show_default=True,
-    help="The mean loss, or the worst excess of a loss over the least it could be.",
+    help="The mean loss; the worst excess of a loss over the least it could be; or the average by a file of weights.",
 )
 @click.option("--floor", type=float, default=0.0, help="Give every domain at least this share.")
 @click.option("--ceiling", type=float, default=1.0, help="Give no domain more than this share.")
@@ -53,6 +53,7 @@ def regress(mixtures: Path, losses: Path, out: Path, shards: Path | None, budget
     Examples:
       mixer regress mixtures.csv losses.csv --out mixture.json
       mixer regress mixtures.csv losses.csv --objective worst --floor 0.002 --out mixture.json
+      mixer regress mixtures.csv losses.csv --objective goals.json --out mixture.json
       mixer regress mixtures.csv losses.csv --shards shards --budget 50M --max-epochs 4 --out mixture.json
     """
     runs, strip = read_runs(mixtures, losses), options.pop("strip")
@@ -71,24 +72,30 @@ def propose(
     runs: Runs, law: str, objective: str, floor: float, upper: Vector, seed: int
 ) -> tuple[Vector, dict[str, Any]]:
     """Return the proposed mixture (D,), and what there is to know about how good it is."""
+    source = "uniform" if objective in ("average", "worst") else objective
+    by_name = objective_weights(source, dict.fromkeys(runs.metrics, 1.0))
+    importance = np.array([by_name[name] for name in runs.metrics])
     if law == "kernel" and objective == "worst":
         raise InputError("--objective worst needs the log-linear law, whose least losses are known exactly.")
     uniform = np.full(len(runs.domains), 1.0 / len(runs.domains))
     fit: Any = fit_log_linear if law == "log-linear" else fit_kernel
     fitted = fit(runs.mixtures, runs.losses)
     if law == "log-linear":
-        weights = descend(fitted, "worst" if objective == "worst" else "average", lower=floor, upper=upper)  # type: ignore[arg-type]
+        kind: Literal["average", "worst"] = "worst" if objective == "worst" else "average"
+        weights = descend(fitted, kind, lower=floor, upper=upper, importance=importance)
     else:
-        weights = search(fitted, uniform, np.random.default_rng(seed), lower=floor, upper=upper)
+        rng = np.random.default_rng(seed)
+        weights = search(fitted, uniform, rng, lower=floor, upper=upper, objective=lambda losses: losses @ importance)
     return weights, {
         "law": law,
-        "objective": objective,
+        "objective": objective if source == "uniform" else by_name,
         "runs": len(runs.mixtures),
         "metrics": list(runs.metrics),
         "rank_correlation": cross_validated(fit, runs),
-        "best_run_mean_loss": float(runs.losses.mean(axis=1).min()),
-        "predicted_mean_loss": float(fitted(weights[None]).mean()),
-        "predicted_mean_loss_of_uniform": float(fitted(uniform[None]).mean()),
+        "best_run": int(np.argmin(runs.losses @ importance)),
+        "best_run_mean_loss": float((runs.losses @ importance).min()),
+        "predicted_mean_loss": float((fitted(weights[None]) @ importance)[0]),
+        "predicted_mean_loss_of_uniform": float((fitted(uniform[None]) @ importance)[0]),
     }
 
 
@@ -107,8 +114,9 @@ def _caps(runs: Runs, shards: Path | None, max_epochs: float | None, budget: str
 
 
 def _table(runs: Runs, weights: Vector, facts: dict[str, Any]) -> Table:
-    best = runs.mixtures[np.argmin(runs.losses.mean(axis=1))]
-    title = f"{facts['runs']} runs, {facts['law']} law, {facts['objective']} loss"
+    best = runs.mixtures[facts["best_run"]]
+    kind = facts["objective"] if isinstance(facts["objective"], str) else "weighted"
+    title = f"{facts['runs']} runs, {facts['law']} law, {kind} loss"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for title in ("domain", "best run", "proposal"):
         table.add_column(title, justify="left" if title == "domain" else "right")

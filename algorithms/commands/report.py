@@ -18,19 +18,21 @@ __all__ = ["report"]
     "--baseline",
     help="Run that the comparison is drawn against.  [default: the proportional one, else the first]",
 )
-def report(runs: tuple[Path, ...], out: Path, baseline: str | None) -> None:
+@click.option("--objective", help="Add a row with this average: uniform, proportional, or a file of weights by domain.")
+def report(runs: tuple[Path, ...], out: Path, baseline: str | None, objective: str | None) -> None:
     """Put runs of `mixer optimize` and `mixer train` side by side: weights, held-out losses, plots.
 
     \b
     Examples:
       mixer report run main --out report.html
       mixer report run main-doremi main-proportional main-uniform --baseline main-proportional
+      mixer report main-doremi main-uniform --objective goals.json
     """
     from rich.console import Console
 
     from algorithms.report import comparison_table, write_report
 
-    main_runs = write_report(runs, out, baseline=baseline)
+    main_runs = write_report(runs, out, baseline=baseline, objective=objective)
     if main_runs:
-        Console().print(comparison_table(main_runs))
+        Console().print(comparison_table(main_runs, objective))
     click.echo(f"Written: {out}", err=True)

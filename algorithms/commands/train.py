@@ -48,6 +48,7 @@ def train(
     Examples:
       mixer train shards --mixture run/mixture.json --steps 400 --out main
       mixer train shards --mixture uniform --steps 400 --out main-uniform
+      mixer train shards --mixture uniform --patience 3 --objective goals.json --out main-early
       mixer train shards --mixture unimax.json --max-epochs 4 --on-exhausted drop --out main-capped
     """
     from rich.console import Console
@@ -59,7 +60,7 @@ def train(
 
     manifest = Manifest.load(shards)
     stages = resolve_curriculum(mixture, manifest, force=force)
-    settings = training_settings(options)
+    settings = training_settings(options, shards)
     limited = max_epochs is not None or on_exhausted != "repeat"
     caps: dict[str, Any] = {"max_epochs": max_epochs, "on_exhausted": on_exhausted} if limited else {}
     console = Console(stderr=True)
@@ -74,5 +75,5 @@ def train(
         curriculum=mixture if len(stages) > 1 else None,
         **caps,
     )
-    Console().print(train_table(out))
+    Console().print(train_table(out, settings.objective))
     console.print(f"Done: {out / 'result.json'}, model in {out / 'model'}", style="green", markup=False)

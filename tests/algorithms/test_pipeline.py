@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -357,3 +358,54 @@ def test_a_nan_held_out_loss_is_an_error(shards: Path) -> None:
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(DataError, match="held-out loss of domain 'code' is nan"):
         heldout_losses(model, shards)
+
+
+def test_an_objective_of_ones_own_decides_when_to_stop_and_is_reported(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Mixture({"code": 0, "web": 1, "wiki": 3}).save(tmp_path / "goals.json")
+    arguments = [
+        "train",
+        shards,
+        "--steps",
+        2,
+        "--batch-size",
+        6,
+        "--patience",
+        1,
+        "--objective",
+        tmp_path / "goals.json",
+    ]
+    with pytest.raises(SystemExit) as exit:
+        cli([*map(str, arguments), "--out", str(tmp_path / "run")])
+    assert not exit.value.code
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    losses = {name: row["loss"] for name, row in result["heldout"].items()}
+    expected = losses["web"] / 4 + 3 * losses["wiki"] / 4
+    assert result["objective"] == pytest.approx(expected) and result["best_step"] == 1
+    assert result["best"] == pytest.approx(expected, rel=1e-5), "all validation samples, as in the windows"
+    assert f"{expected:.3f}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli(["report", str(tmp_path / "run"), "--objective", "proportional", "--out", str(tmp_path / "report.html")])
+    by_size = (60 * losses["code"] + 30 * losses["web"] + 9 * losses["wiki"]) / 99
+    assert f"{by_size:.3f}" in (tmp_path / "report.html").read_text()
+    assert "objective" in capsys.readouterr().out
+
+
+def test_an_objective_has_to_weigh_all_domains(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Mixture({"code": 1, "law": 3}).save(tmp_path / "goals.json")
+    with pytest.raises(SystemExit) as exit:
+        cli(["train", str(shards), "--objective", str(tmp_path / "goals.json"), "--out", str(tmp_path / "run")])
+    assert exit.value.code == 2
+    assert "it has others ['law'] and lacks ['web', 'wiki']" in capsys.readouterr().err
+
+
+def test_a_run_that_is_stopped_early_keeps_the_model_of_its_best_evaluation(shards: Path, tmp_path: Path) -> None:
+    """At so high a learning rate the held-out loss rises from the first evaluation on."""
+    mixture, folder = Mixture({"code": 1, "web": 1, "wiki": 1}), tmp_path / "run"
+    settings = replace(TINY, steps=160, learning_rate=1.0, warmup=0.9, patience=1)
+    result = train_on(shards, mixture, settings, folder, label="run", console=QUIET)
+    assert result["best_step"] == 49 and result["ended"].startswith("the worst domain's held-out loss has not improved")
+    assert result["worst"] == pytest.approx(result["best"], rel=1e-5)

@@ -205,6 +205,25 @@ def test_the_command_caps_domains_by_what_the_shards_hold(tmp_path):
         CliRunner().invoke(regress, arguments[:2] + arguments[4:] + caps, catch_exceptions=False)
 
 
+@pytest.mark.parametrize("law", ["log-linear", "kernel"])
+def test_the_command_minimises_the_average_by_given_weights(law, tmp_path):
+    truth = LogLinearLaw(np.log([1.0, 1.0]), np.array([[-1.0, 0.0], [0.0, -1.0], [1.0, 1.0]]))
+    arguments = [*write_runs(tmp_path, truth), "--law", law]
+    CliRunner().invoke(regress, arguments, catch_exceptions=False)
+    alike = Mixture.load(tmp_path / "m.json").weights
+    Mixture({"a": 3, "b": 1}).save(tmp_path / "goals.json")
+    arguments += ["--objective", str(tmp_path / "goals.json")]
+    result = CliRunner().invoke(regress, arguments, catch_exceptions=False)
+    mixture = Mixture.load(tmp_path / "m.json")
+    assert mixture.provenance["objective"] == {"a": 0.75, "b": 0.25} and "weighted loss" in result.output
+    assert mixture.provenance["best_run_mean_loss"] == pytest.approx(
+        (read_runs(tmp_path / "w.csv", tmp_path / "l.csv").losses @ [0.75, 0.25]).min()
+    )
+    assert mixture.weights["code"] > alike["code"] + 0.2
+    if law == "log-linear":  # 3 exp(-w) = exp(-(1 - w)) has its root beyond 1
+        assert mixture.weights["code"] == pytest.approx(1, abs=1e-3)
+
+
 def test_the_worst_loss_needs_the_law_whose_least_is_known(tmp_path):
     law = LogLinearLaw(np.log([1.0, 1.0]), np.array([[-1.0, 0.0], [0.0, -1.0], [1.0, 1.0]]))
     with pytest.raises(InputError, match="--objective worst needs the log-linear law"):

@@ -140,7 +140,7 @@ def import_seconds(rounds: int) -> dict[str, float]:
             subprocess.run([sys.executable, "-c", IMPORTS.get(name, "pass")], check=False, capture_output=True)
             found[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(seconds) for name, seconds in found.items()}
-    return {name: seconds - medians["nothing"] for name, seconds in medians.items() if name != "nothing"}
+    return {name: max(seconds - medians["nothing"], 0.0) for name, seconds in medians.items() if name != "nothing"}
 
 
 @click.command()

@@ -49,6 +49,7 @@ from algorithms.intervals import interval, is_due
 from algorithms.loader_facts import domains_of, planned_samples, sampling_weights, shards_provenance
 from algorithms.losses import Normalization, labels_of, loss_mask, token_losses, weighted_loss
 from algorithms.micro_batch import MicroBatch, add_labels, auxiliary_loss, drop_broken_gradients, share_of_the_sum
+from algorithms.presence import absence_warning, samples_per_update, shares_of_samples
 from algorithms.random_state import random_state, restore_random_state
 from algorithms.references import Reference, as_reference
 from algorithms.references.frozen import is_encoder_decoder, language_model, logits_of, unwrapped
@@ -270,6 +271,21 @@ class DomainReweighting(Algorithm):
             self._restore(self._saved)
         else:
             check_not_its_own_reference(self.rule, self.reference, None if state.fsdp_enabled else self._model)
+            self._warn_of_absences(state.dataloader)
+
+    def _warn_of_absences(self, loader: Any) -> None:
+        # Rules that sample, and those on held-out losses, do not depend on which domains a batch happens to hold.
+        if self.rule is None or self.rule.applies != "loss" or "heldout" in self.needs:
+            return
+        # Gradients are those of the last batch before an update.
+        every = interval(1) if self.needs & {"gradients", "gradient_variance"} else self.every
+        num_samples, shares = samples_per_update(loader, every), shares_of_samples(loader)
+        if num_samples is None or shares is None or dist.get_global_rank() != 0:
+            return
+        independent = getattr(getattr(loader, "mixer", None), "independent", True)
+        warning = absence_warning(self.domains, shares, num_samples, independent=independent)
+        if warning:
+            log.warning("%s", warning)
 
     def _measured(self, state: State) -> dict[str, Any]:
         """Return what is measured at updates only, by the name of the signal."""

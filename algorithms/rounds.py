@@ -130,7 +130,7 @@ def find_mixture(
     asked = {"command": "optimize", "shards": fingerprints(search.manifest), **settings.to_dict()}
     if begin_run(out, asked) is not None:
         return Mixture.load(Path(out) / "mixture.json")
-    if settings.proxy.global_batch_size < 2 * len(search.names):
+    if len(search.names) <= settings.proxy.global_batch_size < 2 * len(search.names):
         console.print(
             f"[yellow]note:[/yellow] a batch of {settings.proxy.global_batch_size} samples holds less than two of each "
             f"of {len(search.names)} domains; their losses per step will be noisy. "

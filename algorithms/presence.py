@@ -53,7 +53,8 @@ def absence_warning(names: Sequence[str], weights: Vector, num_samples: float, *
     return (
         f"about {lacking:.0%} of the updates, of {num_samples:g} samples each, will lack some domain, most often "
         f"{names[drawn[rarest]]!r} (weight {least:.3g}, absent from {absent[rarest]:.0%}), which then counts by "
-        f"its last score: take {needed:,} samples or more per update, by a larger batch or a longer interval (every=, --every)."
+        f"its last score: take {needed:,} samples or more per update, by a larger batch or a longer interval (every=, "
+        "--every)."
     )
 
 

@@ -123,6 +123,7 @@ def documents_of(piece: Piece, options: StageOptions) -> Iterator[Document | Bad
             yield Bad("empty", "empty text", row.at)
         else:
             yield Document(text, name)
+        del row, text  # before the next one is read: two large texts are too many
     _check_unchanged(piece)
 
 
@@ -194,6 +195,7 @@ def _tokenized(task: StageTask, folder: Path) -> dict[str, Any]:
                 check_same_tokenizer(piece, task.options, task.tokenizer)
             for document in documents_of(piece, task.options):
                 writer.add(piece, document)
+                del document
         return writer.finish()
 
 

@@ -12,6 +12,8 @@ text becomes its id, and ends a document for all that find documents by that id.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import hashlib
 import json
@@ -71,6 +73,8 @@ def _split(ids: NDArray[Any], lengths: NDArray[np.int64]) -> list[NDArray[Any]]:
 class _PieceWise:
     """Encodes long texts in pieces, where no token reaches across: libraries take many times what they get at once."""
 
+    _file: str
+
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         if max(map(len, texts), default=0) <= LONG_TEXT or not self._may_cut:
             return self._encode(texts)
@@ -83,9 +87,9 @@ class _PieceWise:
     def _encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         raise NotImplementedError
 
-    @property
+    @functools.cached_property
     def _may_cut(self) -> bool:
-        raise NotImplementedError
+        return splits_between_words(orjson.loads(Path(self._file).read_bytes()))
 
 
 class HuggingFaceEncoder(_PieceWise):
@@ -99,10 +103,6 @@ class HuggingFaceEncoder(_PieceWise):
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = special_tokens == "text"
         self._file = file
-
-    @functools.cached_property
-    def _may_cut(self) -> bool:
-        return splits_between_words(self._tokenizer, json.loads(Path(self._file).read_bytes()))
 
     def _encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         return _joined([each.ids for each in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
@@ -131,23 +131,27 @@ _AFTER_WORD = re.compile(r"[^\W_](?=\n)|[^\W\d_](?= [^\W\d_])")
 _HARMLESS_NORMALIZERS = (None, "NFC", "NFD", "NFKC", "NFKD")
 
 
-def splits_between_words(tokenizer: Any, facts: Mapping[str, Any]) -> bool:
+def splits_between_words(facts: Mapping[str, Any]) -> bool:
     """Return whether no token can reach across the places of ``cut_between_words``, so that texts may be cut there.
 
     True for byte-level tokenizers that split text into words by a pattern (GPT-2's, cl100k's, Llama 3's); not for
     those that prefix each text or work on it as a whole. ``facts`` is the content of its ``tokenizer.json``.
     """
+    from tokenizers import Tokenizer
+
     normalizer = (facts.get("normalizer") or {}).get("type")
-    if normalizer not in _HARMLESS_NORMALIZERS or tokenizer.pre_tokenizer is None:
+    if normalizer not in _HARMLESS_NORMALIZERS or facts.get("pre_tokenizer") is None:
         return False
+    empty = {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    split = Tokenizer.from_str(json.dumps({**empty, "pre_tokenizer": facts["pre_tokenizer"]})).pre_tokenizer
     added = [token["content"] for token in facts.get("added_tokens", [])]
     if any("\n" in content or _AFTER_WORD.search(content) for content in added):
         return False
     probe = "one two\nthree 45\n\n6x\n\t7 été ü x2 y\n"
-    words = tokenizer.pre_tokenizer.pre_tokenize_str(probe)
+    words = split.pre_tokenize_str(probe)
     starts = {start for _, (start, _) in words}
     is_cut = all(match.end() in starts for match in _AFTER_WORD.finditer(probe))
-    pieces = (tokenizer.pre_tokenizer.pre_tokenize_str(piece) for piece in cut_between_words(probe, 1))
+    pieces = (split.pre_tokenize_str(piece) for piece in cut_between_words(probe, 1))
     return is_cut and [word for piece in pieces for word, _ in piece] == [word for word, _ in words]
 
 
@@ -167,21 +171,22 @@ class GigatokenEncoder(_PieceWise):
         self._load()
 
     def _load(self) -> None:
-        self._fast: Any = None  # the memory of the one before
-        facts = json.loads(Path(self._file).read_bytes())
+        self._fast: Any = None  # free the one before
+        return_memory()
+        facts = orjson.loads(Path(self._file).read_bytes())
+        self._may_cut = splits_between_words(facts)
         if self._special_tokens == "text":  # gigatoken has no switch for it, so it is not told of special tokens
             facts["added_tokens"] = [token for token in facts.get("added_tokens", []) if not token.get("special")]
-        self._fast = self._new(json.dumps(facts).encode("utf-8"))
+        self._fast = self._new(orjson.dumps(facts))
+        self._fast.encode_batch([""], parallel=False)  # makes its tables
+        del facts
+        return_memory()
         self._memory = resident_bytes()
 
     @property
     def exact(self) -> HuggingFaceEncoder:
         """The encoder that this one must agree with; workers have no need of it."""
         return HuggingFaceEncoder(self._file, self._special_tokens)
-
-    @functools.cached_property
-    def _may_cut(self) -> bool:
-        return self.exact._may_cut
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._decoder.decode(ids)
@@ -199,7 +204,7 @@ class GigatokenEncoder(_PieceWise):
 
     def check(self, texts: Sequence[str]) -> None:
         """Raise InputError unless ``tokenizers`` gives the same ids for these texts."""
-        exact = self.exact
+        exact, texts = self.exact, [text[:LONG_TEXT] for text in texts]
         for text, one in zip(texts, _split(*self.encode(texts))):
             other = exact.encode([text])[0]  # one by one: the library takes a hundred times what it is given at once
             if not np.array_equal(one, other):
@@ -219,6 +224,12 @@ def resident_bytes() -> int:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
+
+
+def return_memory() -> None:
+    """Give what was freed back to the system, which glibc does not do by itself."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class SentencePieceEncoder:
@@ -395,7 +406,9 @@ def load_encoder(kind: str, file: str | None, backend: str = "hf", special_token
 
 def forget_encoders() -> None:
     """Free the memory of this process's encoders."""
-    _loaded.cache_clear()
+    if _loaded.cache_info().currsize:
+        _loaded.cache_clear()
+        return_memory()
 
 
 @functools.lru_cache(maxsize=2)

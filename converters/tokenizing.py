@@ -12,7 +12,7 @@ import orjson
 from converters.job import Job, Progress
 from converters.locations import local_file, read_many, write_file
 from converters.stage import INTENDED, StageTask, stage_unit, unit_folder
-from converters.tokenizers import GigatokenEncoder, describe, load_encoder
+from converters.tokenizers import GigatokenEncoder, describe, load_encoder, return_memory
 from mixer.errors import DataError
 from mixer.manifest import TokenizerInfo
 
@@ -84,6 +84,7 @@ def _check_encoder(job: Job, tokenizer: TokenizerInfo, file: str | None) -> None
         return
     some = job.plan.units[:: max(1, len(job.plan.units) // 4)]
     encoder.check([*sample_documents(some, job.stage_options, 1 << 20), "a<|endoftext|>b </s>", "e\u0301 \u212b"])
+    return_memory()
 
 
 def _summaries(job: Job) -> Iterator[dict[str, Any] | None]:

@@ -254,7 +254,7 @@ def test_tokenizer_that_prefixes_texts_is_given_them_whole():
     normalized.normalizer = normalizers.Prepend("_")
     normalized.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     for tokenizer in (by_prefix, as_a_whole, metaspace, normalized):
-        assert not splits_between_words(tokenizer, json.loads(tokenizer.to_str()))
+        assert not splits_between_words(json.loads(tokenizer.to_str()))
 
 
 def test_unknown_tiktoken_name_is_refused():

@@ -18,7 +18,7 @@ KILLS, WORKERS = 50, 2
 
 
 def test_fifty_kills_cost_at_most_a_unit_per_worker_each_and_change_nothing(tmp_path):
-    write_corpus(tmp_path / "corpus", scale=4)
+    write_corpus(tmp_path / "corpus", scale=2)
     convert([tmp_path / "corpus"], tmp_path / "undisturbed", **OPTIONS)
     out, log, rng = tmp_path / "shards", tmp_path / "log", random.Random(11)
     log.touch()
@@ -30,7 +30,7 @@ def test_fifty_kills_cost_at_most_a_unit_per_worker_each_and_change_nothing(tmp_
     while sum(killed.values()) < KILLS:
         begun, finished = len(log.read_text().split()), units(out)
         pid = started(zygote)
-        wanted = done(out) + rng.randint(1, 12)
+        wanted = done(out) + rng.randint(1, 5)
         while done(out) < wanted and not has_ended(pid):
             time.sleep(0.001)
         assert not has_ended(pid), "it was done before it was killed as often as it should be"

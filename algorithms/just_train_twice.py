@@ -2,7 +2,7 @@
 
     mixer train shards --steps 200 --out first                        # 1: an early model
     mixer score shards --model first/model --per sample --out scores  #    its loss of every sample
-    upsample("shards", "scores", "again", upweight=5)                 # 2: train from scratch, in proportion to size
+    mixer upsample shards --scores scores --upweight 5 --out again    # 2: train from scratch, in proportion to size
     mixer train again --mixture proportional --out second
 
 Liu, Haghgoo, Chen, Raghunathan, Koh, Sagawa, Liang, Finn 2021, arXiv:2107.09044: E is what the first model gets wrong,
@@ -19,7 +19,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +57,9 @@ def upsample(
         upweight: lambda; the paper has 100 and 50 for images, 4 and 6 for text.
         share, baseline: what counts as bad, see ``error_set``.
 
-    Raises: InputError: if the scores are of other shards, samples differ in length or hold more than tokens.
+    Samples keep their length and all columns of their shards; values that lie beside the shards belong to the old ones.
+
+    Raises: InputError: if the scores are of other shards, or the folder exists.
     """
     manifest, folder = Manifest.load(shards), Path(out)
     copies = int(number(upweight, "upweight", low=1))
@@ -67,7 +68,6 @@ def upsample(
     losses = CachedLosses(scores)
     losses.bind(manifest.names, _Read(manifest))
     opened = {name: open_domain(shards, name, "train", manifest=manifest) for name in manifest.names}
-    _check_plain(manifest, opened)
     bad = _bad_samples(losses, opened, share, baseline)
     domains = {}
     for name, samples in opened.items():
@@ -94,49 +94,64 @@ class _Read:
         self.manifest = manifest
 
 
-def _check_plain(manifest: Manifest, opened: dict[str, DomainShards]) -> None:
-    if manifest.variable_length:
-        raise InputError("samples that differ in length cannot be upsampled yet: convert with --packing concat.")
-    more = sorted({column for samples in opened.values() for column in samples.columns} - {manifest.column})
-    if more:
-        raise InputError(f"the shards have the columns {more} beside the tokens, which would be lost; leave them out.")
-
-
 def _bad_samples(
     losses: CachedLosses, opened: dict[str, DomainShards], share: float, baseline: str
 ) -> dict[str, NDArray[np.int64]]:
     """Return the numbers of the bad samples of each domain, chosen over all domains together."""
     ids = np.repeat(np.arange(len(opened)), [len(samples) for samples in opened.values()])
     numbers = np.concatenate([np.arange(len(samples)) for samples in opened.values()])
-    means = losses.per_sample(ids, numbers) / (losses.settings["seq_len"] - 1)
+    tokens = np.concatenate([_num_tokens(samples) for samples in opened.values()])
+    means = losses.per_sample(ids, numbers) / np.maximum(tokens - 1, 1)  # the first token is predicted by nothing
     chosen = error_set(means, ids, share, baseline)
     return {name: numbers[chosen][ids[chosen] == domain] for domain, name in enumerate(opened)}
 
 
+def _num_tokens(samples: DomainShards) -> NDArray[np.int64]:
+    """Return the tokens of every sample, (n,)."""
+    if not samples.variable:
+        return np.full(len(samples), samples.seq_len, np.int64)
+    views = [samples.view(shard) for shard in range(len(samples.shard_sizes))]
+    sizes = samples.shard_sizes.tolist()
+    return np.array([view.length(row, samples.seq_len) for view, size in zip(views, sizes) for row in range(size)])
+
+
 def _write(folder: Path, path: str, samples: DomainShards, order: NDArray[np.int64], old: Split) -> Split:
-    """Write the samples in ``order`` as one MDS folder."""
-    columns, entries = {samples.column: mds.token_encoding(samples.dtype.name, samples.seq_len)}, []
+    """Write the samples in ``order`` as one MDS folder, each with all its columns."""
+    columns, entries = samples.columns, []
     (folder / path).mkdir(parents=True)
     for count, rows in enumerate(_parts(samples, order)):
-        raw, name = mds.encode_shard(columns, rows, hashes=HASHES), f"shard.{count:05}.mds"
+        raw, name = mds.shard_of_rows(columns, rows, hashes=HASHES), f"shard.{count:05}.mds"
         (folder / path / name).write_bytes(raw)
         entries.append(mds.shard_entry(columns, name, raw, num_samples=len(rows), hashes=HASHES))
     index = mds.write_index(folder / path, entries).read_bytes()
     return Split(
         path=path,
         num_samples=len(order),
-        num_tokens=len(order) * samples.seq_len,
+        num_tokens=int(_num_tokens(samples)[order].sum()),
         num_documents=old.num_documents,
         num_shards=len(entries),
-        size_bytes=sum((folder / path / f"shard.{count:05}.mds").stat().st_size for count in range(len(entries))),
+        size_bytes=sum(entry["raw_data"]["bytes"] for entry in entries),
         fingerprint=f"sha256:{hashlib.sha256(index).hexdigest()}",
     )
 
 
-def _parts(samples: DomainShards, order: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
-    size = max(1, SHARD_BYTES // samples.row_bytes)
-    for start in range(0, len(order), size):
-        yield samples.read(order[start : start + size])
+def _parts(samples: DomainShards, order: NDArray[np.int64]) -> Iterator[list[bytes]]:
+    """Yield the samples as they are encoded, for one shard after the other."""
+    offsets: dict[int, NDArray[np.int64]] = {}
+    part: list[bytes] = []
+    size = 0
+    shards = np.searchsorted(samples.firsts, order, side="right") - 1
+    for shard, row in zip(shards.tolist(), (order - samples.firsts[shards]).tolist()):
+        data = samples.view(shard).data
+        if shard not in offsets:
+            offsets[shard] = mds.parse_header(data).offsets
+        begin, end = offsets[shard][row : row + 2].tolist()
+        if part and size + end - begin > SHARD_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(bytes(data[begin:end]))
+        size += end - begin
+    yield part
 
 
 def _with_split(domain: Domain, split: Split) -> Domain:

@@ -36,6 +36,7 @@ COMMANDS = {
         "Find weights with a proxy model (DoReMi, Group DRO, ...).",
     ),
     "regress": ("algorithms.commands.regress", "regress", "Weights from a table of finished runs, within bounds."),
+    "upsample": ("algorithms.commands.upsample", "upsample", "Shards with the badly learnt samples several times."),
     "methods": ("algorithms.commands.methods", "methods", "What each method optimises, needs and costs; the paper."),
     "train": ("algorithms.commands.train", "train", "Train a model on a mixture; held-out loss per domain."),
     "report": ("algorithms.commands.report", "report", "One HTML page with tables and plots of finished runs."),

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from streaming import LocalDataset
 
 from algorithms.just_train_twice import upsample
 from algorithms.references import FrozenModel, score
 from algorithms.rules.jtt import error_set
 from algorithms.training import TrainSettings
 from algorithms.training_run import train_on
+from mixer.cli import cli
 from mixer.errors import InputError
-from mixer.manifest import Manifest
+from mixer.manifest import Domain, Manifest, Split, domain_folder
 from mixer.mixture import Mixture
 from mixer.shards import open_domain
 from tests.algorithms.test_domain_reweighting_loader import row
 from tests.algorithms.test_pipeline import QUIET
 from tests.algorithms.tiny import VOCAB, llama
-from tests.helpers import write_shards
+from tests.helpers import write_domain, write_shards
 
 SIZES = {"books": 30, "code": 50, "web": 70}
 
@@ -52,6 +60,77 @@ def test_bad_samples_are_there_as_often_as_asked_and_all_others_once(per: str, s
         assert manifest.split(name, "train").num_samples == size + 2 * len(mine) == size + 2 * counts[name]
         held_out = [open_domain(folder, name, "validation") for folder in (shards, tmp_path / "again")]
         np.testing.assert_array_equal(*(part.read(np.arange(4)) for part in held_out))
+
+
+def rows_of(folder: Path) -> list[Any]:
+    found = LocalDataset(str(folder))
+    return [found[number] for number in range(len(found))]
+
+
+def test_samples_keep_their_length_and_their_columns(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    domains = {}
+    for name in ("books", "code"):
+        lengths = rng.integers(2, 13, 20)
+        rows = [
+            {"tokens": rng.integers(0, VOCAB, n).astype(np.uint16), "note": f"{name}{i}"} for i, n in enumerate(lengths)
+        ]
+        folder = tmp_path / "shards" / domain_folder(name) / "train"
+        write_domain(folder, rows, columns={"tokens": "ndarray:uint16", "note": "str"}, samples_per_shard=7)  # type: ignore[arg-type]
+        index = (folder / "index.json").read_bytes()
+        split = Split(
+            path=str(folder.relative_to(tmp_path / "shards")),
+            num_samples=20,
+            num_tokens=int(lengths.sum()),
+            num_documents=20,
+            num_shards=3,
+            size_bytes=sum(entry["raw_data"]["bytes"] for entry in json.loads(index)["shards"]),
+            fingerprint="sha256:" + hashlib.sha256(index).hexdigest(),
+        )
+        domains[name] = Domain({"train": split})
+    plain = Manifest.load(write_shards(tmp_path / "plain", {"books": 2}, seq_len=12, vocab_size=VOCAB))
+    replace(plain, domains=domains, variable_length=True).save(tmp_path / "shards")
+    scores = score(tmp_path / "shards", FrozenModel(llama()), tmp_path / "scores", per="token")
+    counts = upsample(tmp_path / "shards", scores, tmp_path / "again", upweight=3, share=0.25)
+    assert sum(counts.values()) == 10
+    model, bad = FrozenModel(llama()), 0
+    for name in domains:
+        old, new = (rows_of(tmp_path / one / domain_folder(name) / "train") for one in ("shards", "again"))
+        assert [row["note"] for row in new[:20]] == [row["note"] for row in old]
+        times = Counter(row["note"] for row in new)
+        assert sorted(times.values()) == [1] * (20 - counts[name]) + [3] * counts[name]
+        assert all(row["tokens"].tolist() == old[int(row["note"][len(name) :])]["tokens"].tolist() for row in new)
+        split = Manifest.load(tmp_path / "again").split(name, "train")
+        assert split.num_tokens == sum(len(row["tokens"]) for row in new)
+        losses = [
+            model.token_losses({"input_ids": torch.from_numpy(row["tokens"].astype(np.int64))[None]}) for row in old
+        ]
+        above = np.array([row.mean().item() for row in losses])
+        above -= np.median(above)
+        chosen = np.array([times[row["note"]] == 3 for row in old])
+        if chosen.any():
+            assert above[chosen].min() > above[~chosen].max(), "those of the highest mean loss per token"
+        bad += int(chosen.sum())
+    assert bad == 10
+
+
+def test_the_command_does_it(shards: Path, tmp_path: Path) -> None:
+    score(shards, FrozenModel(llama()), tmp_path / "scores", per="sample")
+    words = [
+        "upsample",
+        shards,
+        "--scores",
+        tmp_path / "scores",
+        "--upweight",
+        3,
+        "--share",
+        0.1,
+        "--out",
+        tmp_path / "again",
+    ]
+    result = CliRunner().invoke(cli, [str(word) for word in words], catch_exceptions=False)
+    assert "15 samples are there 3 times (books " in result.output
+    assert sum(Manifest.load(tmp_path / "again").split(name, "train").num_samples for name in SIZES) == 150 + 2 * 15
 
 
 def test_the_second_model_trains_on_them(shards: Path, tmp_path: Path) -> None:

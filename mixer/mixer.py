@@ -31,6 +31,7 @@ Ids = NDArray[np.int64]
 Weights = Mapping[str, float] | Sequence[float] | Vector
 
 VERSION = 1
+_FINGERPRINT = 16  # hex digits kept in a state: enough to tell data apart, and short
 _FOREVER = np.int64(1) << np.int64(62)
 
 
@@ -360,7 +361,7 @@ class Mixer:
                 "credit": float(now.credit[i]),
                 "weight": float(now.weights[i]),
                 "samples": int(self.num_samples[i]),
-                "fingerprint": self.fingerprints[name][:24],
+                "fingerprint": self.fingerprints[name][:_FINGERPRINT],
             }
             if now.drawn[i] != now.positions[i]:  # of a domain that was grown
                 domains[name]["drawn"] = int(now.drawn[i])
@@ -460,7 +461,8 @@ class Mixer:
         found = []
         if saved["samples"] != self.num_samples[i] and not (remap and saved["samples"] < self.num_samples[i]):
             found.append(f"domain {name!r} had {saved['samples']:,} samples, has {self.num_samples[i]:,}")
-        there, here = saved["fingerprint"], self.fingerprints[name][:24]
+        there = saved["fingerprint"]
+        here = self.fingerprints[name][: len(there) or _FINGERPRINT]
         if there and here and there != here and not remap:
             found.append(f"domain {name!r} had fingerprint {there}, has {here}")
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -242,8 +243,20 @@ def test_settings_that_do_not_fit_are_refused(options, text):
 # --- state ---------------------------------------------------------------------------------------------------------
 
 
-def test_state_is_small_constant_and_readable():
-    mixer = make(sizes={f"{i:03}": 10**9 for i in range(300)}, weights=np.geomspace(1, 1e-9, 300), batch_size=64)
+@pytest.mark.parametrize("by_tokens", [False, True], ids=["by samples", "by tokens"])
+def test_state_is_small_constant_and_readable(by_tokens):
+    names = [f"{i:03}" for i in range(300)]
+    mixer = Mixer(
+        dict.fromkeys(names, 10**10),
+        weights=dict(zip(names, np.geomspace(1, 1e-9, 300))),
+        batch_size=64,
+        fingerprints={name: hashlib.sha256(name.encode()).hexdigest() for name in names},
+        mean_tokens=dict.fromkeys(names, 1234.5) if by_tokens else None,
+    )
+    state = mixer.state_dict()
+    for domain in state["domains"].values():  # after 300 epochs of every domain
+        domain.update(position=3 * 10**12, **({"tokens": 4 * 10**15} if by_tokens else {}))
+    mixer.load_state_dict(state)
     sizes = []
     for _ in range(400):
         mixer.next_batch()

@@ -41,8 +41,10 @@ test-standalone: $(STANDALONE)/installed
 	$(STANDALONE)/bin/python -c 'import importlib.util as u; assert u.find_spec("composer") is None, "Composer must be absent here"'
 	$(TEST) $(STANDALONE)/bin/python -m pytest tests/mixer tests/converters mixer converters
 
+# Half an hour; the loaders we compare with are installed into .venv-bench.
 bench: $(VENV)/installed
-	$(VENV)/bin/python -m benchmarks
+	$(VENV)/bin/python -m benchmarks.peers
+	$(VENV)/bin/python -m benchmarks --full
 
 clean:
-	rm -rf $(VENV) $(STANDALONE) demo-run .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(STANDALONE) .venv-bench demo-run .mypy_cache .pytest_cache .ruff_cache

@@ -143,6 +143,7 @@ def find_mixture(
         before, after = (np.array([values[name] for name in search.names]) for values in (weights, mixture.weights))
         verdicts.append(round_verdict(before, after, errors * np.sqrt(2), settings.tolerance))
         weights = dict(mixture.weights)
+        console.print(_told(number, verdicts[-1]), markup=False, highlight=False)
         if verdicts[-1].stop:
             break
     mixture.save(Path(out) / "mixture.json")
@@ -151,6 +152,12 @@ def find_mixture(
     outcome = {"rounds": len(changes), "largest_change": changes, "noise": noise, "stopped": verdicts[-1].reason}
     finish_run(out, {**outcome, "weights": dict(mixture.weights)})
     return mixture
+
+
+def _told(number: int, verdict: RoundVerdict) -> str:
+    why = f"; stopping: {verdict.reason}" if verdict.stop else ""
+    moved = f"largest change of a weight {verdict.largest_change:.4f}"
+    return f"round-{number}: {moved} (two standard errors: {verdict.noise:.4f}){why}"
 
 
 def _fixed_weights(source: str, manifest: Manifest) -> dict[str, float]:

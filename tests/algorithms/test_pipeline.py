@@ -77,6 +77,18 @@ def test_a_search_freezes_a_mixture_with_its_provenance(shards: Path, search: Pa
     assert mixture.check(manifest) is mixture
 
 
+def test_a_search_says_how_far_each_round_moved_beside_its_noise(search: Path, tmp_path: Path) -> None:
+    result = json.loads((search / "result.json").read_text())
+    assert len(result["largest_change"]) == len(result["noise"]) == result["rounds"]
+    folders = [search / f"round-{number + 1}" for number in range(result["rounds"])]
+    found = [np.array(list(Mixture.load(folder / "mixture.json").weights.values())) for folder in folders]
+    before = [np.array([60, 30, 9]) / 99, *found]
+    assert result["largest_change"] == pytest.approx([np.abs(b - a).max() for a, b in zip(before, found)])
+    assert all(noise > 0 for noise in result["noise"]) and result["stopped"]
+    write_report([search], tmp_path / "report.html")
+    assert f"block bootstrap): {round(result['noise'][0], 4)}" in (tmp_path / "report.html").read_text()
+
+
 def test_the_second_round_trains_its_reference_on_the_first_mixture(search: Path) -> None:
     first = Mixture.load(search / "round-1" / "mixture.json")
     settings = json.loads((search / "round-2" / "reference" / "run.json").read_text())

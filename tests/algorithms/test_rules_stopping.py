@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -71,6 +73,27 @@ def test_rounds_stop_by_tolerance_or_by_noise_and_say_which():
     moving = round_verdict(before, before + np.array([0.02, -0.02, 0]), errors=np.array([0.005, 0.02, 0.001]))
     assert not moving.stop and moving.largest_change == pytest.approx(0.02)
     assert "its noise is 0.01" in moving.reason
+
+
+def test_rounds_that_only_repeat_their_noise_are_told_from_rounds_that_move():
+    """Rounds around one fixed point never come within 0.001 of each other; that they stand still is known all the same.
+
+    Two standard errors let 95 % of them end, in each comparison of two.
+    """
+    rng = np.random.default_rng(5)
+    rounds = [autoregressive(rng, 1500) for _ in range(30)]
+
+    def verdict(before, after, shift=0.0):
+        errors = (
+            standard_error(before, np.random.default_rng(0)) ** 2 + standard_error(after, np.random.default_rng(1)) ** 2
+        )
+        return round_verdict(before.mean(0), after.mean(0) + np.array([shift, -shift]), np.sqrt(errors))
+
+    still = [verdict(before, after) for before, after in pairwise(rounds)]
+    assert np.mean([one.largest_change < 1e-3 for one in still]) < 0.3
+    assert np.mean([one.stop for one in still]) > 0.8
+    moved = [verdict(before, after, shift=0.1) for before, after in pairwise(rounds)]
+    assert not any(one.stop for one in moved)
 
 
 def test_the_worst_domain_is_judged_above_its_reference():

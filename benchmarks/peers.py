@@ -329,11 +329,11 @@ def install() -> None:
     """Make .venv-bench: a venv that reads this one's packages, and has the peers' beside them."""
     import venv
 
-    venv.create(VENV, with_pip=False)
+    venv.create(VENV, with_pip=False, symlinks=True, clear=True)
     site = next(VENV.glob("lib/python*/site-packages"))
     (site / "base.pth").write_text(sysconfig.get_path("purelib") + "\n")
     command = [VENV / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check", "--prefix", VENV]
-    subprocess.run([*command, *PACKAGES], check=True)
+    subprocess.run([*command, "--quiet", *PACKAGES], check=True)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from algorithms.references.base import Reference
 from algorithms.rules import UPDATE_RULES
 from algorithms.rules.base import Domains, UpdateRule, as_domains
 from algorithms.rules.bounds import bounded
+from algorithms.rules.diagnostics import hindsight
 from algorithms.rules.stopping import RoundVerdict, extrapolate, round_verdict, standard_error
 from algorithms.runs import begin_run, finish_run
 from algorithms.training import TrainSettings, without_defaults
@@ -149,8 +150,10 @@ def find_mixture(
     mixture.save(Path(out) / "mixture.json")
     changes = [verdict.largest_change for verdict in verdicts]
     noise = [verdict.noise for verdict in verdicts]
+    with np.load(Path(out) / f"round-{len(changes)}" / "proxy" / "trajectory.npz", allow_pickle=False) as history:
+        agreed = hindsight(history["weights"], history["heldout_loss"])
     outcome = {"rounds": len(changes), "largest_change": changes, "noise": noise, "stopped": verdicts[-1].reason}
-    finish_run(out, {**outcome, "weights": dict(mixture.weights)})
+    finish_run(out, {**outcome, "hindsight": agreed, "weights": dict(mixture.weights)})
     return mixture
 
 

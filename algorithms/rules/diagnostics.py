@@ -12,7 +12,7 @@ import numpy as np
 from algorithms.rules.steps import Vector, number
 from mixer.errors import InputError
 
-__all__ = ["agreement", "transfer_from_history"]
+__all__ = ["agreement", "hindsight", "transfer_from_history"]
 
 
 def transfer_from_history(weights: Vector, losses: Vector, ridge: float = 1e-6) -> Vector:
@@ -54,3 +54,26 @@ def agreement(assumed: Vector, measured: Vector) -> float:
     one, other = (np.sum(matrix, axis=0) - np.mean(np.sum(matrix, axis=0)) for matrix in (assumed, measured))
     norms = float(np.linalg.norm(one) * np.linalg.norm(other))
     return float(one @ other) / norms if norms > 0 else 0.0
+
+
+def hindsight(weights: Vector, losses: Vector) -> float | None:
+    """Return how well a run moved its weights by what its own held-out losses say afterwards: a cosine in [-1, 1].
+
+    The move is log w_last - log w_first; what it should have been are the column sums of ``transfer_from_history``. A
+    rough answer from a short run: losses are noisy, and drops shrink as training goes on whatever the mixture.
+
+    Args:
+        weights: (T, D), in force after each update.
+        losses: (T, M), held-out at the updates.
+    Returns: None where that cannot be told: losses that were not evaluated, or fewer than D + 1 intervals.
+
+    >>> mixtures = np.array([[0.5, 0.5], [0.6, 0.4], [0.8, 0.2], [0.9, 0.1], [0.9, 0.1]])
+    >>> losses = 5 - np.cumsum(np.concatenate([[[0.0]], mixtures[:-1] @ [[0.3], [0.1]]]), axis=0)
+    >>> round(hindsight(mixtures, losses), 6)
+    1.0
+    """
+    w, v = np.asarray(weights, dtype=np.float64), np.asarray(losses, dtype=np.float64)
+    if len(w) < w.shape[1] + 2 or not np.isfinite(v).all():
+        return None
+    moved = np.log(np.maximum(w[-1], 1e-12)) - np.log(np.maximum(w[0], 1e-12))
+    return agreement(moved[None], transfer_from_history(w[:-1], v))

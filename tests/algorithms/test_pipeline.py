@@ -334,6 +334,14 @@ def test_held_out_samples_are_spread_evenly(shards: Path) -> None:
     np.testing.assert_array_equal(some, everything[[0, 15, 30, 45]])
 
 
+def test_a_search_on_held_out_losses_says_whether_they_agree_with_it(shards: Path, tmp_path: Path) -> None:
+    settings = SearchSettings(method="on_demand", proxy=TINY, every="1ba")
+    find_mixture(shards, settings, tmp_path / "run", QUIET)
+    agreed = json.loads((tmp_path / "run" / "result.json").read_text())["hindsight"]
+    write_report([tmp_path / "run"], tmp_path / "report.html")
+    assert -1 <= agreed <= 1 and f"by a cosine of {agreed:.2f}" in (tmp_path / "report.html").read_text()
+
+
 def test_the_report_shows_every_run(shards: Path, search: Path, tmp_path: Path) -> None:
     mains = []
     for name in ("proportional", "uniform"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from algorithms.rules.diagnostics import agreement, transfer_from_history
+from algorithms.rules.diagnostics import agreement, hindsight, transfer_from_history
 from mixer.errors import InputError
 
 
@@ -29,6 +29,19 @@ def test_a_diagonal_guess_disagrees_where_help_comes_from_elsewhere():
     measured = transfer_from_history(*history(truth, 100, noise=0.001))
     assert agreement(np.diag([0.5, 2.0, 0.5]), measured) < 0
     assert agreement(np.diag([2.0, 0.5, 0.5]), measured) > 0.99
+
+
+def test_hindsight_tells_a_rule_that_went_the_right_way_from_one_that_chased_noise():
+    """Only the first domain teaches anything; weights drift to it, or away from it, with jitter."""
+    rng = np.random.default_rng(2)
+    for sign in (1, -1):
+        drift = sign * np.linspace(0, 1.5, 80)[:, None] * np.array([1.0, -0.5, -0.5]) + rng.normal(0, 0.3, (80, 3))
+        weights = np.exp(drift) / np.exp(drift).sum(axis=1, keepdims=True)
+        drops = weights[:-1, :1] * np.array([[0.1, 0.05]]) + rng.normal(0, 0.002, (79, 2))
+        losses = 5 - np.concatenate([np.zeros((1, 2)), np.cumsum(drops, axis=0)])
+        assert sign * hindsight(weights, losses) > 0.8
+    assert hindsight(weights, np.full((80, 3), np.nan)) is None
+    assert hindsight(weights[:4], losses[:4]) is None, "too few intervals for three domains"
 
 
 def test_constant_weights_tell_nothing_about_differences_and_shapes_are_checked():

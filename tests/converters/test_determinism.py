@@ -1,11 +1,19 @@
-"""What is written depends on neither processes, unit size nor backend: one hash over the tree for all of them."""
+"""What is written depends on neither processes, engine, unit size, backend nor kills: one hash over the tree."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 
-from converters import convert
+from converters import convert, engines
+from mixer.errors import DataError
 from tests.converters.corpora import tree_hash, write_corpus
+from tests.converters.ray_cluster import ray_cluster
 
 PACKINGS: dict[str, dict] = {
     "concat": {"packing": "concat", "tail": "pad", "doc_starts": True},
@@ -26,6 +34,24 @@ COVERING = [
 ]
 
 
+@contextlib.contextmanager
+def interrupted(after: int) -> Iterator[None]:
+    """Stop a conversion when so many tasks, of tokenising and packing together, are done."""
+    run, done = engines.local, itertools.count(1)
+
+    def stopping(*arguments: Any) -> Iterator[Any]:
+        for result in run(*arguments):
+            yield result
+            if next(done) == after:
+                raise DataError("stopped here")
+
+    engines.ENGINES["local"] = stopping
+    try:
+        yield
+    finally:
+        engines.ENGINES["local"] = run
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Return a function that converts one corpus, and the hashes by one process with tokenizers in units of 4 kB."""
@@ -33,11 +59,15 @@ def made(tmp_path_factory):
     write_corpus(folder / "corpus")
     first = convert([folder / "corpus"], folder / "first", train_tokenizer=400, seq_len=32)
     tokenizer = folder / "first" / str(first.tokenizer.file)
-    count = iter(range(1000))
+    count = itertools.count()
 
-    def hash_of(**options: object) -> str:
+    def hash_of(by: Callable[..., Any] = convert, stop_after: int = 0, **options: object) -> str:
         out = folder / f"out{next(count)}"
-        convert([folder / "corpus"], out, tokenizer=tokenizer, seq_len=32, shard_size=4000, **options)
+        given = {"tokenizer": tokenizer, "seq_len": 32, "shard_size": 4000, **options}
+        if stop_after:
+            with interrupted(stop_after), contextlib.suppress(DataError):
+                by(folder / "corpus", out, **given)
+        by(folder / "corpus", out, **given)
         return tree_hash(out)
 
     return hash_of, {name: hash_of(unit_size=4000, **options) for name, options in PACKINGS.items()}
@@ -50,6 +80,41 @@ def test_one_hash_for_all_ways_to_get_there(made, workers, unit_size, backend, p
     hash_of, expected = made
     found = hash_of(workers=workers, unit_size=unit_size, backend=backend, **PACKINGS[packing])
     assert found == expected[packing]
+
+
+@pytest.fixture(scope="module")
+def by_ray() -> Iterator[Callable[..., None]]:
+    with ray_cluster() as convert_by_ray:
+        yield convert_by_ray
+
+
+# Each processes, unit size and backend with the Ray engine.
+BY_RAY = [(1, 1500, "hf", "concat"), (2, None, "gigatoken", "best_fit")]
+
+
+@pytest.mark.parametrize("workers, unit_size, backend, packing", BY_RAY)
+def test_ray_gives_the_hash_of_the_local_engine(made, by_ray, workers, unit_size, backend, packing):
+    if backend == "gigatoken":
+        pytest.importorskip("gigatoken")
+    hash_of, expected = made
+    given = {"workers": workers, "unit_size": unit_size, "backend": backend, **PACKINGS[packing]}
+    assert hash_of(by_ray, **given) == expected[packing]
+
+
+WAYS = [("local", 0), ("local", 3), ("local", 9), ("ray", 0)]  # engine, and after how many tasks it is stopped once
+WHOLE = list(itertools.product((1, 2, 8), WAYS, (1500, 4000, None), ("hf", "gigatoken"), PACKINGS))
+
+
+@pytest.mark.skipif(not os.environ.get("DOMAIN_MIXER_NIGHTLY"), reason="takes an hour; set DOMAIN_MIXER_NIGHTLY=1")
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("workers, way, unit_size, backend, packing", WHOLE)
+def test_every_way_to_get_there(made, request, workers, way, unit_size, backend, packing):
+    if backend == "gigatoken":
+        pytest.importorskip("gigatoken")
+    hash_of, expected = made
+    by = request.getfixturevalue("by_ray") if way[0] == "ray" else convert
+    given = {"workers": workers, "unit_size": unit_size, "backend": backend, **PACKINGS[packing]}
+    assert hash_of(by, stop_after=way[1], **given) == expected[packing]
 
 
 def test_packings_differ(made):

@@ -10,7 +10,11 @@ package metadata and documentation (.txt, .md, .rst, METADATA), each kind a doma
 ``--tokenizer`` a byte-level BPE of 32,768 ids is trained on it first (not measured). CPU seconds are of the whole
 process tree, from start to exit of a fresh interpreter; the tokenizer alone is measured inside its process, without
 imports, one thread. "x own" is the CPU of a conversion over the part of it spent inside the tokenizers library, in one
-process, which other work on the machine hardly disturbs. With --repeat, the median is shown. Results also go to
+process, which other work on the machine hardly disturbs. With --repeat, the median is shown. "by ray" starts Ray
+for itself, to be compared with 2 workers. --llm-foundry PYTHON adds llm-foundry's converter, run by an interpreter that
+has datasets, transformers, mosaicml-streaming and, `pip install --no-deps`, llm-foundry: its functions for JSON lines
+as they are, each kind at a time in one process, zstd:3, seq_len 2048. At the end, seconds until an interpreter has
+printed `mixer convert --help`, and until the first document is tokenised. Results also go to
 benchmarks/results/conversion.json.
 """
 
@@ -97,14 +101,62 @@ if __name__ == "__main__":
     print(json.dumps(facts))
 """
 
+FOUNDRY = """
+import importlib.util, json, sys, types
+from pathlib import Path
+import transformers
+root = Path(importlib.util.find_spec("llmfoundry").submodule_search_locations[0])
+sys.modules["llmfoundry"] = types.ModuleType("llmfoundry")  # without its __init__, which imports all of training
+def load(name, file):
+    spec = importlib.util.spec_from_file_location(name, root / file)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+if __name__ == "__main__":
+    load("llmfoundry.data", "data/data.py")
+    converter = load("convert_dataset_json", "command_utils/data_prep/convert_dataset_json.py")
+    tokenizer, corpus, out = sys.argv[1:]
+    eos = "<|endoftext|>"
+    named = Path(out) / "tokenizer"
+    transformers.PreTrainedTokenizerFast(tokenizer_file=tokenizer, eos_token=eos).save_pretrained(named)
+    for path in sorted(Path(corpus).rglob("*.jsonl")):
+        shards = f"{out}/{path.parent.name}"
+        converter.convert_dataset_json(str(path), shards, "zstd:3", 2048, "train", str(named), eos_text=eos)
+    indexes = [json.loads(file.read_text()) for file in Path(out).rglob("index.json")]
+    print(json.dumps({"tokens": 2048 * sum(shard["samples"] for index in indexes for shard in index["shards"])}))
+"""
+
+FIRST_DOCUMENT = """
+import json, sys, tempfile
+from pathlib import Path
+from converters import convert
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "a.txt").write_text("one document")
+        convert([folder], folder + "-out", tokenizer=sys.argv[1], seq_len=1, held_out=0)
+    print(json.dumps({"tokens": 1}))
+"""
+
+HELP = """
+import json, sys
+from mixer.cli import main
+if __name__ == "__main__":
+    sys.argv[1:] = ["convert", "--help"]
+    try:
+        main()
+    finally:
+        print(json.dumps({"tokens": 0}))
+"""
+
 
 @click.command()
 @click.option("--size", default="30MB", show_default=True, help="Text to convert.")
 @click.option("--full", is_flag=True, help="The same with 120 MB.")
 @click.option("--tokenizer", help="A tokenizer.json; default: one trained on the text.")
+@click.option("--llm-foundry", "foundry", metavar="PYTHON", help="Interpreter to run llm-foundry's converter by.")
 @click.option("--cost", "only_cost", is_flag=True, help="Print what 1 T and 15 T tokens cost by the last results.")
 @click.option("--repeat", default=1, show_default=True, help="Runs of each, of which the median is shown.")
-def main(size: str, full: bool, tokenizer: str | None, only_cost: bool, repeat: int) -> None:
+def main(size: str, full: bool, tokenizer: str | None, foundry: str | None, only_cost: bool, repeat: int) -> None:
     """Measure conversions of one corpus by several settings."""
     if only_cost:
         click.echo(cost_table(json.loads((RESULTS / "conversion.json").read_text())))
@@ -115,11 +167,12 @@ def main(size: str, full: bool, tokenizer: str | None, only_cost: bool, repeat: 
         text_bytes = write_corpus(folder / "corpus", size_in_bytes("120MB" if full else size))
         tokenizer = tokenizer or train(folder)
         console.print(f"{text_bytes / 1e6:.1f} MB of text; load average {os.getloadavg()[0]:.2f}")
-        rows = {name: median([run() for _ in range(repeat)]) for name, run in runs(folder, tokenizer).items()}
-    report(console, rows, text_bytes)
+        rows = {name: median([run() for _ in range(repeat)]) for name, run in runs(folder, tokenizer, foundry).items()}
+        started = starts(tokenizer)
+    report(console, rows, text_bytes, started)
 
 
-def runs(folder: Path, tokenizer: str) -> dict[str, Any]:
+def runs(folder: Path, tokenizer: str, foundry: str | None) -> dict[str, Any]:
     """Return what to measure, by name."""
     corpus, base = str(folder / "corpus"), {"seq_len": 2048, "on_bad_record": "fail"}
     count = iter(range(1_000_000))
@@ -129,7 +182,8 @@ def runs(folder: Path, tokenizer: str) -> dict[str, Any]:
         return measured(CONVERT, corpus, out, tokenizer, json.dumps({**base, **options}))
 
     stage = str(folder / "stage")
-    fast = importlib.util.find_spec("gigatoken") is not None
+    fast, has_ray = (importlib.util.find_spec(name) is not None for name in ("gigatoken", "ray"))
+    theirs = str(folder / "theirs")
     return {
         "tokenizer alone": lambda: measured(BARE, tokenizer, corpus),
         "convert, 1 worker": lambda: conversion(stage=stage),
@@ -137,10 +191,18 @@ def runs(folder: Path, tokenizer: str) -> dict[str, Any]:
         "pack again": lambda: conversion(stage=stage, seq_len=1024),
         "pack, best fit": lambda: conversion(stage=stage, packing="best_fit"),
         **({"by gigatoken": lambda: conversion(backend="gigatoken")} if fast else {}),
+        **({"by ray, 2 workers": lambda: conversion(workers=2, engine="ray")} if has_ray else {}),
+        **({"llm-foundry": lambda: measured(FOUNDRY, tokenizer, corpus, theirs, python=foundry)} if foundry else {}),
     }
 
 
-def measured(program: str, *arguments: str) -> dict[str, float]:
+def starts(tokenizer: str) -> dict[str, float]:
+    """Return wall seconds of whole processes, the least of five."""
+    programs = {"mixer convert --help": (HELP,), "first document, and its shard": (FIRST_DOCUMENT, tokenizer)}
+    return {name: min(measured(*program)["wall_s"] for _ in range(5)) for name, program in programs.items()}
+
+
+def measured(program: str, *arguments: str, python: str = sys.executable) -> dict[str, float]:
     """Run a program in a fresh interpreter; return CPU and wall seconds, peak memory of its largest process, tokens."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "program.py"  # a file, because workers import the main module
@@ -148,7 +210,7 @@ def measured(program: str, *arguments: str) -> dict[str, float]:
         wrapper = Path(folder) / "wrapper.py"
         wrapper.write_text(WRAPPER)
         start = time.perf_counter()
-        command = [sys.executable, str(wrapper), str(file), *arguments]
+        command = [python, str(wrapper), str(file), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
         wall = time.perf_counter() - start
     if done.returncode:
@@ -259,7 +321,7 @@ def amount(size: float) -> str:
     return f"{size:.1f} TB"
 
 
-def report(console: Console, rows: dict[str, dict[str, float]], text_bytes: int) -> None:
+def report(console: Console, rows: dict[str, dict[str, float]], text_bytes: int, started: dict[str, float]) -> None:
     """Print the table and write the JSON."""
     bare = rows["tokenizer alone"]["cpu_s"]
     table = Table(box=None)
@@ -275,8 +337,16 @@ def report(console: Console, rows: dict[str, dict[str, float]], text_bytes: int)
         }
         table.add_row(name, *(f"{row[key]:.2f}" if key in row else "" for key in COLUMNS))
     console.print(table)
+    for name, seconds in started.items():
+        console.print(f"{name}: {seconds:.2f} s")
     RESULTS.mkdir(exist_ok=True)
-    facts = {"text_bytes": text_bytes, "cores": os.cpu_count(), "load": os.getloadavg()[0], "runs": rows}
+    facts = {
+        "text_bytes": text_bytes,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "runs": rows,
+        "start_s": started,
+    }
     (RESULTS / "conversion.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 

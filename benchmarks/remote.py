@@ -12,11 +12,12 @@ benchmarks/results/remote.json.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -28,6 +29,7 @@ from benchmarks import RESULTS
 from benchmarks.peers import WEIGHTS
 
 SEQ_LEN, PER_SHARD, WINDOW = 2048, 250, 1000
+REMOTE = "s3://corpus/shards"
 
 
 def write_shards(folder: Path, num_samples: int) -> None:
@@ -51,24 +53,15 @@ def write_shards(folder: Path, num_samples: int) -> None:
     Manifest(domains, SEQ_LEN, "uint16", TokenizerInfo("none", "", 50_000, 0)).save(folder)
 
 
-def serve(folder: Path, delay: float) -> str:
-    """Put a folder into a bucket, and return the address of a proxy that waits before every answer."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
+@contextmanager
+def serving(folder: Path, delay: float) -> Iterator[str]:
+    """Put a folder into a bucket; yield the address of a proxy that waits ``delay`` seconds before every answer."""
     from tests.mixer.stores import Proxy
+    from tests.s3 import s3_server, upload
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    os.environ.update(AWS_ACCESS_KEY_ID="x", AWS_SECRET_ACCESS_KEY="x", AWS_DEFAULT_REGION="us-east-1")
-    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
-    client.create_bucket(Bucket="corpus")
-    for path in folder.rglob("*"):
-        if path.is_file():
-            client.upload_file(str(path), "corpus", str(path.relative_to(folder)))
-    return Proxy(port, lambda *_: ("delay", delay)).url
+    with s3_server() as (client, port):
+        upload(client, folder, "shards")
+        yield Proxy(port, lambda *_: ("delay", delay)).url
 
 
 def run(shards: Path, remote: str | None, steps: int, pause: float) -> dict[str, float]:
@@ -108,11 +101,11 @@ def main(samples: int, steps: int, step: float, latency: float, rounds: int) -> 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_shards(folder / "shards", samples)
-        os.environ["S3_ENDPOINT_URL"] = serve(folder / "shards", latency / 1000)
-        run(folder / "warm", "s3://corpus", 2, 0)  # imports
-        for number in range(rounds):
-            found["local"].append(run(folder / "shards", None, steps, step / 1000))
-            found["remote"].append(run(folder / f"cache-{number}", "s3://corpus", steps, step / 1000))
+        with serving(folder / "shards", latency / 1000) as os.environ["S3_ENDPOINT_URL"]:
+            run(folder / "warm", REMOTE, 2, 0)  # imports
+            for number in range(rounds):
+                found["local"].append(run(folder / "shards", None, steps, step / 1000))
+                found["remote"].append(run(folder / f"cache-{number}", REMOTE, steps, step / 1000))
     medians = {name: {key: statistics.median(r[key] for r in runs) for key in runs[0]} for name, runs in found.items()}
     ratio = statistics.median(b["step"] / a["step"] for a, b in zip(found["local"], found["remote"]))
     table = Table(title=f"{latency:g} ms before every answer, {step:g} ms of training per step, {rounds} rounds")

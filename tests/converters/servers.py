@@ -1,10 +1,9 @@
-"""Servers on loopback: S3 by moto, the web by ``http.server``, and a wire before them that misbehaves as asked."""
+"""On loopback: the web by ``http.server``, and a wire before any server that misbehaves as asked."""
 
 from __future__ import annotations
 
 import functools
 import http.server
-import os
 import re
 import socket
 import threading
@@ -12,38 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import pytest
-
-
-@contextmanager
-def s3_server(bucket: str = "corpus") -> Iterator[tuple[Any, int]]:
-    """Run an S3 server with one empty bucket; yield a client and the port."""
-    server_module = pytest.importorskip("moto.server", reason="needs moto[server]")
-    pytest.importorskip("s3fs", reason="needs s3fs")
-    import logging
-
-    import boto3
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1")
-    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
-    client.create_bucket(Bucket=bucket)
-    try:
-        yield client, port
-    finally:
-        server.stop()
-
-
-def upload(client: Any, folder: Path, prefix: str, bucket: str = "corpus") -> str:
-    """Copy a folder to the server; return its URL."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            client.upload_file(str(path), bucket, f"{prefix}/{path.relative_to(folder)}")
-    return f"s3://{bucket}/{prefix}"
 
 
 def objects(client: Any, prefix: str, bucket: str = "corpus") -> dict[str, bytes]:

@@ -12,24 +12,16 @@ from converters import convert, files, urls
 from converters.files import can_seek, open_raw
 from mixer.errors import DataError, InputError
 from tests.converters.corpora import documents, tree_hash, write_corpus, write_jsonl
-from tests.converters.servers import Wire, s3_server, upload, web_server
+from tests.converters.servers import Wire, web_server
+from tests.s3 import upload
 
 OPTIONS: dict = {"tokenizer": "bytes", "seq_len": 64, "shard_size": 20_000, "unit_size": 20_000}
 
 
-@pytest.fixture(scope="module")
-def s3():
-    with s3_server() as server:
-        yield server
-
-
 @pytest.fixture
-def wire(s3, monkeypatch):
-    wire = Wire(s3[1])
-    monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{wire.port}")
+def wire(wire, monkeypatch):
     monkeypatch.setattr(urls.time, "sleep", lambda _: None)
-    yield wire
-    wire.close()
+    return wire
 
 
 @pytest.fixture

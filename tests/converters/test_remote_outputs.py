@@ -18,23 +18,9 @@ from converters.statistics import domain_statistics
 from converters.verifying import verify
 from mixer.errors import DataError, InputError
 from tests.converters.corpora import documents, write_corpus, write_jsonl
-from tests.converters.servers import Wire, objects, s3_server
+from tests.converters.servers import objects
 
 OPTIONS: dict = {"tokenizer": "bytes", "seq_len": 64, "shard_size": 20_000, "unit_size": 20_000}
-
-
-@pytest.fixture(scope="module")
-def s3():
-    with s3_server() as server:
-        yield server
-
-
-@pytest.fixture
-def wire(s3, monkeypatch):
-    wire = Wire(s3[1])
-    monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{wire.port}")
-    yield wire
-    wire.close()
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pytest
 
 from mixer import DataError, InputError, MixtureLoader
 from tests.helpers import assert_same, write_domain, write_shards
+from tests.s3 import s3_server, upload
 
 pytest.importorskip("streaming", reason="needs mosaicml-streaming", exc_type=ImportError)
 stores = pytest.importorskip("tests.mixer.stores", reason="needs paramiko", exc_type=ImportError)
@@ -43,20 +44,10 @@ def expected(zipped, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def s3(zipped):
-    moto = pytest.importorskip("moto.server", reason="needs moto[server]")
-    import boto3
-
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1")
-    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
-    client.create_bucket(Bucket="corpus")
-    for path in zipped.rglob("*"):
-        if path.is_file() and not path.name.endswith(".mds"):
-            client.upload_file(str(path), "corpus", f"shards/{path.relative_to(zipped)}")
-    yield client, port
-    server.stop()
+    pytest.importorskip("moto.server", reason="needs moto[server]")
+    with s3_server() as (client, port):
+        upload(client, zipped, "shards", chosen=lambda path: path.suffix != ".mds")
+        yield client, port
 
 
 @pytest.fixture

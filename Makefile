@@ -41,7 +41,7 @@ test-standalone: $(STANDALONE)/installed
 	$(STANDALONE)/bin/python -c 'import importlib.util as u; assert u.find_spec("composer") is None, "Composer must be absent here"'
 	$(TEST) $(STANDALONE)/bin/python -m pytest tests/mixer tests/converters mixer converters
 
-# Half an hour; the loaders we compare with are installed into .venv-bench.
+# An hour; what we compare with is installed into .venv-bench.
 bench: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.peers
 	$(VENV)/bin/python -m benchmarks --full

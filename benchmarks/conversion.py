@@ -1,7 +1,7 @@
 """How fast is a conversion, compared with the tokenizer alone on the same documents?
 
     python -m benchmarks.conversion            # 30 MB of text
-    python -m benchmarks.conversion --full     # 120 MB
+    python -m benchmarks.conversion --full     # 120 MB, three rounds
     python -m benchmarks.conversion --size 64MB --tokenizer tokenizer.json
     python -m benchmarks.conversion --cost     # the table of docs/converting.md, from the last results
 
@@ -10,12 +10,11 @@ package metadata and documentation (.txt, .md, .rst, METADATA), each kind a doma
 ``--tokenizer`` a byte-level BPE of 32,768 ids is trained on it first (not measured). CPU seconds are of the whole
 process tree, from start to exit of a fresh interpreter; the tokenizer alone is measured inside its process, without
 imports, one thread. "x own" is the CPU of a conversion over the part of it spent inside the tokenizers library, in one
-process, which other work on the machine hardly disturbs. With --repeat, the median is shown. "by ray" starts Ray
-for itself, to be compared with 2 workers. --llm-foundry PYTHON adds llm-foundry's converter, run by an interpreter that
-has datasets, transformers, mosaicml-streaming and, `pip install --no-deps`, llm-foundry: its functions for JSON lines
-as they are, each kind at a time in one process, zstd:3, seq_len 2048. At the end, seconds until an interpreter has
-printed `mixer convert --help`, and until the first document is tokenised. Results also go to
-benchmarks/results/conversion.json.
+process, which other work on the machine hardly disturbs. A round runs everything once; the median over rounds is
+shown. "by ray" starts Ray for itself, to be compared with 2 workers. llm-foundry is its functions for JSON lines as
+they are, each kind at a time in one process, zstd:3, seq_len 2048; `python -m benchmarks.peers` installs it. At the
+end, seconds until an interpreter has printed `mixer convert --help`, and until the first document is tokenised. Results
+also go to benchmarks/results/conversion.json.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import RESULTS
+from benchmarks.peers import VENV
 from converters.options import size_in_bytes
 from converters.training import train_bpe
 
@@ -151,12 +151,11 @@ if __name__ == "__main__":
 
 @click.command()
 @click.option("--size", default="30MB", show_default=True, help="Text to convert.")
-@click.option("--full", is_flag=True, help="The same with 120 MB.")
+@click.option("--full", is_flag=True, help="The same with 120 MB, in three rounds.")
 @click.option("--tokenizer", help="A tokenizer.json; default: one trained on the text.")
-@click.option("--llm-foundry", "foundry", metavar="PYTHON", help="Interpreter to run llm-foundry's converter by.")
 @click.option("--cost", "only_cost", is_flag=True, help="Print what 1 T and 15 T tokens cost by the last results.")
-@click.option("--repeat", default=1, show_default=True, help="Runs of each, of which the median is shown.")
-def main(size: str, full: bool, tokenizer: str | None, foundry: str | None, only_cost: bool, repeat: int) -> None:
+@click.option("--rounds", type=click.IntRange(1), help="Runs of each, of which the median is shown.  [default: 1]")
+def main(size: str, full: bool, tokenizer: str | None, only_cost: bool, rounds: int | None) -> None:
     """Measure conversions of one corpus by several settings."""
     if only_cost:
         click.echo(cost_table(json.loads((RESULTS / "conversion.json").read_text())))
@@ -167,33 +166,40 @@ def main(size: str, full: bool, tokenizer: str | None, foundry: str | None, only
         text_bytes = write_corpus(folder / "corpus", size_in_bytes("120MB" if full else size))
         tokenizer = tokenizer or train(folder)
         console.print(f"{text_bytes / 1e6:.1f} MB of text; load average {os.getloadavg()[0]:.2f}")
-        rows = {name: median([run() for _ in range(repeat)]) for name, run in runs(folder, tokenizer, foundry).items()}
+        done = [
+            {name: run() for name, run in runs(folder, tokenizer, number).items()}
+            for number in range(rounds or (3 if full else 1))
+        ]
+        rows = {name: median([round_[name] for round_ in done]) for name in done[0]}
         started = starts(tokenizer)
     report(console, rows, text_bytes, started)
 
 
-def runs(folder: Path, tokenizer: str, foundry: str | None) -> dict[str, Any]:
-    """Return what to measure, by name."""
+def runs(folder: Path, tokenizer: str, number: int) -> dict[str, Any]:
+    """Return what to measure in one round, by name; each conversion into a folder of its own."""
     corpus, base = str(folder / "corpus"), {"seq_len": 2048, "on_bad_record": "fail"}
     count = iter(range(1_000_000))
 
     def conversion(**options: Any) -> Any:
-        out = str(folder / f"out{next(count)}")
+        out = str(folder / f"out{number}-{next(count)}")
         return measured(CONVERT, corpus, out, tokenizer, json.dumps({**base, **options}))
 
-    stage = str(folder / "stage")
-    fast, has_ray = (importlib.util.find_spec(name) is not None for name in ("gigatoken", "ray"))
-    theirs = str(folder / "theirs")
-    return {
+    stage, theirs = str(folder / f"stage{number}"), str(folder / f"theirs{number}")
+    found: dict[str, Any] = {
         "tokenizer alone": lambda: measured(BARE, tokenizer, corpus),
         "convert, 1 worker": lambda: conversion(stage=stage),
         "convert, 2 workers": lambda: conversion(workers=2),
         "pack again": lambda: conversion(stage=stage, seq_len=1024),
         "pack, best fit": lambda: conversion(stage=stage, packing="best_fit"),
-        **({"by gigatoken": lambda: conversion(backend="gigatoken")} if fast else {}),
-        **({"by ray, 2 workers": lambda: conversion(workers=2, engine="ray")} if has_ray else {}),
-        **({"llm-foundry": lambda: measured(FOUNDRY, tokenizer, corpus, theirs, python=foundry)} if foundry else {}),
     }
+    if importlib.util.find_spec("gigatoken"):
+        found["by gigatoken"] = lambda: conversion(backend="gigatoken")
+    if importlib.util.find_spec("ray"):
+        found["by ray, 2 workers"] = lambda: conversion(workers=2, engine="ray")
+    if any(VENV.glob("lib/python*/site-packages/llmfoundry")):
+        python = str(VENV / "bin" / "python")
+        found["llm-foundry"] = lambda: measured(FOUNDRY, tokenizer, corpus, theirs, python=python)
+    return found
 
 
 def starts(tokenizer: str) -> dict[str, float]:

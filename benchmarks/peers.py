@@ -24,7 +24,14 @@ SEQ_LEN = 2048
 SHARES = {"a": 0.70, "b": 0.25, "c": 0.045, "d": 0.005}
 WEIGHTS = {"a": 0.4, "b": 0.3, "c": 0.2, "d": 0.1}
 VENV = Path(__file__).resolve().parents[1] / ".venv-bench"
-PACKAGES = ("litdata>=0.2.50,<0.3", "torchdata>=0.11,<0.12", "grain>=0.2.10,<0.3", "datasets>=3,<6")
+PACKAGES = (
+    "litdata>=0.2.50,<0.3",
+    "torchdata>=0.11,<0.12",
+    "grain>=0.2.10,<0.3",
+    "datasets>=4,<5",
+    "huggingface-hub<1",  # transformers, which llm-foundry imports, asks for it
+)
+FOUNDRY = "llm-foundry==0.22.0"  # for benchmarks.conversion; without what it needs to train
 
 Batches = Iterator[Any]
 
@@ -334,6 +341,7 @@ def install() -> None:
     (site / "base.pth").write_text(sysconfig.get_path("purelib") + "\n")
     command = [VENV / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check", "--prefix", VENV]
     subprocess.run([*command, "--quiet", *PACKAGES], check=True)
+    subprocess.run([*command, "--quiet", "--no-deps", FOUNDRY], check=True)
 
 
 if __name__ == "__main__":

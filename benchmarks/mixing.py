@@ -182,7 +182,7 @@ def main(one: str | None) -> None:
         print(f"RESULT {worst_error(ORDERS[one][0]())}", flush=True)
         os._exit(0)
     errors = {name: error_of(name) for name in ORDERS}
-    results = {
+    results: dict[str, Any] = {
         "error_samples": errors,
         "error_moving_weights_samples": ours_in_batches(),
         "planning_us": {"22 domains, batch 512": planning(22, 512), "1000 domains, batch 512": planning(1000, 512)},

@@ -215,7 +215,8 @@ class _Source:
     """A memory map as Grain wants it; opened where it is read, so that processes share it."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.length, self.table = path, len(np.load(path, mmap_mode="r")), None
+        self.path, self.length = path, len(np.load(path, mmap_mode="r"))
+        self.table: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.length
@@ -339,9 +340,9 @@ def install() -> None:
     venv.create(VENV, with_pip=False, symlinks=True, clear=True)
     site = next(VENV.glob("lib/python*/site-packages"))
     (site / "base.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    command = [VENV / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check", "--prefix", VENV]
-    subprocess.run([*command, "--quiet", *PACKAGES], check=True)
-    subprocess.run([*command, "--quiet", "--no-deps", FOUNDRY], check=True)
+    command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*command, "--prefix", str(VENV), *PACKAGES], check=True)
+    subprocess.run([*command, "--prefix", str(VENV), "--no-deps", FOUNDRY], check=True)
 
 
 if __name__ == "__main__":

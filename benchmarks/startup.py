@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -45,7 +46,7 @@ def write_indexes(folder: Path, num_samples: int) -> None:
         entries = []
         for shard in range(-(-count // PER_SHARD)):
             samples = min(PER_SHARD, count - shard * PER_SHARD)
-            raw = {"bytes": 200 + samples * (4 + 2 * SEQ_LEN), "hashes": {"xxh64": f"{shard:016x}"}}
+            raw: dict[str, Any] = {"bytes": 200 + samples * (4 + 2 * SEQ_LEN), "hashes": {"xxh64": f"{shard:016x}"}}
             zipped = {"bytes": raw["bytes"] // 2, "hashes": raw["hashes"]}
             entry = mds.shard_entry(
                 columns,

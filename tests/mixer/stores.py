@@ -27,7 +27,8 @@ class Proxy:
     """
 
     def __init__(self, port: int, fault: Callable[[str, str, int], Fault] = lambda *_: None) -> None:
-        self.fault, self.requests, self.open = fault, Counter(), True
+        self.fault, self.open = fault, True
+        self.requests: Counter[tuple[str, str]] = Counter()
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):

@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple
 from converters.urls import BLOCK_BYTES, UrlReader, file_system, is_url, persistently
 from mixer.errors import DataError, InputError
 
-__all__ = ["Status", "can_seek", "compression_suffix", "find", "naming", "open_bytes", "open_raw", "status"]
+__all__ = ["Status", "can_seek", "compression_suffix", "find", "naming", "open_bytes", "open_raw", "skip", "status"]
 
 
 class Status(NamedTuple):
@@ -202,6 +202,14 @@ def open_bytes(path: str) -> IO[bytes]:
     suffix = compression_suffix(path)
     file = open_raw(path)
     return _Closing(COMPRESSIONS[suffix](file), file) if suffix else file
+
+
+def skip(file: IO[bytes], count: int) -> int:
+    """Read past so many bytes, and hold few of them; return how many there were."""
+    left = count
+    while left and (data := file.read(min(left, 1 << 20))):
+        left -= len(data)
+    return count - left
 
 
 @contextlib.contextmanager

@@ -12,8 +12,7 @@ tests.
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from converters.files import damaged, naming, open_bytes, open_raw
+from converters.separated import records
 from mixer.errors import InputError
 
 __all__ = ["Bad", "FORMATS", "Format", "Piece", "Row", "place"]
@@ -226,35 +226,27 @@ def read_tsv(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
     return _read_separated(piece, "\t")
 
 
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # bytes that stand for themselves
+
+
 def _read_separated(piece: Piece, delimiter: str) -> Iterator[Row | Bad]:
-    csv.field_size_limit(piece.max_record_bytes)
-    # Surrogates stand for bytes that are not UTF-8, so that one bad record does not end the file.
-    with naming(piece.path), open_bytes(piece.path) as file:
-        text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
-        rows = csv.reader(text, delimiter=delimiter, strict=True)
-        header: list[str] | None = None
-        while True:
-            at = rows.line_num + 1
-            try:
-                values = next(rows, None)
-            except csv.Error as error:
-                yield Bad("csv", f"not a valid row: {error}", at)
-                continue
-            if values is None:
-                return
-            if header is None:
+    header: list[str] | None = None
+    with naming(piece.path):
+        for values, problem, at, offset, raw in records(piece.path, delimiter, piece.max_record_bytes):
+            if problem is not None and header is None:
+                raise damaged(piece.path, f"its header is {problem[0]}: {problem[1]}")
+            if problem is not None and problem[0] == "oversized":
+                yield oversized(piece.max_record_bytes, at, offset, raw)
+            elif problem is not None:
+                yield Bad(*problem, at, offset, raw)
+            elif header is None:
                 header = values
-            elif values:
-                yield _separated_row(header, values, at)
-
-
-def _separated_row(header: list[str], values: list[str], at: int) -> Row | Bad:
-    raw = repr(values).encode("utf-8", "surrogateescape")
-    if len(values) != len(header):
-        return Bad("csv", f"{len(values)} fields, the header has {len(header)}", at, 0, raw)
-    if any("\udc80" <= character <= "\udcff" for value in values for character in value):
-        return Bad("utf8", "not valid UTF-8", at, 0, raw)
-    return Row(dict(zip(header, values)), at, 0, raw)
+            elif len(values) != len(header):
+                yield Bad("csv", f"{len(values)} fields, the header has {len(header)}", at, offset, raw)
+            elif any(map(_NOT_UTF8.search, values)):
+                yield Bad("utf8", "not valid UTF-8", at, offset, raw)
+            else:
+                yield Row(dict(zip(header, values)), at, offset, raw)
 
 
 # --- Arrow ---------------------------------------------------------------------------------------------------------

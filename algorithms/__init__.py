@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from algorithms.heldout import HeldOutWindows
     from algorithms.losses import token_losses
     from algorithms.mixture_monitor import MixtureMonitor
+    from algorithms.presence import warn_of_absences
     from algorithms.references import FrozenModel, Reference, as_reference
     from algorithms.rules.base import Domains, UpdateRule
     from algorithms.rules.doremi import doremi
@@ -42,6 +43,7 @@ _HOMES = {
     "doremi": "algorithms.rules.doremi",
     "group_dro": "algorithms.rules.group_dro",
     "token_losses": "algorithms.losses",
+    "warn_of_absences": "algorithms.presence",
 }
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "doremi",
     "group_dro",
     "token_losses",
+    "warn_of_absences",
 ]
 
 

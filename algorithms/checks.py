@@ -6,19 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from composer.core import Precision, State
 from composer.utils import dist
 from numpy.typing import NDArray
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from algorithms.heldout import HeldOutWindows
 from algorithms.loader_facts import rounded
 from algorithms.references import FrozenModel, Reference
 from algorithms.references.frozen import fingerprint_of
 from algorithms.rules.base import UpdateRule
+from algorithms.sharding import is_flattened
 from mixer.errors import InputError
 
 __all__ = [
+    "check_auto_micro_batches",
     "check_not_its_own_reference",
     "check_parallelism",
     "check_same_on_ranks",
@@ -104,11 +106,47 @@ def check_not_its_own_reference(rule: UpdateRule | None, reference: Reference | 
         )
 
 
-def check_parallelism(model: nn.Module, needs: frozenset[str]) -> None:
-    """Raise InputError where gradients of single domains are asked of parameters that PyTorch does not give singly."""
+def check_parallelism(state: State, needs: frozenset[str] = frozenset()) -> None:
+    """Raise InputError where ranks share samples, or a rule needs gradients that the run does not give.
+
+    Args:
+        needs: signals that a rule reads.
+    """
+    shared = getattr(state.train_dataloader, "seq_parallel_world_size", 1)
+    if state.tp_config is not None or shared > 1:
+        how = "tensor parallelism" if state.tp_config is not None else "sequence parallelism"
+        raise InputError(
+            f"under {how} several ranks work on the same samples, which the sums over ranks would count several times. "
+            "Use FSDP2 (parallelism_config=ParallelismConfig(fsdp2=FSDP2Config())) or DDP."
+        )
     wanted = sorted(needs & {"gradients", "gradient_variance"})
-    if wanted and any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+    if wanted and is_flattened(state.model):
         raise InputError(
             f"{wanted} of single domains cannot be measured under FSDP1, whose parameters are flattened together. Use "
             "FSDP2 (parallelism_config=ParallelismConfig(fsdp2=FSDP2Config())) or DDP."
+        )
+    if wanted and state.precision == Precision.AMP_FP16:
+        raise InputError(
+            f"{wanted} of single domains are too small for float16, whose scaling belongs to the loss alone. Use "
+            "precision='amp_bf16' or 'fp32'."
+        )
+
+
+def check_auto_micro_batches(state: State, reference: Reference | None, on_nonfinite: str) -> None:
+    """Raise InputError where ranks would wait for one that ran out of memory.
+
+    ``device_train_microbatch_size="auto"`` lets a rank leave a micro-batch; what it should have sent to the others then
+    never comes.
+    """
+    if not state.auto_microbatching or dist.get_world_size() == 1:
+        return
+    if isinstance(reference, FrozenModel) and reference.sharded:
+        raise InputError(
+            "a sharded reference and device_train_microbatch_size='auto' do not go together: ranks would wait for ever "
+            "for the parts of one that ran out of memory. Give a number, or leave the reference whole."
+        )
+    if on_nonfinite == "skip" and state.fsdp_enabled:
+        raise InputError(
+            "on_nonfinite='skip' under FSDP and device_train_microbatch_size='auto' do not go together: ranks would "
+            "wait for ever for the word of one that ran out of memory. Give a number, or use on_nonfinite='fail'."
         )

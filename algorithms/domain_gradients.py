@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from algorithms.losses import target_domains, weighted_loss
 from algorithms.ranks import all_reduce, world_size
+from algorithms.sharding import is_sharded, local_part
 from mixer.errors import InputError
 
 __all__ = ["GradientSums", "measure_gradients", "measured_parameters"]
@@ -36,7 +37,7 @@ class GradientSums(NamedTuple):
 def measured_parameters(model: nn.Module, of: str | Callable[[str], bool]) -> list[nn.Parameter]:
     """Return the trainable parameters of ``model`` to take gradients of: "all", or those whose name ``of`` accepts.
 
-    Raises: InputError: if there are none, or they are sharded over some ranks and replicated over others.
+    Raises: InputError: if there are none.
     """
     accepts = (lambda name: True) if of == "all" else of
     if isinstance(accepts, str):
@@ -44,10 +45,6 @@ def measured_parameters(model: nn.Module, of: str | Callable[[str], bool]) -> li
     chosen = [parameter for name, parameter in model.named_parameters() if parameter.requires_grad and accepts(name)]
     if not chosen:
         raise InputError("no trainable parameter was chosen to measure gradients of.")
-    if any(is_sharded(parameter) and parameter.device_mesh.ndim > 1 for parameter in chosen):  # type: ignore[attr-defined]
-        raise InputError(
-            "gradients of single domains cannot be measured under hybrid sharding. Use plain FSDP2 or DDP."
-        )
     return chosen
 
 
@@ -79,11 +76,6 @@ def measure_gradients(
     return _sums(gradients.products(torch.stack(rows)), num_tokens > 0, torch.zeros(len(num_tokens)))
 
 
-def is_sharded(parameter: Tensor) -> bool:
-    """Return whether this rank holds a part of ``parameter`` only (FSDP2)."""
-    return hasattr(parameter, "to_local")
-
-
 class _Whole:
     """Gradients where every rank holds all parameters: taken by each rank of its own rows, and added up."""
 
@@ -110,6 +102,10 @@ class _Whole:
         """Return per-domain sums of ``of_samples`` over all ranks."""
         return all_reduce(sums)
 
+    def added_squares(self, squares: Tensor) -> Tensor:
+        """Return per-domain sums, over all ranks and parameters, of the squares of ``of_samples``."""
+        return all_reduce(squares)
+
     def zeros(self) -> Tensor:
         return _zeros(self.parameters)
 
@@ -132,12 +128,13 @@ class _Sharded(_Whole):
     """Gradients where each rank holds a part of every parameter (FSDP2), and gets that part of the sum over ranks.
 
     Every forward and backward pass is one of all ranks together, so a rank that has run out of rows takes part with a
-    loss of 0.
+    loss of 0. Under hybrid sharding several ranks hold the same part, and what is added up over parts counts it once.
     """
 
     def __init__(self, losses_of: LossesOf, batch: Mapping[str, Any], parameters: Sequence[nn.Parameter]) -> None:
         super().__init__(losses_of, batch, parameters)
         self._to_sum = _ranks_per_reduction(parameters[0])
+        self._copies = _copies_of_parts(parameters[0])
 
     def of_rows(self, rows: Tensor, rows_at_once: int, coefficients: Tensor) -> Tensor:
         total = self.zeros()
@@ -157,33 +154,44 @@ class _Sharded(_Whole):
         return found
 
     def products(self, gradients: Tensor) -> Tensor:
-        return all_reduce((gradients @ gradients.T).double()).cpu()
+        return all_reduce((gradients @ gradients.T).double()).cpu() / self._copies
 
     def added(self, sums: Tensor) -> Tensor:
         return sums  # of_samples went over those of all ranks
 
+    def added_squares(self, squares: Tensor) -> Tensor:
+        return all_reduce(squares) / self._copies
+
     def zeros(self) -> Tensor:
-        return _zeros([_local(parameter) for parameter in self.parameters])
+        return _zeros([local_part(parameter) for parameter in self.parameters])
 
     def flat(self, loss: Tensor) -> Tensor:
         kept = [parameter.grad for parameter in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
         loss.backward()
-        gradients = [None if p.grad is None else _local(p.grad) for p in self.parameters]
+        gradients = [None if p.grad is None else local_part(p.grad) for p in self.parameters]
         for parameter, gradient in zip(self.parameters, kept):
             parameter.grad = gradient
-        return _concatenated([_local(parameter) for parameter in self.parameters], gradients) * self._to_sum
+        return _concatenated([local_part(parameter) for parameter in self.parameters], gradients) * self._to_sum
 
 
 def _ranks_per_reduction(parameter: Any) -> float:
     """Return what turns FSDP2's reduced gradients into sums: it asks for means, and gloo gives sums all the same."""
-    group = parameter.device_mesh.get_group()
-    ranks = dist.get_world_size(group)
-    ones = torch.ones(ranks, device=_local(parameter).device)
+    *replicas, shards = (parameter.device_mesh.get_group(dim) for dim in range(parameter.device_mesh.ndim))
+    ranks = dist.get_world_size(shards)
+    ones = torch.ones(ranks, device=local_part(parameter).device)
     got = torch.empty(1, device=ones.device)
-    dist.reduce_scatter_tensor(got, ones, op=dist.ReduceOp.AVG, group=group)
+    dist.reduce_scatter_tensor(got, ones, op=dist.ReduceOp.AVG, group=shards)
+    for group in replicas:
+        ranks *= dist.get_world_size(group)
+        dist.all_reduce(got, op=dist.ReduceOp.AVG, group=group)
     return ranks / got.item()
+
+
+def _copies_of_parts(parameter: Any) -> int:
+    """Return how many ranks hold the same part: one under FSDP2, more under hybrid sharding."""
+    return dist.get_world_size() // parameter.device_mesh.size(parameter.device_mesh.ndim - 1)
 
 
 def _most(count: int) -> int:
@@ -196,10 +204,6 @@ def _shared(value: list[int] | None, source: int) -> list[int]:
     box = [value]
     dist.broadcast_object_list(box, src=source)
     return box[0] or []
-
-
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def _zeros(parameters: Sequence[Tensor]) -> Tensor:
@@ -228,7 +232,7 @@ def _per_sample(gradients: _Whole, batch: Mapping[str, Any], num_domains: int) -
     sums, counts = gradients.added(sums), gradients.added(counts)
     mean = sums / counts.clamp(min=1)[:, None].to(sums)
     products = gradients.products(mean)
-    spread = all_reduce(squares) - counts * products.diagonal()
+    spread = gradients.added_squares(squares) - counts * products.diagonal()
     # One sample has no spread; what rounding leaves of the difference is none.
     variance = torch.where(counts > 1, spread.clamp(min=0) / (counts - 1).clamp(min=1), 0.0)
     return _sums(products, counts > 0, variance)

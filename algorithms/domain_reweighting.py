@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from algorithms.checks import (
+    check_auto_micro_batches,
     check_not_its_own_reference,
     check_parallelism,
     check_same_on_ranks,
@@ -45,11 +46,11 @@ from algorithms.forward import (
     reference_on_windows,
 )
 from algorithms.heldout import HeldOutWindows
-from algorithms.intervals import interval, is_due
+from algorithms.intervals import interval, is_due, samples_between
 from algorithms.loader_facts import domains_of, planned_samples, sampling_weights, shards_provenance
 from algorithms.losses import Normalization, labels_of, loss_mask, token_losses, weighted_loss
 from algorithms.micro_batch import MicroBatch, add_labels, auxiliary_loss, drop_broken_gradients, share_of_the_sum
-from algorithms.presence import absence_warning, samples_per_update, shares_of_samples
+from algorithms.presence import warn_of_absences
 from algorithms.random_state import random_state, restore_random_state
 from algorithms.references import Reference, as_reference
 from algorithms.references.frozen import is_encoder_decoder, language_model, logits_of, unwrapped
@@ -248,7 +249,8 @@ class DomainReweighting(Algorithm):
 
     def _begin(self, state: State) -> None:
         domains = domains_of(self._given_domains, state.dataloader)
-        check_parallelism(state.model, self.needs)
+        check_parallelism(state, self.needs)
+        check_auto_micro_batches(state, self.reference, self._on_nonfinite)
         self._model = language_model(state.model)
         self._is_wrapped = isinstance(unwrapped(state.model), HuggingFaceModel)
         self._needs_labels = is_encoder_decoder(self._model)
@@ -271,21 +273,10 @@ class DomainReweighting(Algorithm):
             self._restore(self._saved)
         else:
             check_not_its_own_reference(self.rule, self.reference, None if state.fsdp_enabled else self._model)
-            self._warn_of_absences(state.dataloader)
-
-    def _warn_of_absences(self, loader: Any) -> None:
-        # Rules that sample, and those on held-out losses, do not depend on which domains a batch happens to hold.
-        if self.rule is None or self.rule.applies != "loss" or "heldout" in self.needs:
-            return
-        # Gradients are those of the last batch before an update.
-        every = interval(1) if self.needs & {"gradients", "gradient_variance"} else self.every
-        num_samples, shares = samples_per_update(loader, every), shares_of_samples(loader)
-        if num_samples is None or shares is None or dist.get_global_rank() != 0:
-            return
-        independent = getattr(getattr(loader, "mixer", None), "independent", True)
-        warning = absence_warning(self.domains, shares, num_samples, independent=independent)
-        if warning:
-            log.warning("%s", warning)
+            if self.rule is not None:
+                # Gradients are those of the last batch before an update.
+                every = interval(1) if self.needs & {"gradients", "gradient_variance"} else self.every
+                warn_of_absences(self.rule, state.dataloader, samples_between(every, state.dataloader))
 
     def _measured(self, state: State) -> dict[str, Any]:
         """Return what is measured at updates only, by the name of the signal."""
@@ -344,8 +335,10 @@ class DomainReweighting(Algorithm):
         self._coefficients = losses.coefficients(weights, self._drawn_by)
 
     def _before_train_batch(self, state: State, logger: Logger) -> None:
-        # Also at every retry of a batch that ran out of memory, and at every call of an optimiser's closure.
+        # Also at every retry of a batch that ran out of memory, and at every call of an optimiser's closure. Losses
+        # left over from the attempt before hold all activations of its forward pass.
         self._step_losses().reset()
+        self._micro = None
 
     def _before_forward(self, state: State, logger: Logger) -> None:
         batch = state.batch

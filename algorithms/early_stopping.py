@@ -15,15 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
+from composer.utils import dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from algorithms.checks import check_parallelism
 from algorithms.forward import evaluate_windows
 from algorithms.heldout import HeldOutWindows
 from algorithms.intervals import interval, is_due
 from algorithms.references.frozen import language_model
+from algorithms.sharding import gathered, is_flattened, local_part, part_of
 from mixer.errors import InputError
 
 __all__ = ["WorstDomainEarlyStopping"]
@@ -40,7 +44,8 @@ class WorstDomainEarlyStopping(Callback):
         patience: evaluations without an improvement before the run ends.
         min_delta: an improvement is more than this, in nats.
         restore_best: end with the model of the best evaluation, whether or not the run was cut short; the last step is
-            evaluated too. A copy of its parameters is held in main memory, and in checkpoints.
+            evaluated too. A copy of its parameters is held in main memory, by each rank of what it holds itself, and
+            the whole of it in checkpoints. Not under FSDP1, which flattens parameters together.
 
     Logged at Composer's own loss step: ``worst_domain/loss`` and ``worst_domain/best``; with an objective
     ``objective/loss`` and ``objective/best``.
@@ -64,7 +69,9 @@ class WorstDomainEarlyStopping(Callback):
         self.objective = self._by_domain(objective, "weight in the objective") if objective else None
         self.every, self.patience, self.min_delta = interval(every), patience, min_delta
         self.restore_best = restore_best
-        self._best_model: dict[str, Tensor] = {}
+        self._model: nn.Module | None = None
+        self._best_model: dict[str, Tensor] = {}  # this rank's parts
+        self._loaded: dict[str, Tensor] = {}  # whole, until training starts
         self.best, self.best_step, self.num_worse = math.inf, -1, 0
 
     def _by_domain(self, values: Mapping[str, float], what: str) -> NDArray[np.float64]:
@@ -74,11 +81,15 @@ class WorstDomainEarlyStopping(Callback):
         return np.array([values[name] for name in self.heldout.domains], dtype=np.float64)
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        if self.restore_best and state.fsdp_enabled:
+        check_parallelism(state)
+        if self.restore_best and is_flattened(state.model):
             raise InputError(
-                "restore_best keeps whole parameters, and under FSDP each rank has a part of them. Leave it out, and "
-                "load the checkpoint of best_step."
+                "restore_best cannot keep the parameters of FSDP1, which are flattened together. Use FSDP2 or DDP; or "
+                "leave it out, and load the checkpoint of best_step."
             )
+        self._model = language_model(state.model)
+        if self._loaded:
+            self._best_model, self._loaded = _parts(self._loaded, self._model), {}
         if self.num_worse >= self.patience:
             state.stop_training()  # continued from a checkpoint of the step that had ended the run
 
@@ -105,10 +116,12 @@ class WorstDomainEarlyStopping(Callback):
     def fit_end(self, state: State, logger: Logger) -> None:
         self.restore(state.model)
 
+    @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
         """Put the parameters of the best evaluation into ``model``, where they are kept; ``fit`` does so at its end."""
         if self._best_model:
-            language_model(model).load_state_dict(self._best_model)
+            for name, value in language_model(model).state_dict().items():
+                local_part(value).copy_(self._best_model[name])
 
     @property
     def reason(self) -> str:
@@ -119,13 +132,34 @@ class WorstDomainEarlyStopping(Callback):
         return f"{what} has not improved since step {self.best_step} ({self.best:.3f})"
 
     def state_dict(self) -> dict[str, Any]:
-        kept = {"model": self._best_model} if self._best_model else {}
-        return {"best": self.best, "best_step": self.best_step, "num_worse": self.num_worse, **kept}
+        state = {"best": self.best, "best_step": self.best_step, "num_worse": self.num_worse}
+        # As pairs: of a dict, a sharded checkpoint would look for every entry when it is loaded.
+        return {**state, "model": list(self._whole_model().items())} if self.restore_best else state
+
+    def _whole_model(self) -> dict[str, Tensor]:
+        """Return the best model on every rank that writes checkpoints; all ranks have to ask."""
+        if self._model is None or not self._best_model:
+            return self._loaded
+        like, whole = self._model.state_dict(), {}
+        for name, part in self._best_model.items():
+            value = gathered(part, like[name])
+            if dist.get_global_rank() == 0:
+                whole[name] = value
+        return whole
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.best_step, self.num_worse = state["best"], state["best_step"], state["num_worse"]
-        self._best_model = state.get("model", {})
+        self._loaded, self._best_model = dict(state.get("model", {})) if self.restore_best else {}, {}
+        if self.restore_best and self.best_step >= 0 and not self._loaded:
+            raise InputError(
+                f"restore_best: the checkpoint was saved without it and has no model of step {self.best_step}, the "
+                "best so far. Leave it out, or start anew with load_ignore_keys=['state/callbacks/*']."
+            )
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+    return {name: local_part(value).detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+
+
+def _parts(whole: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return {name: part_of(whole[name], value) for name, value in model.state_dict().items()}

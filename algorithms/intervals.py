@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from composer.core import State, Time, TimeUnit
 
+from algorithms.presence import samples_per_step
 from mixer.errors import InputError
 from mixer.units import parse_count
 
-__all__ = ["interval", "is_due"]
+__all__ = ["interval", "is_due", "samples_between"]
 
 
 def interval(every: str | int) -> Time:
@@ -35,3 +37,16 @@ def is_due(every: Time, state: State) -> bool:
     """Return whether the step that has just ended went past a multiple of ``every``."""
     now, before = (moment.get(every.unit).value for moment in (state.timestamp, state.previous_timestamp))  # type: ignore[union-attr]
     return now // every.value > before // every.value
+
+
+def samples_between(every: Time, loader: Any) -> float | None:
+    """Return how many samples of ``loader``, over all ranks, add up in the time ``every``; None where unknown."""
+    batch_size = samples_per_step(loader)
+    if batch_size is None:
+        return None
+    if every.unit == TimeUnit.BATCH:
+        return float(every.value * batch_size)
+    if every.unit == TimeUnit.SAMPLE:
+        return float(max(every.value, batch_size))
+    manifest = getattr(loader, "manifest", None)
+    return float(batch_size) if manifest is None else max(every.value / manifest.seq_len, float(batch_size))

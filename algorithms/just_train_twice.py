@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from algorithms.references.cached import CachedLosses
 from algorithms.rules.jtt import error_set
-from algorithms.rules.steps import number
+from algorithms.rules.settings import number
 from mixer import mds
 from mixer.errors import InputError
 from mixer.manifest import Domain, Manifest, Split, domain_folder

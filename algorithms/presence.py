@@ -7,17 +7,20 @@ domains alike miss one another in two of three batches of 64, and in 6 % of thos
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from composer.core import Time, TimeUnit
-from composer.utils import dist
 from numpy.typing import NDArray
 
 from algorithms.loader_facts import sampling_weights
+from algorithms.ranks import rank, world_size
+from algorithms.rules.base import UpdateRule
 
-__all__ = ["absence_warning", "absent_shares", "samples_per_update", "shares_of_samples"]
+__all__ = ["absence_warning", "absent_shares", "samples_per_step", "warn_of_absences"]
+
+log = logging.getLogger(__name__)
 
 Vector = NDArray[np.float64]
 TOLERATED = 0.01  # share of updates in which some domain is absent
@@ -58,22 +61,31 @@ def absence_warning(names: Sequence[str], weights: Vector, num_samples: float, *
     )
 
 
-def samples_per_update(loader: Any, every: Time) -> float | None:
-    """Return how many samples add up between two updates; None where the loader does not say."""
+def warn_of_absences(rule: UpdateRule, loader: Any, num_samples: float | None = None) -> None:
+    """Log one warning, on rank 0, where more than 1 % of the updates of ``rule`` will lack a domain of ``loader``.
+
+    Rules that sample, and those on held-out losses, do not depend on which domains a batch happens to hold: no warning.
+
+    Args:
+        loader: a ``MixtureLoader``; of one that does not say what it draws by, nothing is known.
+        num_samples: samples between two updates, over all ranks; by default those of one batch.
+    """
+    samples, shares = num_samples or samples_per_step(loader), _shares_of_samples(loader)
+    if rank() != 0 or samples is None or shares is None or rule.applies != "loss" or "heldout" in rule.needs:
+        return
+    independent = getattr(getattr(loader, "mixer", None), "independent", True)
+    warning = absence_warning(tuple(loader.domains), shares, samples, independent=independent)
+    if warning:
+        log.warning("%s", warning)
+
+
+def samples_per_step(loader: Any) -> int | None:
+    """Return how many samples a batch of all ranks holds; None where the loader does not say."""
     batch_size = getattr(loader, "global_batch_size", None)
-    if batch_size is None and getattr(loader, "batch_size", None):
-        batch_size = loader.batch_size * dist.get_world_size()
-    if batch_size is None:
-        return None
-    if every.unit == TimeUnit.BATCH:
-        return float(every.value * batch_size)
-    if every.unit == TimeUnit.SAMPLE:
-        return float(max(every.value, batch_size))
-    manifest = getattr(loader, "manifest", None)
-    return float(batch_size) if manifest is None else max(every.value / manifest.seq_len, float(batch_size))
+    return batch_size or (getattr(loader, "batch_size", None) or 0) * world_size() or None
 
 
-def shares_of_samples(loader: Any) -> Vector | None:
+def _shares_of_samples(loader: Any) -> Vector | None:
     """Return the shares (D,) of the samples that a loader draws; weights may be of tokens."""
     weights, means = sampling_weights(loader), getattr(getattr(loader, "mixer", None), "mean_tokens", None)
     if weights is None or means is None:

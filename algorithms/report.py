@@ -112,12 +112,13 @@ def comparison_table(runs: Sequence[Path], objective: str | Mapping[str, float] 
     """
     results = {_name(run, runs): read_result(run) for run in runs}
     first = next(iter(results.values()))
-    sizes = first["num_samples"]
+    # Tokens, which is what weights are shares of where samples differ in length; older results know samples only.
+    unit, sizes = ("tokens", first["sizes"]) if "sizes" in first else ("samples", first["num_samples"])
     total = sum(sizes.values())
     best = {name: min(result["heldout"][name]["loss"] for result in results.values()) for name in sizes}
     title = "Held-out log-perplexity (nats per token) under each mixture"
     table = Table("domain", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("samples", justify="right")
+    table.add_column(unit, justify="right")
     table.add_column("share", justify="right")
     for name in _titles(list(results)):
         table.add_column(f"{escape(name)}\nweight", justify="right")

@@ -18,6 +18,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from algorithms.domain_losses import DomainLosses
+from algorithms.presence import warn_of_absences
 from algorithms.references import as_reference
 from algorithms.rules import UpdateRule, state_from_dict, state_to_dict
 from mixer import Mixture, MixtureLoader
@@ -36,6 +37,7 @@ class ReweightingTrainer(Trainer):
         source = None if reference is None else as_reference(reference).to(self.args.device)
         self.losses = DomainLosses(loader.domains, reference=source, normalization=rule.normalization)
         self.rule_state = rule.init(loader.domains)
+        warn_of_absences(rule, loader, loader.global_batch_size * self.args.gradient_accumulation_steps)
         self.add_callback(_UpdateWeights(self))
 
     def get_train_dataloader(self) -> MixtureLoader:

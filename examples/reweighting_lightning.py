@@ -18,6 +18,7 @@ import pytorch_lightning as pl
 import torch
 
 from algorithms.domain_losses import DomainLosses
+from algorithms.presence import warn_of_absences
 from algorithms.references import as_reference
 from algorithms.rules import UpdateRule, state_from_dict, state_to_dict
 from mixer import Mixture, MixtureLoader
@@ -50,6 +51,7 @@ class Reweighting(pl.Callback):
             raise ValueError(
                 f"one batch per step: accumulate_grad_batches is {trainer.accumulate_grad_batches}, not 1."
             )
+        warn_of_absences(self.rule, self.loader)
         if self.losses.reference is not None:
             self.losses.reference.to(pl_module.device)
 

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from algorithms.domain_losses import DomainLosses
+from algorithms.presence import warn_of_absences
 from algorithms.references import as_reference
 from algorithms.rules import UPDATE_RULES, state_from_dict, state_to_dict
 from mixer import Mixture, MixtureLoader
@@ -37,6 +38,7 @@ def train(
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     losses = DomainLosses(loader.domains, reference=as_reference(reference), normalization=rule.normalization)
     state = rule.init(loader.domains)
+    warn_of_absences(rule, loader)
     if checkpoint is not None and checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(saved["model"])

@@ -85,7 +85,8 @@ _OPTIONS = (
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     """Return ``{"eta": 0.1}`` for ``("eta=0.1",)``.
 
-    Numbers, booleans, lists and dicts are written as in Python; ``key=@file.json`` reads a file; the rest is text.
+    Numbers, lists and dicts are written as in Python, booleans also in lower case; ``key=@file.json`` reads a file; the
+    rest is text.
 
     Raises: InputError: on what is no pair, or a file that is not there or not JSON.
 
@@ -123,6 +124,8 @@ def _objective(source: str | None, shards: Path) -> dict[str, float] | None:
 
 
 def _literal(value: str) -> Any:
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
     try:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError):

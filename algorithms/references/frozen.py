@@ -46,7 +46,7 @@ class FrozenModel(Reference):
         self._arguments = set(inspect.signature(self.model.forward).parameters)
         self._shift = not is_encoder_decoder(self.model)
         self._in_parts: bool | None = False if sharded else None  # None: found out on the first batch
-        self._to_shard = sharded
+        self.sharded, self._to_shard = sharded, sharded
 
     @property
     def fingerprint(self) -> str:
@@ -72,14 +72,17 @@ class FrozenModel(Reference):
     def _first_losses(self, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
         """Compute the losses both ways, and settle for parts if that makes no difference for this model."""
         whole = token_losses(logits_of(self.model(**inputs)), labels, shift=self._shift)
-        self._in_parts = False
+        parts = self._losses_of_plain_head(inputs, labels)
+        # Not before both are done: a batch that runs out of memory here is tried again in smaller ones.
+        self._in_parts = parts is not None and bool(torch.allclose(parts, whole, rtol=1e-3, atol=1e-3))
+        return parts if parts is not None and self._in_parts else whole
+
+    def _losses_of_plain_head(self, inputs: dict[str, Tensor], labels: Tensor) -> Tensor | None:
         if not self._shift or not _has_plain_head(self.model):
-            return whole
+            return None
         if getattr(self.model.base_model(**inputs), "last_hidden_state", None) is None:
-            return whole
-        parts = _losses_in_parts(self.model, inputs, labels)
-        self._in_parts = bool(torch.allclose(parts, whole, rtol=1e-3, atol=1e-3))
-        return parts if self._in_parts else whole
+            return None
+        return _losses_in_parts(self.model, inputs, labels)
 
     def bind(self, domains: Sequence[str], loader: Any = None) -> None:
         known = getattr(getattr(self.model, "config", None), "vocab_size", None)

@@ -22,7 +22,8 @@ import numpy as np
 
 from algorithms.rules.base import Domains, UpdateRule, as_domains
 from algorithms.rules.power_law import fit_power_law
-from algorithms.rules.steps import Vector, choice, field, mean_into, normalized, number
+from algorithms.rules.settings import choice, number, whole
+from algorithms.rules.steps import Vector, field, mean_into, normalized
 from algorithms.signals import Signals
 from mixer.projection import project
 
@@ -78,8 +79,8 @@ def ado(
     [0.5, 0.5]
     """
     settings = dict(locals())
-    start, every = int(number(warmup, "warmup", low=8)), int(number(refit_every, "refit_every", low=1))
-    skipped = int(number(ignore, "ignore", low=0))
+    start, every = whole(warmup, "warmup", low=8), whole(refit_every, "refit_every", low=1)
+    skipped = whole(ignore, "ignore")
     official = choice(variant, "variant", ("paper", "official")) == "official"
     credit, minimum = number(credit, "credit", low=0), number(minimum, "minimum", low=0, high=1)
     newest_share = number(newest_share, "newest_share", low=0, high=1)

@@ -20,7 +20,8 @@ import numpy as np
 
 from algorithms.rules.ascent import uniform
 from algorithms.rules.base import Domains, UpdateRule, as_domains
-from algorithms.rules.steps import Vector, by_name, euclidean, hold, mean_into, mean_of, normalized, number
+from algorithms.rules.settings import by_name, number
+from algorithms.rules.steps import Vector, euclidean, hold, mean_into, mean_of, normalized
 from algorithms.signals import Signals
 
 __all__ = ["AgnosticState", "agnostic"]

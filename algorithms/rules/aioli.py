@@ -23,7 +23,8 @@ import numpy as np
 from algorithms.rules.ascent import uniform
 from algorithms.rules.base import Domains, UpdateRule, as_domains
 from algorithms.rules.on_demand import heldout
-from algorithms.rules.steps import Present, Vector, exponentiated, number, weights_of
+from algorithms.rules.settings import number, whole
+from algorithms.rules.steps import Present, Vector, exponentiated, weights_of
 from algorithms.signals import Signals
 from mixer.errors import InputError
 
@@ -64,11 +65,12 @@ def aioli(
     """
     settings = dict(locals())
     eta, focus = number(eta, "eta", low=0), number(focus, "focus", low=0, high=1)
-    num_sweeps = int(number(sweeps, "sweeps", low=1))
+    num_sweeps = whole(sweeps, "sweeps", low=1)
+    length_given = None if period is None else whole(period, "period", low=2)
     kept = None if memory is None else number(memory, "memory", low=0, high=1)
 
     def length(size: int) -> int:
-        return max(62, 2 * num_sweeps * size) if period is None else int(number(period, "period", low=2))
+        return length_given or max(62, 2 * num_sweeps * size)
 
     def init(domains: Domains | Sequence[str]) -> AioliState:
         size = len(as_domains(domains).names)

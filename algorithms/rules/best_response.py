@@ -24,19 +24,8 @@ import numpy as np
 
 from algorithms.rules.balls import chi2_ball, cvar_ball, kl_ball, wasserstein_ball
 from algorithms.rules.base import Domains, UpdateRule, as_domains
-from algorithms.rules.steps import (
-    Vector,
-    by_name,
-    choice,
-    field,
-    filled,
-    mean_into,
-    mean_of,
-    means,
-    moving_average,
-    normalized,
-    number,
-)
+from algorithms.rules.settings import by_name, choice, mapping, number, whole
+from algorithms.rules.steps import Vector, field, filled, mean_into, mean_of, means, moving_average, normalized
 from algorithms.signals import Signals
 from mixer.errors import InputError
 
@@ -83,7 +72,7 @@ def divergence_ball(
     settings = dict(locals())
     choice(ball, "ball", ("chi2", "kl", "cvar"))
     radius = number(radius, "radius", low=1e-9 if ball == "cvar" else 0, high=1 if ball == "cvar" else np.inf)
-    min_ratio = number(min_ratio, "min_ratio", low=0, high=1)
+    min_ratio, warmup = number(min_ratio, "min_ratio", low=0, high=1), whole(warmup, "warmup")
 
     def solve(state: BestResponseState, losses: Vector) -> Vector:
         if ball == "cvar":
@@ -142,6 +131,8 @@ def wasserstein(
     """
     settings = dict(locals())
     radius = number(radius, "radius", low=0)
+    for name, row in mapping(distances, "distances").items():
+        mapping(row, f"distances[{name!r}]")
 
     def solve(state: BestResponseState, losses: Vector) -> Vector:
         return wasserstein_ball(losses, state.prior, state.distances, radius)

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from algorithms.rules.base import Domains, UpdateRule, as_domains
-from algorithms.rules.steps import Vector, by_name, choice, number
+from algorithms.rules.settings import by_name, choice, number
+from algorithms.rules.steps import Vector
 from algorithms.signals import Signals
 from mixer.errors import InputError
 from mixer.projection import project

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from algorithms.rules.steps import Vector, number
+from algorithms.rules.settings import number
+from algorithms.rules.steps import Vector
 from mixer.errors import InputError
 
 __all__ = ["agreement", "hindsight", "transfer_from_history"]

@@ -27,7 +27,8 @@ import numpy as np
 
 from algorithms.rules.ascent import AscentState, ascent_rule, begin, uniform
 from algorithms.rules.base import Domains, UpdateRule, as_domains
-from algorithms.rules.steps import Present, Vector, choice, field, mean_of, means, normalized, number, weights_of
+from algorithms.rules.settings import choice, number, whole
+from algorithms.rules.steps import Present, Vector, field, mean_of, means, normalized, weights_of
 from algorithms.signals import Signals
 from mixer.errors import InputError
 
@@ -71,8 +72,10 @@ def doremi(
     eta = number(PRESETS[variant][0] if eta is None else eta, "eta", low=0)
     smoothing = number(PRESETS[variant][1] if smoothing is None else smoothing, "smoothing", low=0, high=1)
     settings = {"eta": eta, "smoothing": smoothing, "clip": clip, "variant": variant, "vocab_size": vocab_size}
+    confidence = number(confidence, "confidence", low=0)
+    vocab_size = None if vocab_size is None else whole(vocab_size, "vocab_size", low=2)
     if clip == "confident":
-        settings["confidence"] = number(confidence, "confidence", low=0)
+        settings["confidence"] = confidence
     if variant == "official":
         return _official(settings, eta, smoothing, clip, _first_score(vocab_size))
 
@@ -146,10 +149,10 @@ def surely(signals: Signals, num_domains: int, confidence: float) -> tuple[Vecto
 
 
 def _first_score(vocab_size: int | None) -> float:
-    if vocab_size is None or vocab_size < 2:
+    if vocab_size is None:
         raise InputError(
             'doremi(variant="official") needs vocab_size, the number of tokens the tokenizer knows, for its first '
-            f"scores ln V; got {vocab_size}."
+            "scores ln V."
         )
     return float(np.float32(np.log(vocab_size)))
 

@@ -29,11 +29,10 @@ import numpy as np
 from algorithms.rules.ascent import AscentState, ascend, begin, uniform
 from algorithms.rules.base import Domains, UpdateRule, as_domains
 from algorithms.rules.on_demand import heldout
+from algorithms.rules.settings import by_name, choice, flag, mapping, number
 from algorithms.rules.steps import (
     Present,
     Vector,
-    by_name,
-    choice,
     exponentiated,
     filled,
     hold,
@@ -42,7 +41,6 @@ from algorithms.rules.steps import (
     mix_in,
     moving_average,
     normalized,
-    number,
     weights_of,
 )
 from algorithms.signals import Signals
@@ -97,13 +95,17 @@ def validation_feedback(
     [0.75, 0.25]
     """
     settings = dict(locals())
-    reading = choice(mode or ("level" if targets is None else "target"), "mode", ("level", "target", "progress"))
+    mode = ("level" if targets is None else "target") if mode is None else mode
+    reading = choice(mode, "mode", ("level", "target", "progress"))
     if (reading == "target") != (targets is not None):
         raise InputError(f'mode "target" and targets belong together; got mode {reading!r} and targets {targets!r}.')
     eta, tau = number(eta, "eta", low=0), number(tau, "tau", low=1e-9)
     smoothing, newest = number(smoothing, "smoothing", low=0, high=1), number(newest, "newest", low=0, high=1)
+    clip = flag(clip, "clip")
     if isinstance(targets, str):
         choice(targets, "targets", ("reference", "best"))
+    elif targets is not None:
+        mapping(targets, "targets")
     if others is not None:
         choice(others, "others", ("reference", "best"))
         if not isinstance(targets, Mapping):
@@ -151,8 +153,7 @@ def sheared_llama(
     """
     settings = dict(locals())
     eta, smoothing = number(eta, "eta", low=0), number(smoothing, "smoothing", low=0, high=1)
-    if not isinstance(targets, Mapping):
-        raise InputError(f"sheared_llama needs targets, nats per token by domain name; got {targets!r}.")
+    clip, targets = flag(clip, "clip"), mapping(targets, "targets")
 
     def init(domains: Domains | Sequence[str]) -> FeedbackState:
         known = as_domains(domains)
@@ -205,7 +206,7 @@ def _given(
             'token; validation_feedback(others="reference") takes the model\'s own first held-out losses for the rest.'
         )
     named = np.array([float(name in targets) for name in known.names])
-    return by_name(targets, known, "targets", default), named
+    return by_name(targets, known, "targets", default, low=0), named
 
 
 def _towards_targets(

@@ -19,7 +19,8 @@ import numpy as np
 
 from algorithms.rules.base import Domains, UpdateRule, as_domains
 from algorithms.rules.presets import published_weights
-from algorithms.rules.steps import Vector, by_name, normalized, number
+from algorithms.rules.settings import by_name, flag, mapping, number
+from algorithms.rules.steps import Vector, normalized
 from algorithms.signals import Signals
 from mixer import static_weights
 from mixer.errors import InputError
@@ -101,7 +102,8 @@ def preset(name: str, names: Mapping[str, str] | None = None, partial: bool = Fa
     [0.17, 0.5, 0.25, 0.08]
     """
     table = published_weights(name)
-    settings = {"name": name, "names": names, "partial": partial}
+    mapping({} if names is None else names, "names")
+    settings = {"name": name, "names": names, "partial": flag(partial, "partial")}
     known = {_plain(key): key for key in table}
 
     def weights(domains: Domains) -> Vector:
@@ -126,6 +128,7 @@ def given(weights: Mapping[str, float]) -> UpdateRule:
     >>> rule.weights(rule.init(["a", "b"])).tolist()
     [0.75, 0.25]
     """
+    mapping(weights, "weights")
     return _rule("given", {"weights": dict(weights)}, lambda domains: normalized(by_name(weights, domains, "weights")))
 
 

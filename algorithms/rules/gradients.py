@@ -29,7 +29,8 @@ import numpy as np
 from algorithms.rules.ascent import AscentState, ascend, begin, uniform
 from algorithms.rules.base import Domains, UpdateRule, as_domains
 from algorithms.rules.lookahead import gram_of
-from algorithms.rules.steps import Present, Vector, choice, field, hold, mean_of, means, normalized, number, weights_of
+from algorithms.rules.settings import choice, names_in, number
+from algorithms.rules.steps import Present, Vector, field, hold, mean_of, means, normalized, weights_of
 from algorithms.signals import Signals
 from mixer.errors import InputError
 
@@ -71,6 +72,7 @@ def doge(
     """
     settings = dict(locals())
     choice(variant, "variant", ("paper", "official"))
+    targets = names_in(targets, "targets")
     step = number(eta, "eta", low=0) / number(mu, "mu", low=1e-12)
     smoothing = number(smoothing, "smoothing", low=0, high=1)
 

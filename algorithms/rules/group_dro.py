@@ -24,17 +24,15 @@ from typing import NamedTuple
 import numpy as np
 
 from algorithms.rules.base import Domains, UpdateRule, as_domains
+from algorithms.rules.settings import by_name, choice, flag, number
 from algorithms.rules.steps import (
     Vector,
-    by_name,
-    choice,
     exponentiated,
     hold,
     mean_into,
     mean_of,
     moving_average,
     normalized,
-    number,
     weights_of,
 )
 from algorithms.signals import Signals
@@ -83,11 +81,12 @@ def group_dro(
     """
     settings = dict(locals())
     eta, smoothing = number(eta, "eta", low=0), number(smoothing, "smoothing", low=0, high=1)
+    automatic = flag(automatic, "automatic")
     official = choice(variant, "variant", ("paper", "official")) == "official"
 
     def init(domains: Domains | Sequence[str]) -> GroupDROState:
         known = as_domains(domains)
-        counts = known.num_tokens if sizes is None else by_name(sizes, known, "sizes")
+        counts = known.num_tokens if sizes is None else by_name(sizes, known, "sizes", low=1)
         added = by_name(adjustment, known, "adjustment", default=0.0) / np.sqrt(np.maximum(counts, 1.0))
         uniform, zeros = np.full(added.size, 1.0 / added.size), np.zeros(added.size)
         if official and not np.all(added > 0):

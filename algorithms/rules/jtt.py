@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from algorithms.rules.base import Domains, UpdateRule, as_domains
-from algorithms.rules.steps import Vector, choice, field, means, normalized, number
+from algorithms.rules.settings import choice, number
+from algorithms.rules.steps import Vector, field, means, normalized
 from algorithms.signals import HISTOGRAM_EDGES, Signals
 from mixer.errors import InputError
 

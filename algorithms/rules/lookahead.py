@@ -23,18 +23,8 @@ import numpy as np
 
 from algorithms.rules.ascent import uniform
 from algorithms.rules.base import Domains, UpdateRule, as_domains
-from algorithms.rules.steps import (
-    Vector,
-    exponentiated,
-    field,
-    hold,
-    mean_into,
-    mean_of,
-    means,
-    normalized,
-    number,
-    weights_of,
-)
+from algorithms.rules.settings import number, whole
+from algorithms.rules.steps import Vector, exponentiated, field, hold, mean_into, mean_of, means, normalized, weights_of
 from algorithms.signals import Signals
 
 __all__ = ["LookaheadState", "gram_of", "look_ahead", "lookahead"]
@@ -71,7 +61,7 @@ def lookahead(rate: float = 1e-3, tau: float = 0.1, iterations: int = 300) -> Up
     """
     settings = dict(locals())
     rate, tau = number(rate, "rate", low=0), number(tau, "tau", low=1e-9)
-    steps = int(number(iterations, "iterations", low=1))
+    steps = whole(iterations, "iterations", low=1)
 
     def init(domains: Domains | Sequence[str]) -> LookaheadState:
         size = len(as_domains(domains).names)

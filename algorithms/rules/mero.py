@@ -20,11 +20,10 @@ import numpy as np
 
 from algorithms.rules.ascent import AscentState, begin, uniform
 from algorithms.rules.base import Domains, UpdateRule, as_domains
+from algorithms.rules.settings import by_name, choice, number
 from algorithms.rules.steps import (
     Present,
     Vector,
-    by_name,
-    choice,
     exponentiated,
     field,
     hold,
@@ -33,7 +32,6 @@ from algorithms.rules.steps import (
     means,
     moving_average,
     normalized,
-    number,
     weights_of,
 )
 from algorithms.signals import Signals
@@ -70,7 +68,7 @@ def mero(eta: float = 1.0, risk: Mapping[str, float] | str = "reference", smooth
     def init(domains: Domains | Sequence[str]) -> MEROState:
         known = as_domains(domains)
         zeros = np.zeros(len(known.names))
-        lowest = zeros if isinstance(risk, str) else by_name(risk, known, "risk")
+        lowest = zeros if isinstance(risk, str) else by_name(risk, known, "risk", low=0)
         return MEROState(begin(uniform(zeros.size)), lowest, zeros)
 
     def update(state: MEROState, signals: Signals) -> tuple[MEROState, Vector]:

@@ -22,7 +22,8 @@ import numpy as np
 
 from algorithms.rules.ascent import AscentState, ascend, begin, uniform
 from algorithms.rules.base import Domains, UpdateRule, as_domains
-from algorithms.rules.steps import Vector, by_name, field, mean_of, means, normalized, number, weights_of
+from algorithms.rules.settings import by_name, flag, mapping, names_in, number, whole
+from algorithms.rules.steps import Vector, field, mean_of, means, normalized, weights_of
 from algorithms.signals import Signals
 from mixer.errors import DataError, InputError
 
@@ -67,7 +68,9 @@ def modified_doremi(
     """
     settings = dict(locals())
     eta, smoothing = number(eta, "eta", low=0), number(smoothing, "smoothing", low=0, high=1)
-    without = sorted(set(new) - set(targets))
+    clip, patience = flag(clip, "clip"), whole(patience, "patience", low=1)
+    tolerance = number(tolerance, "tolerance", low=0)
+    without = sorted(set(names_in(new, "new")) - set(mapping(targets, "targets")))
     if without:
         raise InputError(
             f"the new domains {without} have no target: with the pretrained model as their reference their excess loss "
@@ -78,7 +81,7 @@ def modified_doremi(
         known = as_domains(domains)
         is_new = np.array([float(name in targets) for name in known.names])
         return ModifiedDoReMiState(
-            begin(uniform(is_new.size)), by_name(targets, known, "targets", default=0.0), is_new, 0
+            begin(uniform(is_new.size)), by_name(targets, known, "targets", default=0.0, low=0), is_new, 0
         )
 
     def update(state: ModifiedDoReMiState, signals: Signals) -> tuple[ModifiedDoReMiState, Vector]:

@@ -20,18 +20,8 @@ import numpy as np
 
 from algorithms.rules.ascent import uniform
 from algorithms.rules.base import Domains, UpdateRule, as_domains
-from algorithms.rules.steps import (
-    Vector,
-    choice,
-    field,
-    filled,
-    mean_into,
-    mean_of,
-    means,
-    normalized,
-    number,
-    weights_of,
-)
+from algorithms.rules.settings import choice, number
+from algorithms.rules.steps import Vector, field, filled, mean_into, mean_of, means, normalized, weights_of
 from algorithms.signals import Signals
 
 __all__ = ["ODMState", "odm"]

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from algorithms.rules.ascent import ascent_rule
 from algorithms.rules.base import UpdateRule
-from algorithms.rules.steps import Present, Vector, mean_of, number
+from algorithms.rules.settings import number
+from algorithms.rules.steps import Present, Vector, mean_of
 from algorithms.signals import Signals
 
 __all__ = ["heldout", "on_demand"]

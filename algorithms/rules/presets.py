@@ -99,7 +99,7 @@ def published_weights(name: str) -> dict[str, float]:
     >>> published_weights("llama-3.1")["general"]
     0.5
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise InputError(f"no preset {name!r}; there are {', '.join(PRESETS)}.")
     total = sum(PRESETS[name].values())
     return {domain: weight / total for domain, weight in PRESETS[name].items()}

@@ -18,7 +18,8 @@ import numpy as np
 
 from algorithms.rules.base import Domains, UpdateRule, as_domains
 from algorithms.rules.on_demand import heldout
-from algorithms.rules.steps import Vector, choice, filled, mean_into, normalized, number, weights_of
+from algorithms.rules.settings import choice, mapping, number, whole
+from algorithms.rules.steps import Vector, filled, mean_into, normalized, weights_of
 from algorithms.signals import Signals
 from mixer.errors import InputError
 
@@ -55,7 +56,9 @@ def skill_it(
     """
     settings = dict(locals())
     eta = number(eta, "eta", low=0)
-    num_kept = int(number(window, "window", low=1))
+    num_kept = whole(window, "window", low=1)
+    for name, row in mapping({} if graph is None else graph, "graph").items():
+        mapping(row, f"graph[{name!r}]")
     official = choice(variant, "variant", ("paper", "official")) == "official"
 
     def init(domains: Domains | Sequence[str]) -> SkillItState:
@@ -96,4 +99,5 @@ def _edges(graph: Mapping[str, Mapping[str, float]], names: tuple[str, ...]) -> 
     unknown = sorted((set(graph) | {inner for row in graph.values() for inner in row}) - set(names))
     if unknown:
         raise InputError(f"the graph names unknown domains {unknown}; the domains are {list(names)}.")
-    return np.array([[float(graph.get(a, {}).get(b, float(a == b))) for b in names] for a in names])
+    rows = [[number(graph.get(a, {}).get(b, float(a == b)), f"graph[{a!r}][{b!r}]") for b in names] for a in names]
+    return np.array(rows)

@@ -9,19 +9,13 @@ The mirror step is ``exponentiated`` (entropy), ``euclidean`` (projected ascent)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from algorithms.rules.base import Domains
 from algorithms.signals import Signals
 from mixer.errors import InputError
 
 __all__ = [
-    "by_name",
-    "choice",
     "euclidean",
     "exponentiated",
     "field",
@@ -33,7 +27,6 @@ __all__ = [
     "mix_in",
     "moving_average",
     "normalized",
-    "number",
     "weights_of",
 ]
 
@@ -196,44 +189,3 @@ def euclidean(point: Vector, lower: Vector | float = 0.0, upper: Vector | float 
 def mean_into(average: Vector, value: Vector, count: int) -> Vector:
     """Return the mean of ``count`` values of which ``average`` covers all but the last, ``value``."""
     return average + (value - average) / count
-
-
-def by_name(values: Mapping[str, float] | float, domains: Domains, what: str, default: float | None = None) -> Vector:
-    """Return one number per domain, (D,), from a number for all or a mapping by name.
-
-    Raises: InputError: if a name is unknown, or one is missing and there is no default.
-    """
-    if not isinstance(values, Mapping):
-        return np.full(len(domains.names), number(values, what))
-    unknown = sorted(set(values) - set(domains.names))
-    missing = sorted(set(domains.names) - set(values)) if default is None else []
-    if unknown or missing:
-        problem = f"names unknown domains {unknown}" if unknown else f"has no value for {missing}"
-        raise InputError(f"{what} {problem}; the domains are {list(domains.names)}.")
-    return np.array([number(values.get(name, default), f"{what}[{name!r}]") for name in domains.names])
-
-
-def number(value: Any, what: str, low: float = -np.inf, high: float = np.inf) -> float:
-    """Return ``value`` as a float in [low, high].
-
-    Raises: InputError: if it is not a finite number there.
-
-    >>> number(1, "eta", low=0)
-    1.0
-    """
-    is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not is_number or not np.isfinite(value):
-        raise InputError(f"{what} must be a finite number; got {value!r}.")
-    if not low <= value <= high:
-        raise InputError(f"{what} must lie in [{low:g}, {high:g}]; got {value:g}.")
-    return float(value)
-
-
-def choice(value: str, what: str, options: Sequence[str]) -> str:
-    """Return ``value`` if it is one of ``options``.
-
-    Raises: InputError: listing the options.
-    """
-    if value not in options:
-        raise InputError(f"{what} must be one of {', '.join(map(repr, options))}; got {value!r}.")
-    return value

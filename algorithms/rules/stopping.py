@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from algorithms.rules.steps import Vector, normalized, number
+from algorithms.rules.settings import number
+from algorithms.rules.steps import Vector, normalized
 from mixer.errors import InputError
 
 __all__ = ["RoundVerdict", "drift", "extrapolate", "round_verdict", "standard_error", "worst_domain_stop"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -12,9 +13,12 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from algorithms import DomainLosses, DomainReweighting, FrozenModel, doremi, group_dro
+from algorithms.domain_gradients import measure_gradients, measured_parameters
+from algorithms.losses import loss_mask, token_losses, tokens_per_domain
 from algorithms.rules import UPDATE_RULES
 from algorithms.worst_subset import WorstSubset
 from mixer.dataloader import MixtureLoader
@@ -22,7 +26,8 @@ from mixer.errors import DataError, InputError
 from tests.algorithms.every_rule import weights_of_every_rule
 from tests.algorithms.ranks import job, main
 from tests.algorithms.test_domain_reweighting import heldout_windows, recorder
-from tests.algorithms.tiny import DOMAINS, Loader, gpt2, llama, wrap
+from tests.algorithms.test_early_stopping import rising
+from tests.algorithms.tiny import DOMAINS, Loader, batch, gpt2, llama, wrap
 from tests.algorithms.training_helpers import Gradients, fit, flat, parameters
 
 
@@ -163,6 +168,58 @@ def fsdp2_signals(folder: Path, rank: int, world_size: int) -> list[Any]:
 
 
 @job
+def hybrid(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """Gradients of parameters that are sharded over some ranks and replicated over others; of two ranks, replicated.
+
+    Composer has hybrid sharding under FSDP1 alone, so the model is one that its owner has sharded.
+    """
+    asked, sums, model = torch.distributed.all_reduce, torch.distributed.ReduceOp.SUM, llama()
+
+    def all_reduce(tensor: torch.Tensor, op: Any = sums, group: Any = None, async_op: bool = False) -> Any:
+        # gloo has no mean, which FSDP2 asks for between replicas; between shards it gives the sum instead, as here.
+        return asked(tensor, sums if op == torch.distributed.ReduceOp.AVG else op, group, async_op)
+
+    def losses(part: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        return token_losses(model(input_ids=part["input_ids"]).logits, part["labels"]), loss_mask(part["labels"])
+
+    if world_size > 1:
+        mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("replicate", "shard"))
+        fully_shard(model, mesh=mesh)
+    parts = batch(), batch(rank=rank, world_size=world_size)
+    whole, mine = ({**part, "labels": part["input_ids"]} for part in parts)
+    tokens = tokens_per_domain(loss_mask(whole["labels"]), whole["domain_ids"], 3)
+    measured = measured_parameters(model, "all")
+    # FSDP2 takes an event for granted that torch's stand-in for streams of a CPU does not make.
+    events = mock.patch.object(torch.cpu.Stream, "record_event", lambda stream: torch.cpu.Event())
+    with mock.patch.object(torch.distributed, "all_reduce", all_reduce), events:
+        found = [
+            measure_gradients(losses, mine, tokens, measured, rows_at_once=2, variance=variance)
+            for variance in (False, True)
+        ]
+    return {"sums": found, "placements": str(getattr(measured[0], "placements", ""))}
+
+
+@job
+def best_model(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """The best of a run under FSDP2, with every step as a point to continue from."""
+
+    def run(stopper: Any, **options: Any) -> torch.Tensor:
+        sharded = ParallelismConfig(fsdp2=FSDP2Config())
+        loader = Loader(rank=rank, world_size=world_size)
+        options = {"lr": 1.0 / world_size, "steps": 12, "parallelism_config": sharded, "loader": loader, **options}
+        return full_parameters(fit(DomainReweighting(), callbacks=stopper, **options).state)
+
+    found, where = {"expected": run([], steps=2)}, folder / "best"
+    found["whole"] = run([rising()], save_folder=str(where), save_interval="1ba")
+    for saved_at in (1, 3, 6):  # before the first evaluation, after it, at the end
+        stopper = rising()
+        found[f"resumed from {saved_at}"] = run([stopper], load_path=str(where / f"ep0-ba{saved_at}"))
+        assert (stopper.best_step, stopper.num_worse) == (1, 2)
+        assert stopper._best_model["model.layers.0.mlp.up_proj.weight"].shape == (32 // world_size, 16)
+    return found
+
+
+@job
 def fsdp1(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
     """Flattened parameters: torch asks CUDA for a device even on a CPU, so here it is told."""
     asked, algorithm = torch.cuda.current_device, searching()
@@ -174,12 +231,12 @@ def fsdp1(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
         with FullyShardedDataParallel.summon_full_params(trainer.state.model):
             found = parameters(trainer)
         rule, _ = recorder("gradients")
-        refused = raised(
-            lambda: fit(DomainReweighting(rule), loader=Loader(rank=rank, world_size=2), parallelism_config=flattened)
-        )
+        options = {"loader": Loader(rank=rank, world_size=2), "parallelism_config": flattened}
+        refused = raised(lambda: fit(DomainReweighting(rule), **options))
+        best = raised(lambda: fit(DomainReweighting(), callbacks=[rising()], **options))
     finally:
         torch.cuda.current_device = asked
-    return {"weights": algorithm.trajectory.weights, "parameters": found, "refused": refused}
+    return {"weights": algorithm.trajectory.weights, "parameters": found, "refused": refused, "best": best}
 
 
 def raised(train: Callable[[], Any]) -> str:

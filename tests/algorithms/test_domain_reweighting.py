@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from composer.metrics import LanguageCrossEntropy
 from composer.models import ComposerModel, HuggingFaceModel
 
 from algorithms import DomainReweighting, doremi, group_dro
+from algorithms.checks import check_auto_micro_batches, check_parallelism
 from algorithms.domain_losses import DomainLosses
 from algorithms.heldout import HeldOutWindows
 from algorithms.losses import token_losses
@@ -280,6 +282,75 @@ def test_a_retry_after_running_out_of_memory_changes_nothing() -> None:
     assert calm.trajectory.num_tokens.tolist() == retried.trajectory.num_tokens.tolist()
     np.testing.assert_allclose(calm.weights, retried.weights, rtol=1e-6)
     assert distance(retried_parameters, calm_parameters) < 1e-6
+
+
+def test_a_reference_may_run_out_of_memory_and_finds_the_activations_of_the_failed_attempt_gone() -> None:
+    class Short(FrozenModel):
+        """Fails at the first batch, in its second way of computing the losses."""
+
+        alive: ClassVar[list[bool]] = []
+
+        def _losses_of_plain_head(self, *inputs: Any) -> Any:
+            if not self.alive:
+                self.alive.append(True)
+                raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+            return super()._losses_of_plain_head(*inputs)
+
+        def token_losses(self, part: Any) -> torch.Tensor:
+            self.alive.extend(losses() is not None for losses in retry.losses)
+            return super().token_losses(part)
+
+    class Retry(FailOnce):
+        def __init__(self) -> None:
+            super().__init__(step=1)
+            self.losses: list[Any] = []
+
+        def after_forward(self, state: State, logger: Logger) -> None:
+            self.losses = [weakref.ref(algorithm._micro.token_loss)]
+            super().after_forward(state, logger)
+            self.losses = []
+
+    retry, reference = Retry(), Short(llama(seed=1))
+    algorithm, calm = (DomainReweighting(doremi(), reference=model) for model in (reference, llama(seed=1)))
+    trainer = fit(algorithm, micro=8, steps=3, callbacks=[retry])
+    assert trainer.state.device_train_microbatch_size == 2, "two failures"
+    assert reference.alive == [True, False], "once the reference itself, once before the second attempt at step 1"
+    assert reference._in_parts
+    fit(calm, micro=8, steps=3)
+    np.testing.assert_allclose(algorithm.weights, calm.weights, rtol=1e-6)
+
+
+def test_parallelism_that_would_count_samples_twice_or_wait_for_ever_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run: dict[str, Any] = {
+        "train_dataloader": Loader(),
+        "tp_config": None,
+        "model": llama(),
+        "precision": Precision.FP32,
+        "auto_microbatching": True,
+        "fsdp_enabled": True,
+    }
+
+    def state(**fields: Any) -> Any:
+        return SimpleNamespace(**{**run, **fields})
+
+    with pytest.raises(InputError, match="under tensor parallelism several ranks work on the same samples"):
+        check_parallelism(state(tp_config=object()))
+    with pytest.raises(InputError, match="under sequence parallelism several ranks"):
+        check_parallelism(state(train_dataloader=SimpleNamespace(seq_parallel_world_size=2)))
+    with pytest.raises(InputError, match=r"\['gradients'\] of single domains are too small for float16"):
+        check_parallelism(state(precision=Precision.AMP_FP16), frozenset({"gradients"}))
+    check_parallelism(state(precision=Precision.AMP_FP16), frozenset({"heldout"}))
+    sharded, whole = (FrozenModel(llama(), sharded=choice) for choice in (True, False))
+    check_auto_micro_batches(state(), sharded, "skip")
+    monkeypatch.setattr("algorithms.checks.dist.get_world_size", lambda: 2)
+    with pytest.raises(InputError, match="a sharded reference and device_train_microbatch_size='auto' do not go"):
+        check_auto_micro_batches(state(), sharded, "fail")
+    with pytest.raises(InputError, match="on_nonfinite='skip' under FSDP and device_train_microbatch_size='auto'"):
+        check_auto_micro_batches(state(), whole, "skip")
+    check_auto_micro_batches(state(), whole, "fail")
+    check_auto_micro_batches(state(auto_microbatching=False), sharded, "skip")
 
 
 def test_a_closure_optimiser_that_runs_the_step_twice_counts_it_once() -> None:

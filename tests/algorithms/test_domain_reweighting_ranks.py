@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from algorithms import DomainReweighting
 from algorithms.references import FrozenModel, as_reference
 from tests.algorithms import rank_jobs
 from tests.algorithms.every_rule import assert_equal_runs, weights_of_every_rule
 from tests.algorithms.ranks import JOBS, run_ranks
 from tests.algorithms.test_domain_reweighting_loader import row
 from tests.algorithms.tiny import VOCAB, Loader, batch
-from tests.algorithms.training_helpers import fit
+from tests.algorithms.training_helpers import fit, parameters
 from tests.helpers import write_shards
 
 
@@ -58,7 +59,8 @@ def test_every_rule_finds_on_two_ranks_what_it_finds_on_one(ranks: Any) -> None:
 
 def test_four_ranks_do_what_one_does(alone: Any, tmp_path: Path) -> None:
     every_rule = weights_of_every_rule()
-    for rank in run_ranks(["ddp", "every_rule"], 4, tmp_path):
+    for rank in run_ranks(["ddp", "every_rule", "hybrid"], 4, tmp_path):
+        assert_equal_sums(rank["hybrid"])
         assert_equal_runs(rank["every_rule"], every_rule)
         for ours, expected in zip(rank["ddp"]["gradients"], alone["gradients"], strict=True):
             assert distance(ours, expected) < 1e-6
@@ -95,6 +97,17 @@ def test_fsdp1_finds_the_same_weights_and_refuses_gradients_of_domains(ranks: An
         np.testing.assert_allclose(rank["fsdp1"]["weights"], alone["weights"], rtol=1e-6)
         assert distance(rank["fsdp1"]["parameters"], alone["parameters"]) < 1e-6
         assert "cannot be measured under FSDP1, whose parameters are flattened" in rank["fsdp1"]["refused"]
+        assert "restore_best cannot keep the parameters of FSDP1" in rank["fsdp1"]["best"]
+
+
+def test_the_best_model_is_put_back_under_fsdp2_also_after_a_resumption(ranks: Any) -> None:
+    alone = parameters(fit(DomainReweighting(), lr=1.0, steps=2))
+    for rank in ranks:
+        expected = rank["best_model"].pop("expected")
+        assert distance(expected, alone) < 1e-6
+        assert rank["best_model"].keys() == {"whole", *(f"resumed from {step}" for step in (1, 3, 6))}
+        for found in rank["best_model"].values():
+            assert torch.equal(found, expected)
 
 
 def test_a_rank_that_goes_its_own_way_is_named_on_every_rank(ranks: Any) -> None:
@@ -109,12 +122,28 @@ def test_a_rank_that_goes_its_own_way_is_named_on_every_rank(ranks: Any) -> None
 @pytest.mark.parametrize("job", ["signals", "fsdp2_signals"])
 def test_everything_a_rule_may_ask_for_is_the_same_on_two_ranks(job: str, ranks: Any) -> None:
     for rank in ranks:
-        for ours, expected in zip(rank[job], rank_jobs.signals(Path(), 0, 1)):
-            for step, alone_step in zip(ours, expected, strict=True):
-                for name, value in step._asdict().items():
-                    if value is not None:
-                        other = getattr(alone_step, name)
-                        np.testing.assert_allclose(value, other, rtol=2e-5, atol=1e-7, err_msg=name)
+        assert_equal_signals(rank[job])
+
+
+def assert_equal_signals(found: list[Any]) -> None:
+    """Compare with those of one process, for as many needs as there are."""
+    for ours, expected in zip(found, rank_jobs.signals(Path(), 0, 1)):
+        for step, alone_step in zip(ours, expected, strict=True):
+            for name, value in step._asdict().items():
+                if value is not None:
+                    np.testing.assert_allclose(value, getattr(alone_step, name), rtol=2e-5, atol=1e-7, err_msg=name)
+
+
+def test_gradients_of_domains_are_the_same_on_ranks_that_hold_copies(ranks: Any) -> None:
+    for rank in ranks:
+        assert_equal_sums(rank["hybrid"])
+
+
+def assert_equal_sums(found: dict[str, Any]) -> None:
+    assert found["placements"] == "(Replicate(), Shard(dim=0))"
+    for ours, expected in zip(found["sums"], rank_jobs.hybrid(Path(), 0, 1)["sums"], strict=True):
+        for one, other in zip(ours, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-7)
 
 
 def test_the_real_loader_is_driven_alike_on_two_ranks(ranks: Any, folder: Path) -> None:

@@ -89,6 +89,21 @@ def test_the_best_model_is_resumed_and_a_run_that_had_ended_stays_so(saved_at: i
     assert torch.equal(parameters(resumed), expected)
 
 
+def test_a_checkpoint_without_the_best_model_is_refused_where_it_is_asked_for(tmp_path: Path) -> None:
+    def plain() -> WorstDomainEarlyStopping:
+        return WorstDomainEarlyStopping(rising().heldout, every="2ba", patience=2)
+
+    options: dict[str, Any] = {"lr": 1.0, "steps": 12}
+    fit(DomainReweighting(), callbacks=[plain()], save_folder=str(tmp_path), save_interval="3ba", **options)
+    checkpoint = str(tmp_path / "ep0-ba3-rank0.pt")
+    with pytest.raises(InputError, match="has no model of step 1, the best so far"):
+        fit(DomainReweighting(), callbacks=[rising()], load_path=checkpoint, **options)
+    with_it = tmp_path / "with"
+    whole = fit(DomainReweighting(), callbacks=[rising()], save_folder=str(with_it), save_interval="3ba", **options)
+    last = fit(DomainReweighting(), callbacks=[plain()], load_path=str(with_it / "ep0-ba3-rank0.pt"), **options)
+    assert not torch.equal(parameters(last), parameters(whole)), "who does not ask for the best model keeps the last"
+
+
 def test_the_last_step_is_a_candidate_too() -> None:
     common = np.random.default_rng(0).integers(0, 4, (5, SEQ_LEN))
     windows = HeldOutWindows(dict.fromkeys(DOMAINS, common))

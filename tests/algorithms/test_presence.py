@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from algorithms import DomainReweighting, doremi, group_dro
+from algorithms import DomainReweighting, doremi, group_dro, warn_of_absences
 from algorithms.presence import absence_warning, absent_shares
 from algorithms.rules import UPDATE_RULES
 from mixer.dataloader import MixtureLoader
@@ -56,7 +56,7 @@ def test_training_warns_once_and_only_where_the_rule_scores_batches(
 ) -> None:
     def warnings(algorithm: DomainReweighting, batch_size: int) -> list[str]:
         caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="algorithms.domain_reweighting"):
+        with caplog.at_level(logging.WARNING, logger="algorithms.presence"):
             fit(algorithm, loader=MixtureLoader(shards, mixture="uniform", global_batch_size=batch_size), steps=4)
         return [record.getMessage() for record in caplog.records if record.name.startswith("algorithms")]
 
@@ -67,3 +67,15 @@ def test_training_warns_once_and_only_where_the_rule_scores_batches(
     assert not warnings(DomainReweighting(group_dro(), every=2), 2)
     assert not warnings(DomainReweighting(UPDATE_RULES["on_demand"](), heldout=shards, every=1), 2)
     assert not warnings(DomainReweighting(), 2)
+
+
+def test_a_loop_of_ones_own_is_warned_alike(shards: Path, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
+    loader = MixtureLoader(shards, mixture="uniform", global_batch_size=2)
+    warn_of_absences(doremi(), loader)
+    (record,) = caplog.records
+    assert "100% of the updates, of 2 samples each, will lack some domain" in record.getMessage()
+    caplog.clear()
+    warn_of_absences(doremi(), loader, num_samples=4)
+    warn_of_absences(UPDATE_RULES["on_demand"](), loader)
+    warn_of_absences(doremi(), [{"input_ids": None}])
+    assert not caplog.records

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
 
 import numpy as np
@@ -126,16 +128,31 @@ def test_the_same_signals_give_the_same_bits(name):
     assert np.array_equal(run(make(name), domains)[1], run(make(name), domains)[1])
 
 
+@EVERY
+def test_settings_of_the_wrong_kind_are_one_clear_error(name):
+    names, required = names_for(name), REQUIRED[name](names_for(name)) if name in REQUIRED else {}
+    for setting in inspect.signature(UPDATE_RULES[name]).parameters:
+        for wrong in ("no", "", -1.5, float("nan"), float("inf"), [1], {"x": "y"}, True, b"x"):
+            is_flag = wrong is True and setting in ("automatic", "clip", "partial")
+            signed = wrong == -1.5 and setting in ("adjustment", "baseline", "lower")
+            if is_flag or signed:
+                continue
+            with pytest.raises(InputError) as caught:
+                UPDATE_RULES[name](**{**required, setting: wrong}).init(as_domains(names))
+            assert len(str(caught.value)) < 400, "a sentence"
+
+
 @WITH_VARIANTS
 def test_arguments_are_not_changed(name):
     rule, domains = make(name), domains_for(name)
     state = rule.init(domains)
     for step in range(NUM_UPDATES):
         signals = signals_of(step, len(domains.names))
-        for value in [*leaves(state), *signals]:
-            if isinstance(value, np.ndarray):
-                value.flags.writeable = False  # a write would raise
-        state, _ = rule.update(state, signals)
+        before = copy.deepcopy([*leaves(state), *signals])
+        new, _ = rule.update(state, signals)
+        rule.weights(state), rule.result(state)
+        np.testing.assert_equal([*leaves(state), *signals], before)
+        state = new
 
 
 @WITH_VARIANTS

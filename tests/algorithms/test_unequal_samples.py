@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from algorithms import DomainReweighting, HeldOutWindows, doremi
 from algorithms.evaluation import heldout_losses
 from algorithms.references import FrozenModel, as_reference, count_bigrams, score
+from algorithms.report import train_table
 from algorithms.training import TrainSettings
 from algorithms.training_run import train_on
 from mixer.cli import cli
@@ -101,3 +104,10 @@ def test_a_run_counts_the_tokens_that_it_read(shards: Path, tmp_path: Path) -> N
     batches = [next(iter(loader)) for _ in range(3)]
     read = sum(int(batch["attention_mask"].sum()) for batch in batches)
     assert result["num_tokens"] == read < 3 * 8 * LONGEST
+    console = Console(width=80, file=io.StringIO())
+    console.print(train_table(tmp_path / "run"))
+    lines = {line.split()[0]: line.split() for line in console.file.getvalue().splitlines() if line.strip()}
+    tokens = {name: sum(map(len, documents(shards, name, "train"))) for name in ("code", "web")}
+    assert lines["domain"][:3] == ["domain", "tokens", "share"]
+    for name, count in tokens.items():
+        assert lines[name][1:3] == [f"{count:,}", f"{count / sum(tokens.values()):.2%}"]

@@ -141,21 +141,25 @@ class _ZstdFile(io.RawIOBase):
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._file = file
         self._frame: Any = None
-        self._ready = memoryview(b"")
+        self._packed = self._ready = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
+            if not self._packed:
+                self._packed = memoryview(self._file.read(1 << 18))
             if self._frame is None or self._frame.eof:
-                data = (self._frame.unused_data if self._frame else b"") or self._file.read(1 << 18)
-                if not data:
+                if not self._packed:
                     return 0
                 self._frame = self._new_frame()
-            elif not (data := self._file.read(1 << 18)):
+            elif not self._packed:
                 raise EOFError("the file ends inside a zstd frame")
-            self._ready = memoryview(self._frame.decompress(data))
+            some, self._packed = self._packed[:_ZSTD_BYTES], self._packed[_ZSTD_BYTES:]
+            self._ready = memoryview(self._frame.decompress(some))
+            if self._frame.eof and (unused := len(self._frame.unused_data)):
+                self._packed = memoryview(bytes(some[-unused:]) + bytes(self._packed))
         count = min(len(buffer), len(self._ready))
         buffer[:count] = self._ready[:count]
         self._ready = self._ready[count:]
@@ -164,6 +168,10 @@ class _ZstdFile(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+# All that they unpack to comes at once: a block of 128 KiB may take no more than four of them.
+_ZSTD_BYTES = 512
 
 
 class _Closing(io.BufferedReader):
@@ -178,12 +186,23 @@ class _Closing(io.BufferedReader):
         self._below.close()
 
 
+_MOST_MEMORY = 128 << 20  # that unpacking may take, as zstd has it; the levels that people use take 8 to 64 MiB
+
+
+def _open_xz(file: IO[bytes]) -> Any:
+    start = file.read(1 << 12)
+    file.seek(0)
+    with contextlib.suppress(EOFError):
+        lzma.LZMADecompressor(memlimit=_MOST_MEMORY).decompress(start, max_length=1)
+    return lzma.LZMAFile(file)
+
+
 COMPRESSIONS: dict[str, Callable[[IO[bytes]], Any]] = {
     ".gz": lambda file: gzip.GzipFile(fileobj=file),
     ".zst": _ZstdFile,
     ".zstd": _ZstdFile,
     ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
+    ".xz": _open_xz,
 }
 
 
@@ -218,7 +237,7 @@ def naming(path: str) -> Iterator[None]:
     try:
         yield
     except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise damaged(path, error) from error
+        raise _too_large(path) if "Memory usage limit" in str(error) else damaged(path, error) from error
     except OSError as error:
         if error.errno is None:  # bz2 and gzip report bad data as OSError without a number
             raise damaged(path, error) from error
@@ -228,8 +247,15 @@ def naming(path: str) -> Iterator[None]:
         ) from error
     except Exception as error:
         if type(error).__name__ == "ZstdError":  # without importing zstandard for every format
-            raise damaged(path, error) from error
+            raise _too_large(path) if "too much memory" in str(error) else damaged(path, error) from error
         raise
+
+
+def _too_large(path: str) -> DataError:
+    return DataError(
+        f"{path} takes more than {_MOST_MEMORY >> 20} MiB of memory to unpack. Pack it again with a smaller window or"
+        " dictionary (zstd --long=27 or none, xz -9), or leave it out with --exclude."
+    )
 
 
 def damaged(path: str, error: object) -> DataError:

@@ -270,3 +270,25 @@ def test_damaged_bytes_give_verdicts_or_one_named_error_but_never_another_crash(
         assert path.name in str(error), (kind, zipped)
     else:
         assert all(isinstance(row, Document | Bad) for row in rows)
+
+
+def test_archive_that_takes_too_much_memory_to_unpack_is_refused_by_name(tmp_path):
+    write_jsonl(tmp_path / "plain" / "a.jsonl", documents("web", 3))
+    content = (tmp_path / "plain" / "a.jsonl").read_bytes()
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    packed = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(packed.compress(content) + packed.flush())
+    filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 512 << 20}]
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(content, filters=filters))
+    for name in ("a.jsonl.zst", "a.jsonl.xz"):
+        with pytest.raises(DataError, match=rf"{name} takes more than 128 MiB of memory to unpack\. Pack it again"):
+            read(tmp_path / name)
+
+
+def test_frames_of_zstd_follow_one_another_wherever_they_end(tmp_path):
+    texts = documents("web", 40)
+    for number in (1, 7, 40):  # small frames within what is unpacked at a time, and large ones
+        rows = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
+        frames = [zstandard.compress(b"".join(rows[n : n + number])) for n in range(0, len(rows), number)]
+        (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
+        assert texts_of(read(tmp_path / "a.jsonl.zst")) == texts

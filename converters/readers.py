@@ -12,16 +12,17 @@ tests.
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import orjson
 
-from converters.files import damaged, naming, open_bytes, open_raw
+from converters.files import damaged, naming, open_bytes, open_raw, skip
+from converters.mds_files import ShardFile
 from converters.separated import records
-from mixer.errors import InputError
 
 __all__ = ["Bad", "FORMATS", "Format", "Piece", "Row", "place"]
 
@@ -419,38 +420,39 @@ _MDS_VALUES: dict[str, Callable[[bytes], Any]] = {
 
 def read_mds(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
     """Samples of an MDS shard that hold text (``str``, ``bytes`` or ``json`` columns), to tokenise again."""
-    from mixer.mds import encoded_size, parse_header
-
-    with naming(piece.path), open_bytes(piece.path) as file:
-        shard = file.read()
-    header = parse_header(shard, piece.path)
-    try:
-        names, encodings = header.config["column_names"], header.config["column_encodings"]
-        sizes = [encoded_size(encoding) for encoding in encodings]
-    except (KeyError, TypeError, AttributeError, InputError) as error:
-        raise damaged(piece.path, f"its header does not describe its columns: {error!r}") from error
-    for at, (start, stop) in enumerate(zip(header.offsets[:-1].tolist(), header.offsets[1:].tolist()), start=1):
-        raw = shard[start:stop]
-        try:
-            values = dict(_mds_values(raw, names, encodings, sizes, columns))
-        except UnicodeDecodeError as error:
-            yield Bad("utf8", f"not valid UTF-8: {error.reason} at byte {error.start}", at, start, raw)
-        except orjson.JSONDecodeError as error:
-            yield Bad("json", f"not valid JSON: {error}", at, start, raw)
-        else:
-            yield Row(values, at, start, raw)
+    limit = piece.max_record_bytes
+    with naming(piece.path), ShardFile(piece.path) as shard:
+        for at, (offset, size, file) in enumerate(shard.samples(), start=1):
+            raw = b"" if size > limit else file.read(size)  # of a large one, the wanted columns may be small
+            source = io.BytesIO(raw) if size <= limit else file
+            values = _mds_values(shard, source, size, columns, limit)
+            if values is None:
+                yield oversized(limit, at, offset, raw)
+                continue
+            try:
+                fields = {name: _MDS_VALUES[shard.columns[name]](value) for name, value in values.items()}
+            except UnicodeDecodeError as error:
+                yield Bad("utf8", f"not valid UTF-8: {error.reason} at byte {error.start}", at, offset, raw)
+            except orjson.JSONDecodeError as error:
+                yield Bad("json", f"not valid JSON: {error}", at, offset, raw)
+            else:
+                yield Row(fields, at, offset, raw)
 
 
 def _mds_values(
-    raw: bytes, names: list[str], encodings: list[str], sizes: list[int | None], columns: frozenset[str]
-) -> Iterator[tuple[str, Any]]:
-    at = 4 * sizes.count(None)
-    lengths = iter(int.from_bytes(raw[n : n + 4], "little") for n in range(0, at, 4))
-    for name, encoding, size in zip(names, encodings, sizes):
-        length = next(lengths) if size is None else size
-        if name in columns and encoding in _MDS_VALUES:
-            yield name, _MDS_VALUES[encoding](raw[at : at + length])
-        at += length
+    shard: ShardFile, file: IO[bytes], size: int, columns: frozenset[str], limit: int
+) -> dict[str, bytes] | None:
+    """Read all of one sample; return the wanted values, or None if one is too long."""
+    found: dict[str, bytes] = {}
+    too_long = False
+    for name, length in zip(shard.columns, shard.value_lengths(file, size)):
+        wanted = name in columns and shard.columns[name] in _MDS_VALUES
+        if wanted and length <= limit:
+            found[name] = file.read(length)
+        if (len(found[name]) if name in found else skip(file, length)) < length:
+            raise EOFError("it ends inside a sample")
+        too_long |= wanted and length > limit
+    return None if too_long else found
 
 
 FORMATS: dict[str, Format] = {

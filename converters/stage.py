@@ -117,7 +117,7 @@ def documents_of(piece: Piece, options: StageOptions) -> Iterator[Document | Bad
             yield Bad("dropped", f"domain {domain!r} is dropped", row.at)
         elif not isinstance(text, str):
             yield _no_text(row, *text)
-        elif len(text) > piece.max_record_bytes:
+        elif _is_too_long(text, piece.max_record_bytes):
             yield oversized(piece.max_record_bytes, row.at, row.offset, row.raw)
         elif not text:
             yield Bad("empty", "empty text", row.at)
@@ -131,14 +131,26 @@ def _from_tokens(piece: Piece, options: StageOptions) -> Iterator[Document | Bad
     domain = domain_rule(options.domain)(piece, {})
     name = mapped(domain, options.domain_map) if domain is not None else None
     is_held_out = is_held_out_before(piece)
-    for ids, text, at in token_documents(piece, options):
+    for document in token_documents(piece, options):
+        if isinstance(document, Bad):
+            yield document
+            continue
+        ids, text, at = document
         if domain is None:
             yield Bad("domain", f"no domain by the rule {options.domain!r}", at)
         elif name is None:
             yield Bad("dropped", f"domain {domain!r} is dropped", at)
+        elif _is_too_long(text, piece.max_record_bytes):
+            yield oversized(piece.max_record_bytes, at, 0, b"")
         else:
             yield Document(text, name, None if options.retokenize else ids, is_held_out)
+        del document, ids, text
     _check_unchanged(piece)
+
+
+def _is_too_long(text: str, limit: int) -> bool:
+    """Return whether a text takes more bytes than that as UTF-8."""
+    return len(text) > limit or (4 * len(text) > limit and len(text.encode("utf-8")) > limit)
 
 
 def _no_text(row: Row, text_field: str, value: Any) -> Bad:

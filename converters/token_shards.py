@@ -26,13 +26,14 @@ import orjson
 from numpy.typing import NDArray
 
 from converters.files import damaged, naming, open_bytes, status
+from converters.mds_files import ShardFile
 from converters.options import StageOptions
-from converters.readers import Piece
+from converters.readers import Bad, Piece, oversized
 from converters.texts import text_columns
-from converters.tokenizers import Encoder, load_encoder
+from converters.tokenizers import Encoder, decode_long, load_encoder
 from mixer.errors import DataError, InputError
 from mixer.manifest import Manifest, TokenizerInfo
-from mixer.mds import Header, column_spans, decode_value, parse_header
+from mixer.mds import Header, column_spans, decode_value
 
 __all__ = [
     "TokenDocument",
@@ -78,8 +79,8 @@ class TokenDocument(NamedTuple):
     at: int
 
 
-def token_documents(piece: Piece, options: StageOptions) -> Iterator[TokenDocument]:
-    """Yield the documents that begin in a shard.
+def token_documents(piece: Piece, options: StageOptions) -> Iterator[TokenDocument | Bad]:
+    """Yield the documents that begin in a shard; a verdict for those that are too long.
 
     Raises: InputError: if the tokenizer is not known; DataError: naming the shard, if it is damaged or no end of text
         comes for too long.
@@ -87,8 +88,10 @@ def token_documents(piece: Piece, options: StageOptions) -> Iterator[TokenDocume
     source = _source(*_folder(piece), options.tokens_from)
     encoder = source.encoder
     for ids, at in _joined(piece, source) if source.joined else _by_sample(piece, source):
-        if len(ids):
-            yield TokenDocument(ids, encoder.decode(ids.tolist()), at)
+        if ids is None:
+            yield oversized(piece.max_record_bytes, at, 0, b"")
+        elif len(ids):
+            yield TokenDocument(ids, decode_long(encoder, ids), at)
 
 
 def check_same_tokenizer(piece: Piece, options: StageOptions, target: TokenizerInfo) -> None:
@@ -249,37 +252,36 @@ def _names(path: str, version: str) -> tuple[tuple[str, ...], tuple[str, ...]] |
 # --- documents -----------------------------------------------------------------------------------------------------
 
 
-def _rows(path: str, source: Source) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Return the ids of a shard one after another, and how many each sample has."""
-    return _read_rows(path, _version(path), source.column, source.dtype)
+def _groups(path: str, source: Source, limit: int) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
+    """Yield the ids of consecutive samples of a shard one after another, and how many each sample has."""
+    last = None
+    with naming(path), ShardFile(path) as shard:
+        try:
+            name = source.column if source.column in shard.columns else _only_tokens(path, shard.columns)
+            for data, header in shard.groups(_GROUP_BYTES, 2 * limit):
+                ids, lengths = _unpacked(path, data, header, shard.columns, name, source.dtype)
+                last = int(ids[-1]) if len(ids) else last
+                yield ids, lengths
+        except (DataError, ValueError, KeyError, TypeError, IndexError, StopIteration) as error:
+            raise error if path in str(error) else damaged(path, error) from error
+    _last_id(path, _version(path)).append(last)
 
 
-@functools.lru_cache(maxsize=2)
-def _read_rows(path: str, version: str, column: str, dtype: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    with naming(path), open_bytes(path) as file:
-        shard = file.read()
-    header = parse_header(shard, path)
-    try:
-        return _unpacked(path, shard, header, column, dtype)
-    except (DataError, ValueError, KeyError, TypeError, IndexError, StopIteration) as error:
-        raise error if path in str(error) else damaged(path, error) from error
+_GROUP_BYTES = 1 << 20
 
 
 def _unpacked(
-    path: str, shard: bytes, header: Header, column: str, dtype: str
+    path: str, data: NDArray[np.uint8], header: Header, columns: dict[str, str], name: str, dtype: str
 ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    columns = dict(zip(header.config["column_names"], header.config["column_encodings"]))
-    name = column if column in columns else _only_tokens(path, columns)
-    starts, sizes = column_spans(np.frombuffer(shard, np.uint8), header, columns, name)
+    starts, sizes = column_spans(data, header, columns, name)
     rows = []
     for start, size in zip(starts.tolist(), sizes.tolist()):
-        value = shard[start : start + size]
+        value = data[start : start + size].tobytes()
         row = np.frombuffer(value, dtype) if columns[name] == "bytes" else decode_value(columns[name], value)
         if row.dtype.kind not in "iu" or (row.size and int(row.min()) < 0):
             raise DataError(f"{path}: its column {name!r} does not hold token ids, but {row.dtype} like {row[:4]}.")
         rows.append(row.ravel())
-    ids = np.concatenate(rows) if rows else np.empty(0, np.uint32)
-    return ids, np.array([len(row) for row in rows], np.int64)
+    return np.concatenate(rows), np.array([len(row) for row in rows], np.int64)
 
 
 def _only_tokens(path: str, columns: dict[str, str]) -> str:
@@ -290,48 +292,90 @@ def _only_tokens(path: str, columns: dict[str, str]) -> str:
     return named[0]
 
 
-def _by_sample(piece: Piece, source: Source) -> Iterator[tuple[NDArray[Any], int]]:
-    ids, lengths = _rows(piece.path, source)
-    for at, row in enumerate(np.split(ids, np.cumsum(lengths)[:-1]), start=1):
+class _Collected:
+    """The ids of a document so far; of one that is too long only how many there are."""
+
+    def __init__(self, limit: int, at: int = 1) -> None:
+        self._limit = limit
+        self._parts: list[NDArray[Any]] = []
+        self.size, self.at = 0, at
+
+    def add(self, ids: NDArray[Any]) -> None:
+        self.size += len(ids)
+        if self.size > self._limit:
+            self._parts = []
+        elif len(ids):
+            self._parts.append(ids.copy())  # not the whole group with it
+
+    def ids(self) -> NDArray[Any] | None:
+        """Return the ids, None if there are too many."""
+        if self.size > self._limit:
+            return None
+        return np.concatenate(self._parts) if self._parts else np.empty(0, np.uint16)
+
+
+def _by_sample(piece: Piece, source: Source) -> Iterator[tuple[NDArray[Any] | None, int]]:
+    groups = _groups(piece.path, source, piece.max_record_bytes)
+    rows = (row for ids, lengths in groups for row in np.split(ids, np.cumsum(lengths)[:-1]))
+    for at, row in enumerate(rows, start=1):
         for document in np.split(row, np.flatnonzero(row == source.tokenizer.eos_id) + 1):
-            yield document[document != source.tokenizer.eos_id], at
+            rest = document[document != source.tokenizer.eos_id]
+            yield (rest if len(rest) <= _most_tokens(piece) else None), at
 
 
-def _joined(piece: Piece, source: Source) -> Iterator[tuple[NDArray[Any], int]]:
+def _most_tokens(piece: Piece) -> int:
+    """Return how many tokens a text of ``max_record_bytes`` can have: one each, and a space put before it."""
+    return piece.max_record_bytes + 16
+
+
+def _joined(piece: Piece, source: Source) -> Iterator[tuple[NDArray[Any] | None, int]]:
     eos, (folder, name) = source.tokenizer.eos_id, _folder(piece)
     number = source.shards.index(name)
-    ids, lengths = _rows(piece.path, source)
-    ends = np.flatnonzero(ids == eos)
-    start = 0
-    if number and not _ends_with(f"{folder}/{source.shards[number - 1]}", source):
-        if not len(ends):
-            return  # all of it belongs to a document that began before
-        start, ends = int(ends[0]) + 1, ends[1:]
-    firsts = np.cumsum(lengths)
-    for end in ends.tolist():
-        yield ids[start:end], int(firsts.searchsorted(start, "right")) + 1
-        start = end + 1
-    if start < len(ids):
-        rest = _continued([ids[start:]], folder, source, number + 1)
-        yield rest, int(firsts.searchsorted(start, "right")) + 1
+    # What comes before the first end of text may belong to a document that began before.
+    is_ours = not number or _ends_with(f"{folder}/{source.shards[number - 1]}", source, piece.max_record_bytes)
+    document, before = _Collected(_most_tokens(piece)), 0
+    for ids, lengths in _groups(piece.path, source, piece.max_record_bytes):
+        firsts, start = np.cumsum(lengths), 0
+        for end in np.flatnonzero(ids == eos).tolist():
+            document.add(ids[start:end])
+            if is_ours:
+                yield document.ids(), document.at
+            start, is_ours = end + 1, True
+            document = _Collected(_most_tokens(piece), before + int(firsts.searchsorted(start, "right")) + 1)
+        if not document.size:
+            document.at = before + int(firsts.searchsorted(start, "right")) + 1
+        document.add(ids[start:])
+        before += len(lengths)
+    if is_ours and document.size:
+        _continue(document, folder, source, number + 1, piece.max_record_bytes)
+        yield document.ids(), document.at
 
 
-def _ends_with(path: str, source: Source) -> bool:
-    ids, _ = _rows(path, source)
-    return bool(len(ids) and ids[-1] == source.tokenizer.eos_id)
+def _ends_with(path: str, source: Source, limit: int) -> bool:
+    """Return whether a shard ends with an end of text; it is read if it was not just before."""
+    known = _last_id(path, _version(path))
+    if not known:
+        for _ in _groups(path, source, limit):
+            pass
+    return known[-1] == source.tokenizer.eos_id
 
 
-def _continued(parts: list[NDArray[Any]], folder: str, source: Source, number: int) -> NDArray[Any]:
-    """Return a document whose first ids are given and whose others lie in the shards from ``number`` on."""
+@functools.lru_cache(maxsize=8)
+def _last_id(path: str, version: str) -> list[int | None]:
+    """Return a list that holds the last id of a shard once that is known."""
+    return []
+
+
+def _continue(document: _Collected, folder: str, source: Source, number: int, limit: int) -> None:
+    """Add to a document those of its ids that lie in the shards from ``number`` on."""
     for name in source.shards[number:]:
-        if sum(map(len, parts)) > MAX_DOCUMENT_TOKENS:
+        if document.size > MAX_DOCUMENT_TOKENS:
             raise DataError(
                 f"{folder}: no end of text (id {source.tokenizer.eos_id}) in {MAX_DOCUMENT_TOKENS:,} tokens before"
                 f" {name}. Was it another tokenizer that made the ids (--tokens-from, --eos)?"
             )
-        ids, _ = _rows(f"{folder}/{name}", source)
-        ends = np.flatnonzero(ids == source.tokenizer.eos_id)
-        parts.append(ids[: ends[0]] if len(ends) else ids)
-        if len(ends):
-            break
-    return np.concatenate(parts)
+        for ids, _ in _groups(f"{folder}/{name}", source, limit):
+            ends = np.flatnonzero(ids == source.tokenizer.eos_id)
+            document.add(ids[: ends[0]] if len(ends) else ids)
+            if len(ends):
+                return

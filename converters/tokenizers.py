@@ -31,7 +31,17 @@ from numpy.typing import NDArray
 from mixer.errors import InputError
 from mixer.manifest import TokenizerInfo
 
-__all__ = ["BACKENDS", "KINDS", "SPECIAL_TOKENS", "Encoder", "describe", "forget_encoders", "id_dtype", "load_encoder"]
+__all__ = [
+    "BACKENDS",
+    "KINDS",
+    "SPECIAL_TOKENS",
+    "Encoder",
+    "decode_long",
+    "describe",
+    "forget_encoders",
+    "id_dtype",
+    "load_encoder",
+]
 
 LONG_TEXT = 1 << 18  # characters
 SPECIAL_TOKENS = ("text", "parse")
@@ -68,6 +78,30 @@ def id_dtype(vocab_size: int) -> np.dtype[Any]:
 
 def _split(ids: NDArray[Any], lengths: NDArray[np.int64]) -> list[NDArray[Any]]:
     return np.split(ids, np.cumsum(lengths)[:-1])
+
+
+def decode_long(encoder: Encoder, ids: NDArray[Any], size: int = 1 << 16) -> str:
+    """Return the text of many ids, decoded in pieces: as Python numbers, all at once would take forty times the memory.
+
+    A piece is what the ids add to the text of a few before them, so that decoders may look at their neighbours; it ends
+    where that is known, which is not inside a character.
+    """
+    pieces, start = [], 0
+    while start < len(ids):
+        before = max(start - _DECODED_BEFORE, 0)
+        known = encoder.decode(ids[before:start].tolist()) if start else ""
+        for stop in range(min(start + size, len(ids)), min(start + size + _DECODED_BEFORE, len(ids)) + 1):
+            text = encoder.decode(ids[before:stop].tolist())
+            if not text.endswith("\ufffd"):
+                break
+        if not text.startswith(known):
+            return encoder.decode(ids.tolist())
+        pieces.append(text[len(known) :])
+        start = stop
+    return "".join(pieces)
+
+
+_DECODED_BEFORE = 16
 
 
 class _PieceWise:

@@ -142,7 +142,7 @@ def test_damaged_or_wrong_shards_are_named(tmp_path, corpus):
     convert([corpus], tmp_path / "short", seq_len=100, compression=None, shard_size=8000, **ALL)
     path = tmp_path / "short" / "web" / "train" / "shard.00001.mds"
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(DataError, match=r"shard.00001.mds: its sample offsets"):
+    with pytest.raises(DataError, match=r"shard.00001.mds is truncated or damaged"):
         convert([tmp_path / "short"], tmp_path / "again", seq_len=64, **ALL)
     path.unlink()
     with pytest.raises(DataError, match=r"shard.00001.mds"):
@@ -186,3 +186,26 @@ def test_damaged_bytes_give_documents_or_one_named_error(tmp_path, seed):
         assert "shard.00000.mds" in str(error)
     else:
         assert all(isinstance(row, Document | Bad) for row in found)
+
+
+def test_document_beyond_the_limit_is_oversized_and_those_around_it_are_kept(tmp_path):
+    texts = ["first", "x" * 3000, "last", "y" * 900]
+    foreign(tmp_path / "mds", texts, "ndarray:int32:64")
+    write_jsonl(tmp_path / "corpus" / "web" / "a.jsonl", ["first", "last", "y" * 900])
+    given: dict = {**ALL, "seq_len": 100}
+    options = {"max_record": 1000, "on_bad_record": "skip", "max_bad": 1, "tokens_from": "bytes"}
+    manifest = convert([f"web={tmp_path / 'mds'}"], tmp_path / "out", **given, **options)
+    assert manifest.converter["skipped"] == {"oversized": 1}
+    convert([tmp_path / "corpus"], tmp_path / "direct", **given)
+    assert same_shards(tmp_path / "out", tmp_path / "direct")
+
+
+def test_shard_with_a_large_table_of_samples_is_read_as_any_other(tmp_path, monkeypatch):
+    texts = documents("web", 120)
+    foreign(tmp_path / "mds", texts, "ndarray:int32")
+    given: dict = {**ALL, "seq_len": 100, "tokens_from": "bytes"}
+    convert([f"web={tmp_path / 'mds'}"], tmp_path / "one", **given)
+    monkeypatch.setattr("converters.mds_files._TABLE_BYTES", 12)
+    monkeypatch.setattr("converters.token_shards._GROUP_BYTES", 100)
+    convert([f"web={tmp_path / 'mds'}"], tmp_path / "two", **given)
+    assert same_shards(tmp_path / "one", tmp_path / "two")

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from converters import convert, decoded_samples
 from converters.tokenizers import (
     HuggingFaceEncoder,
     cut_between_words,
+    decode_long,
     describe,
     load_encoder,
     splits_between_words,
@@ -260,3 +263,13 @@ def test_tokenizer_that_prefixes_texts_is_given_them_whole():
 def test_unknown_tiktoken_name_is_refused():
     with pytest.raises(InputError, match="no tokenizer 'tiktoken:gpt-9'"):
         describe("tiktoken:gpt-9")
+
+
+@pytest.mark.parametrize("kind", ["hf", "bytes", "sentencepiece"])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.sampled_from("a b漢\ufffd😀\n"), max_size=60), cut=st.integers(0, 9), size=st.integers(1, 9))
+def test_many_ids_are_decoded_in_pieces_as_they_are_as_a_whole(tokenizer_json, request, kind, text, cut, size):
+    file = str(request.getfixturevalue("sentencepiece_model") if kind == "sentencepiece" else tokenizer_json)
+    encoder = load_encoder(kind, file)
+    ids = encoder.encode([text])[0][cut:]  # from the middle of a character, too
+    assert decode_long(encoder, ids, size) == encoder.decode(ids.tolist())

@@ -13,6 +13,8 @@ reference train only a proxy, in one round.
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +35,7 @@ from algorithms.rules import UPDATE_RULES
 from algorithms.rules.base import Domains, UpdateRule, as_domains
 from algorithms.rules.bounds import bounded
 from algorithms.rules.diagnostics import hindsight
+from algorithms.rules.fixed import given
 from algorithms.rules.stopping import RoundVerdict, extrapolate, round_verdict, standard_error
 from algorithms.runs import begin_run, finish_run
 from algorithms.training import TrainSettings, without_defaults
@@ -94,6 +97,10 @@ class SearchSettings:
     prior: str = "uniform"
     min_tokens: int = 0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.tolerance < math.inf:
+            raise InputError(f"tolerance must be a finite number >= 0; got {self.tolerance}.")
+
     def to_dict(self) -> dict[str, Any]:
         """Return all settings; later ones only where they are in use, so that searches from before them go on."""
         settings = without_defaults(asdict(self), {"prior": "uniform", "min_tokens": 0})
@@ -107,15 +114,30 @@ def make_rule(settings: SearchSettings) -> UpdateRule:
     """
     if settings.method not in UPDATE_RULES:
         raise InputError(f"no method {settings.method!r}; there are {', '.join(sorted(UPDATE_RULES))}.")
-    try:
-        rule = UPDATE_RULES[settings.method](**settings.rule)
-    except TypeError as error:
-        raise InputError(f"method {settings.method!r} cannot be made with {dict(settings.rule)}: {error}.") from error
+    _check_names(settings.method, settings.rule)
+    rule = UPDATE_RULES[settings.method](**settings.rule)
     if settings.rounds > 1 and ("reference" not in rule.needs or settings.reference not in ("train", "cached")):
         raise InputError(
             f"{settings.rounds} rounds of {settings.method!r} with reference {settings.reference!r} would all be the "
             "same: a round differs from the last by the reference it trains. Use one round, or a method that has one."
         )
+    return _within_bounds(rule, settings)
+
+
+def _check_names(method: str, settings: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(UPDATE_RULES[method]).parameters
+    unknown = sorted(set(settings) - set(parameters))
+    missing = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    if unknown:
+        raise InputError(
+            f"the method {method!r} has no setting {unknown[0]!r}; it has {', '.join(parameters) or 'none'}."
+        )
+    for name in missing:
+        if name not in settings:
+            raise InputError(f"the method {method!r} needs --set {name}=...; `mixer methods {method}` says what it is.")
+
+
+def _within_bounds(rule: UpdateRule, settings: SearchSettings) -> UpdateRule:
     if settings.floor == 0.0 and settings.max_epochs is None:
         return rule
     caps = {"max_epochs": settings.max_epochs, "budget": settings.budget_tokens, "apply": settings.apply}
@@ -206,13 +228,40 @@ class _Search:
         if settings.floor * len(self.names) > 1:
             raise InputError(f"a floor of {settings.floor} for {len(self.names)} domains is more than 1 in all.")
         self.rule.weights(self.rule.init(self.domains))
-        if "reference" in self.rule.needs and settings.reference == "none":
+        self._check_reference()
+        if settings.extrapolate_to is not None:
+            self._check_extrapolation(settings.extrapolate_to)
+
+    def _check_reference(self) -> None:
+        needs, reference, method = self.rule.needs, self.settings.reference, self.settings.method
+        if "reference" in needs and reference == "none":
             raise InputError(
-                f"the method {settings.method!r} compares with a reference: --reference none leaves it nothing. Take "
+                f"the method {method!r} compares with a reference: --reference none leaves it nothing. Take "
                 "train, cached, bigram or a path; or a method that needs none (`mixer methods`)."
             )
-        if self.rule.needs & {"reference", "heldout_reference"} and settings.reference not in _WORDS:
-            as_reference(settings.reference)
+        used = "reference" in needs or ("heldout_reference" in needs and reference not in _WORDS)
+        if not used and reference not in ("train", "none"):
+            raise InputError(
+                f"the method {method!r} compares with no such reference: --reference {reference} would be ignored."
+            )
+        if used and reference not in _WORDS:
+            as_reference(reference)
+        trains = "reference" in needs and reference in ("train", "cached")
+        if not trains and self.settings.reference_steps:
+            raise InputError(
+                f"no reference is trained for {method!r} with --reference {reference}: leave out --reference-steps."
+            )
+
+    def _check_extrapolation(self, total: int) -> None:
+        if not self.rule.averages:
+            raise InputError(
+                f"--extrapolate-to is for methods whose result is the average of their weights; that of "
+                f"{self.settings.method!r} is not."
+            )
+        if total < self.settings.proxy.steps:
+            raise InputError(
+                f"--extrapolate-to {total} is less than the {self.settings.proxy.steps} steps that the proxy trains."
+            )
 
     def round(self, weights: Mapping[str, float], folder: Path) -> tuple[Mixture, Any]:
         """Return the mixture of one round whose reference trains on ``weights``, and its standard errors (D,)."""
@@ -288,7 +337,9 @@ class _Search:
         settings, values = self.settings, dict(found.weights)
         if settings.extrapolate_to is not None:
             total = len(history) * settings.extrapolate_to / settings.proxy.steps
-            values = dict(zip(self.names, extrapolate(history, total).tolist()))
+            # What was in force may exceed the caps of the result.
+            rule = _within_bounds(given(dict(zip(self.names, extrapolate(history, total).tolist()))), settings)
+            values = dict(zip(self.names, rule.result(rule.init(self.domains)).tolist()))
         facts = {
             **found.provenance,
             "proxy": settings.proxy.to_dict(),

@@ -7,6 +7,7 @@ continues from the newest one. Model, optimiser, schedule, loader, update rule a
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import sys
 import threading
@@ -68,8 +69,10 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be positive; got {getattr(self, name)}.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be positive and finite; got {getattr(self, name)}.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"weight_decay must be a finite number >= 0; got {self.weight_decay}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return all settings; later ones only where they are in use, so that runs from before them go on."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,17 +80,27 @@ def train_on(
     model = build_model(
         settings.model, vocab_size=manifest.tokenizer.vocab_size, seq_len=manifest.seq_len, seed=settings.seed
     )
-    train(
-        model,
-        loader,
-        settings,
-        folder,
-        algorithms=[algorithm],
-        callbacks=stopping,
-        label=label,
-        save_every=save_every,
-        console=console,
-    )
+    watched: dict[str, Any] = {"label": label, "console": console}
+    train(model, loader, settings, folder, algorithms=[algorithm], callbacks=stopping, save_every=save_every, **watched)
+    ended = _end(model, loader, settings, stopping, **watched)
+    _keep(folder, model, algorithm, manifest, Path(shards))
+    heldout = heldout_losses(model, shards, max_samples=heldout_samples)
+    chosen = {"best_step": stopping[0].best_step, "best": stopping[0].best} if stopping else {}
+    outcome = _outcome(loader, heldout, mixture, model, ended)
+    result = finish_run(folder, outcome | _objective(settings, heldout) | chosen)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return result
+
+
+def _end(
+    model: PreTrainedModel,
+    loader: MixtureLoader,
+    settings: TrainSettings,
+    stopping: Sequence[WorstDomainEarlyStopping],
+    label: str,
+    console: Console,
+) -> str:
+    """Put the best model back where one is kept; say, and return, why the run ended early, "" where it did not."""
     for callback in stopping:
         callback.restore(model)  # fit() does so at its end, which a loader that ends first does not reach
     ended = loader.ended or "".join(callback.reason for callback in stopping)
@@ -97,18 +108,16 @@ def train_on(
         console.print(f"{label}: ended after {loader.step} of {settings.steps} steps: {ended}", markup=False)
     for callback in stopping:
         console.print(f"{label}: kept the model of step {callback.best_step} ({callback.best:.3f})", markup=False)
+    return ended
+
+
+def _keep(folder: Path, model: PreTrainedModel, algorithm: DomainReweighting, manifest: Manifest, shards: Path) -> None:
+    """Write the history, the mixture found, and the model with its tokenizer into ``folder``."""
     algorithm.save_trajectory(folder / "trajectory.npz")
     if algorithm.rule is not None:
         algorithm.mixture().save(folder / "mixture.json")
     model.save_pretrained(folder / "model")
-    _save_tokenizer(Path(shards), manifest, folder / "model")
-    heldout = heldout_losses(model, shards, max_samples=heldout_samples)
-    chosen = {"best_step": stopping[0].best_step, "best": stopping[0].best} if stopping else {}
-    result = finish_run(
-        folder, _outcome(loader, heldout, mixture, model, ended) | _objective(settings, heldout) | chosen
-    )
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return result
+    _save_tokenizer(shards, manifest, folder / "model")
 
 
 def _early_stopping(shards: str | os.PathLike[str], settings: TrainSettings) -> list[WorstDomainEarlyStopping]:

@@ -50,6 +50,7 @@ def score(
     if (model is None) != bigram:
         raise InputError("give either --model PATH or --bigram.")
     manifest = load_manifest(shards)
+    reference = None if model is None else FrozenModel(model, dtype=torch.bfloat16 if half else None)
     total = sum(manifest.split(name, split).num_samples for name in manifest.names)
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("counting" if bigram else "scoring", total=total)
@@ -57,10 +58,9 @@ def score(
         def advance(domain: str, num_samples: int) -> None:
             progress.update(task, advance=num_samples)
 
-        if model is None:
+        if reference is None:
             count_bigrams(shards, out, split=split, on_domain=advance)
         else:
-            reference = FrozenModel(model, dtype=torch.bfloat16 if half else None)
             reference.to("cuda" if torch.cuda.is_available() else "cpu")
             score_shards(
                 shards,

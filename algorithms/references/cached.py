@@ -27,7 +27,7 @@ from torch import Tensor
 from algorithms.losses import labels_of, loss_mask
 from algorithms.references.base import Reference
 from algorithms.references.frozen import FrozenModel
-from algorithms.runs import begin_run, finish_run, read_result
+from algorithms.runs import begin_run, finish_run, read_result, read_settings
 from algorithms.samples import read_batch
 from mixer.errors import DataError, InputError
 from mixer.folders import load_manifest
@@ -118,6 +118,8 @@ class CachedLosses(Reference):
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         read_result(self.folder)
+        if read_settings(self.folder).get("kind") not in ("token", "sample"):
+            raise InputError(f"{self.folder} holds no losses of a reference. Give what `mixer score` wrote.")
         self._column = SideColumn(self.folder)
         self.settings = self._column.settings
         self.per_token = self.settings["kind"] == "token"

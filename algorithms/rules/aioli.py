@@ -104,6 +104,7 @@ def aioli(
         result=lambda state: weights_of(state.log_weights),
         needs=frozenset({"heldout"}),
         applies="sampling",
+        averages=False,
     )
 
 

@@ -68,6 +68,7 @@ class UpdateRule(NamedTuple):
         needs: optional signals it reads: "reference", "heldout", "heldout_reference", "behaviour", "gradients",
             "gradient_variance", "histogram" (see ``Signals``).
         applies: what its weights act on by default: the per-domain "loss" or the "sampling".
+        averages: whether ``result`` is the mean of the weights in force, so that more steps can be extrapolated.
         normalization: how loss weights meet token counts: "domain" is Σ_d w_d · mean loss of d (paper form);
             "tokens" is Σ w_d ℓ / Σ w_d over all tokens (official DoReMi code).
     """
@@ -81,6 +82,7 @@ class UpdateRule(NamedTuple):
     needs: frozenset[str] = frozenset()
     applies: Literal["loss", "sampling"] = "loss"
     normalization: Literal["domain", "tokens"] = "domain"
+    averages: bool = True
 
 
 def state_to_dict(state: Any) -> dict[str, Any]:

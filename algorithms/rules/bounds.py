@@ -62,10 +62,12 @@ def bounded(
     tokens = np.inf if budget is None else number(budget, "budget", low=1e-9)
     applies = rule.applies if apply is None else choice(apply, "apply", ("loss", "sampling"))
 
-    def capped(state: BoundedState, weights: Vector, left: Vector, of: float) -> Vector:
+    def capped(
+        state: BoundedState, weights: Vector, left: Vector, of: float, names: Sequence[str] | None = None
+    ) -> Vector:
         caps = state.ceiling if max_epochs is None else np.minimum(state.ceiling, np.maximum(left, 0.0) / of)
         # A weight of exactly 0 could not take up what capped domains leave.
-        return project(np.maximum(weights, 1e-300), np.minimum(state.floor, caps), caps)
+        return project(np.maximum(weights, 1e-300), np.minimum(state.floor, caps), caps, names=names)
 
     def in_force(state: BoundedState) -> Vector:
         left, of = state.allowance, tokens
@@ -80,7 +82,7 @@ def bounded(
         low, high = by_name(floor, known, "floor", default=0.0), by_name(ceiling, known, "ceiling", default=1.0)
         allowance = np.full(low.size, np.inf) if max_epochs is None else epochs * known.num_tokens
         state = BoundedState(rule.init(known), low, high, allowance, np.zeros(low.size))
-        capped(state, known.prior, state.allowance, tokens)
+        capped(state, known.prior, state.allowance, tokens, known.names)
         return state
 
     def update(state: BoundedState, signals: Signals) -> tuple[BoundedState, Vector]:

@@ -190,6 +190,7 @@ def _rule(
         result=frozen,
         needs=needs,
         applies="sampling",
+        averages=result == "average",
     )
 
 

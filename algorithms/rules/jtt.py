@@ -84,6 +84,7 @@ def jtt(upweight: float = 5.0, share: float = 0.2, baseline: str = "median") -> 
         result=result,
         needs=frozenset({"histogram"}),
         applies="sampling",
+        averages=False,
     )
 
 

@@ -103,10 +103,12 @@ def test_a_finished_search_is_not_done_twice(shards: Path, search: Path) -> None
         find_mixture(shards, SearchSettings(method="doremi", proxy=TINY, rounds=1), search, QUIET)
 
 
-def test_final_weights_keep_to_the_epoch_cap(shards: Path, tmp_path: Path) -> None:
-    settings = SearchSettings(method="group_dro", proxy=TINY, max_epochs=2, budget_tokens=40 * 16)
+@pytest.mark.parametrize("steps", [None, 12])
+def test_final_weights_keep_to_the_epoch_cap_also_extrapolated(steps: int | None, shards: Path, tmp_path: Path) -> None:
+    caps: dict[str, Any] = {"max_epochs": 1, "budget_tokens": 40 * 16, "floor": 0.01}
+    settings = SearchSettings(method="group_dro", proxy=TINY, extrapolate_to=steps, **caps)
     mixture = find_mixture(shards, settings, tmp_path / "run", QUIET)
-    assert mixture.weights["wiki"] <= 2 * 9 / 40 + 1e-12
+    assert mixture.weights["wiki"] == pytest.approx(9 / 40), "a third without the cap"
     assert not (tmp_path / "run" / "round-1" / "reference").exists()
 
 
@@ -286,6 +288,12 @@ def test_missing_validation_data_is_known_before_training(tmp_path: Path) -> Non
         ({"method": "on_demand"}, "no update would happen in 6 steps"),
         ({"floor": 0.5}, "a floor of 0.5 for 3 domains is more than 1"),
         ({"reference": "nowhere"}, "no reference model at nowhere"),
+        ({"method": "group_dro", "reference": "nowhere"}, "'group_dro' compares with no such reference"),
+        ({"method": "odm", "reference_steps": 5}, "no reference is trained for 'odm' with --reference train"),
+        ({"reference": "bigram", "reference_steps": 5}, "no reference is trained for 'doremi' with --reference bigram"),
+        ({"extrapolate_to": 5}, "--extrapolate-to 5 is less than the 6 steps"),
+        ({"method": "jtt", "extrapolate_to": 12}, "whose result is the average of their weights; that of 'jtt' is not"),
+        ({"max_epochs": 1, "budget_tokens": 10**9}, "the ceilings leave no mixture: .* less than 1 .*code "),
         ({"reference_mixture": "nowhere.json"}, "cannot read the mixture nowhere.json"),
     ],
 )
@@ -362,8 +370,15 @@ def test_the_report_shows_every_run(shards: Path, search: Path, tmp_path: Path) 
 def test_an_unknown_method_or_setting_is_refused_before_anything_is_written(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no method 'doreme'; there are .*doremi"):
         find_mixture(shards, SearchSettings(method="doreme"), tmp_path / "run", QUIET)
-    with pytest.raises(InputError, match=r"'group_dro' cannot be made with \{'etta': 1\}"):
+    with pytest.raises(InputError, match="'group_dro' has no setting 'etta'; it has eta, adj"):
         find_mixture(shards, SearchSettings(method="group_dro", rule={"etta": 1}), tmp_path / "run", QUIET)
+    with pytest.raises(InputError, match=r"'unimax' needs --set budget=\.\.\.; `mixer methods unimax` says"):
+        find_mixture(shards, SearchSettings(method="unimax"), tmp_path / "run", QUIET)
+    with pytest.raises(InputError, match="tolerance must be a finite number >= 0; got nan"):
+        SearchSettings(tolerance=float("nan"))
+    for wrong in ({"learning_rate": float("inf")}, {"weight_decay": float("nan")}, {"steps": 0}):
+        with pytest.raises(InputError, match=f"{next(iter(wrong))} must be"):
+            TrainSettings(**wrong)
     assert not (tmp_path / "run").exists()
 
 

@@ -103,7 +103,7 @@ def summary(measured: Mapping[str, Any]) -> str:
         better = row.against_uniform < 0
         parts["on every seed" if better.all() else "on some seeds" if better.any() else "on no seed"].append(row.name)
     return "\n".join(
-        f"- Lower average than uniform {when}: {', '.join(names) or 'none'}." for when, names in parts.items()
+        f"- Lower average than uniform {when}: {'; '.join(names) or 'none'}." for when, names in parts.items()
     )
 
 

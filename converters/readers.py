@@ -20,7 +20,8 @@ from typing import IO, Any, NamedTuple
 
 import orjson
 
-from converters.files import damaged, naming, open_bytes, open_raw, skip
+from converters.arrow_files import arrow_slices, count_arrow_batches, count_row_groups, parquet_slices
+from converters.files import damaged, naming, open_bytes, skip
 from converters.mds_files import ShardFile
 from converters.separated import records
 
@@ -260,91 +261,69 @@ def _arrow_errors(path: str) -> Iterator[None]:
     try:
         with naming(path):
             yield
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, ValueError) as error:
         raise damaged(path, error) from error
 
 
-def count_row_groups(path: str) -> int:
+def count_groups(path: str) -> int:
     """Return the row groups of a Parquet file."""
-    import pyarrow.parquet
-
-    with _arrow_errors(path), open_raw(path) as file:
-        return pyarrow.parquet.ParquetFile(file).num_row_groups
+    with _arrow_errors(path):
+        return count_row_groups(path)
 
 
 def read_parquet(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
     """Row groups ``start`` to ``stop``; only the columns that text and domain need are read."""
-    import pyarrow.parquet
-
-    with _arrow_errors(piece.path), open_raw(piece.path) as raw:
-        file = pyarrow.parquet.ParquetFile(raw, buffer_size=1 << 20)  # else a column of a row group is read at once
-        groups = range(piece.start, file.num_row_groups if piece.stop is None else piece.stop)
-        wanted = [name for name in file.schema_arrow.names if name in columns]
-        at = 1 + sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
-        for group in groups:
-            for batch in file.iter_batches(128, row_groups=[group], columns=wanted):
-                yield from _arrow_rows(batch, at)
-                at += batch.num_rows
-
-
-def _record_batches(file: Any) -> Iterator[Any]:
-    """Yield the batches of an Arrow IPC file or stream (Hugging Face datasets save streams)."""
-    import pyarrow
-
-    if file.read(6) == b"ARROW1":
-        reader = pyarrow.ipc.open_file(file)
-        yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
-    else:
-        file.seek(0)
-        yield from pyarrow.ipc.open_stream(file)
+    return _arrow_rows(piece, parquet_slices(piece.path, piece.start, piece.stop, columns, piece.max_record_bytes))
 
 
 def count_batches(path: str) -> int:
     """Return the record batches of an Arrow file."""
-    with _arrow_errors(path), open_bytes(path) as file:
-        return sum(1 for _ in _record_batches(file))
+    with _arrow_errors(path):
+        return count_arrow_batches(path)
 
 
 def read_arrow(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
     """Record batches ``start`` to ``stop`` of Arrow IPC, file or stream; what ``Dataset.save_to_disk`` writes."""
-    at = 1
-    with _arrow_errors(piece.path), open_bytes(piece.path) as file:
-        for number, batch in enumerate(_record_batches(file)):
-            if piece.stop is not None and number >= piece.stop:
-                return
-            if number >= piece.start:
-                yield from _arrow_rows(batch.select([name for name in batch.schema.names if name in columns]), at)
-            at += batch.num_rows
+    return _arrow_rows(piece, arrow_slices(piece.path, piece.start, piece.stop, columns, piece.max_record_bytes))
 
 
-def _arrow_rows(batch: Any, at: int) -> Iterator[Row | Bad]:
-    import pyarrow
-
-    # Damaged offsets would make Arrow read outside its memory, so nothing is touched before they are checked.
-    try:
-        batch.validate(full=True)
-    except pyarrow.ArrowInvalid as error:
-        if "UTF8" not in str(error):
-            raise
-        for number in range(batch.num_rows):  # a text in the batch is not valid: find it row by row
-            yield _arrow_row(batch.slice(number, 1), at + number)
-        return
-    for number, row in enumerate(batch.to_pylist()):
-        yield Row(row, at + number)
+def _arrow_rows(piece: Piece, slices: Iterator[tuple[int, Any]]) -> Iterator[Row | Bad]:
+    with _arrow_errors(piece.path):
+        for at, rows in slices:
+            if rows.num_rows == 1 and rows.nbytes > piece.max_record_bytes:
+                yield oversized(piece.max_record_bytes, at, 0, b"")
+            elif rows.nbytes <= _ARROW_BYTES and _is_valid(rows):
+                for number, fields in enumerate(rows.to_pylist()):
+                    yield Row(fields, at + number)
+            else:  # few at a time, or a text among them is not valid: row by row
+                for number in range(rows.num_rows):
+                    yield _arrow_row(rows.slice(number, 1), at + number)
 
 
-def _arrow_row(batch: Any, at: int) -> Row | Bad:
+_ARROW_BYTES = 1 << 20  # that become Python texts at once, which may take four times as much
+
+
+def _is_valid(rows: Any) -> bool:
+    """Return whether all texts are UTF-8; what else is wrong is an error."""
     import pyarrow
 
     try:
-        batch.validate(full=True)
+        rows.validate(full=True)
     except pyarrow.ArrowInvalid as error:
         if "UTF8" not in str(error):
             raise
-        texts = [(name, column) for name, column in zip(batch.schema.names, batch.columns) if _is_text(column.type)]
-        raw = {name: column.cast(pyarrow.large_binary()).to_pylist()[0] for name, column in texts}
-        return Bad("utf8", f"not valid UTF-8: {error}", at, 0, repr(raw).encode())
-    return Row(batch.to_pylist()[0], at)
+        return False
+    return True
+
+
+def _arrow_row(row: Any, at: int) -> Row | Bad:
+    import pyarrow
+
+    if _is_valid(row):
+        return Row(row.to_pylist()[0], at)
+    texts = [(name, column) for name, column in zip(row.schema.names, row.columns) if _is_text(column.type)]
+    raw = {name: column.cast(pyarrow.large_binary()).to_pylist()[0] for name, column in texts}
+    return Bad("utf8", "not valid UTF-8", at, 0, repr(raw).encode())
 
 
 def _is_text(kind: Any) -> bool:
@@ -457,7 +436,7 @@ def _mds_values(
 
 FORMATS: dict[str, Format] = {
     "jsonl": Format(read_jsonl, (".jsonl", ".ndjson"), unit="bytes"),
-    "parquet": Format(read_parquet, (".parquet",), unit="groups", place="row", count_groups=count_row_groups),
+    "parquet": Format(read_parquet, (".parquet",), unit="groups", place="row", count_groups=count_groups),
     "arrow": Format(read_arrow, (".arrow", ".feather"), unit="groups", place="row", count_groups=count_batches),
     "csv": Format(read_csv, (".csv",)),
     "tsv": Format(read_tsv, (".tsv",)),

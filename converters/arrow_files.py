@@ -1,0 +1,392 @@
+"""Rows of Arrow and Parquet files in bounded memory, whatever the size of their batches, row groups and pages.
+
+Arrow IPC is memory-mapped, from a temporary file if it is compressed or behind a URL, and taken a few rows at a time.
+What it or Parquet can only unpack whole, a compressed batch or a page, is looked at first, and refused where it is too
+large: no reader could stay within bounds there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import mmap
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any, NamedTuple
+
+from converters.files import compression_suffix, open_bytes, open_raw, status
+from converters.urls import is_url
+from mixer.errors import DataError
+
+__all__ = ["arrow_slices", "count_arrow_batches", "count_row_groups", "parquet_slices"]
+
+_ROWS, _SLICE_BYTES = 128, 4 << 20  # of a batch at a time
+_PARQUET_ROWS = 16  # decoded at a time; fewer where they are large
+
+
+def most_unpacked(max_record_bytes: int) -> int:
+    """Return how many bytes may be unpacked at once."""
+    return 4 * max_record_bytes
+
+
+def _slices(batch: Any) -> Iterator[tuple[int, Any]]:
+    """Yield (first row, slice) of a batch: of a few rows and few bytes, and one row that is larger.
+
+    Nothing is touched that was not checked: damaged offsets would make Arrow read outside its memory.
+    """
+    import pyarrow
+
+    batch.validate()
+    nested = [n for n, column in enumerate(batch.columns) if not _is_flat(pyarrow, column.type)]
+    batch.select(nested).validate(full=True)
+    at = 0
+    while at < batch.num_rows:
+        count = min(_ROWS, batch.num_rows - at)
+        while count > 1 and batch.slice(at, count).nbytes > _SLICE_BYTES:
+            count //= 2
+        yield at, batch.slice(at, count)
+        at += count
+
+
+def _is_flat(pyarrow: Any, kind: Any) -> bool:
+    if pyarrow.types.is_struct(kind):
+        return all(_is_flat(pyarrow, field.type) for field in kind)
+    return not (pyarrow.types.is_nested(kind) or pyarrow.types.is_dictionary(kind))
+
+
+# --- Arrow IPC -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _mapped(path: str) -> Iterator[mmap.mmap]:
+    plain = not is_url(path) and not compression_suffix(path)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(path, "rb")) if plain else _copied(path, status(path).version)
+        yield mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped when no batch needs it any more
+
+
+@functools.lru_cache(maxsize=1)  # for the next unit of the same file
+def _copied(path: str, version: str) -> IO[bytes]:
+    """Return an unpacked copy of a file, which the system removes when it is not used any more."""
+    copy = tempfile.TemporaryFile()  # noqa: SIM115
+    with open_bytes(path) as file:
+        shutil.copyfileobj(file, copy, 1 << 20)
+    copy.flush()
+    return copy
+
+
+def _messages(pyarrow: Any, data: Any, is_file: bool) -> Iterator[Any]:
+    """Yield the messages that hold batches, in order; their contents stay where they are."""
+    reader = pyarrow.ipc.MessageReader.open_stream(pyarrow.BufferReader(data.slice(8) if is_file else data))
+    return (message for message in reader if message.type == "record batch")
+
+
+def _opened(path: str, mapped: mmap.mmap) -> tuple[Any, Any, bool]:
+    """Return pyarrow, the bytes and whether it is the file format, and not that of streams (as datasets are saved)."""
+    import pyarrow
+
+    return pyarrow, pyarrow.py_buffer(mapped), mapped[:6] == b"ARROW1"
+
+
+def count_arrow_batches(path: str) -> int:
+    """Return the record batches of an Arrow file or stream."""
+    with _mapped(path) as mapped:
+        pyarrow, data, is_file = _opened(path, mapped)
+        if is_file:
+            return pyarrow.ipc.open_file(pyarrow.BufferReader(data)).num_record_batches
+        return sum(1 for _ in _messages(pyarrow, data, is_file))
+
+
+def arrow_slices(
+    path: str, start: int, stop: int | None, columns: frozenset[str], limit: int
+) -> Iterator[tuple[int, Any]]:
+    """Yield (number of the first row, a few rows) of the record batches ``start`` to ``stop``.
+
+    Raises: DataError: if a batch is compressed and takes more than ``most_unpacked``.
+    """
+    with _mapped(path) as mapped:
+        pyarrow, data, is_file = _opened(path, mapped)
+        opened = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
+        schema = opened(pyarrow.BufferReader(data)).schema
+        names = [name for name in schema.names if name in columns]
+        wanted = [n for n, name in enumerate(schema.names) if name in columns]
+        options = pyarrow.ipc.IpcReadOptions(included_fields=wanted, use_threads=False)
+        whole, chosen = opened(pyarrow.BufferReader(data)), opened(pyarrow.BufferReader(data), options=options)
+        at, consumed = 1, 0
+        for number, message in enumerate(_messages(pyarrow, data, is_file)):
+            if stop is not None and number >= stop:
+                return
+            facts = _Batch(message)
+            if is_file and number < start:
+                at += facts.num_rows
+                continue
+            size = facts.unpacked_bytes(pyarrow, schema, wanted)
+            if size > most_unpacked(limit):
+                how = "buffers that are not compressed (compression=None), or in shorter batches"
+                raise _too_large(path, f"record batch {number}", size, limit, how)
+            # The file format copies what it chooses from; that is no use but where it unpacks.
+            batch = (chosen if size else whole).get_batch(number).select(names) if is_file else chosen.read_next_batch()
+            for first, part in _slices(batch) if number >= start else ():
+                yield at + first, part
+                consumed += part.nbytes
+                if consumed > 2 * _SLICE_BYTES:
+                    mapped.madvise(mmap.MADV_DONTNEED)  # else what was read stays with this process
+                    consumed = 0
+            at += batch.num_rows
+
+
+class _Batch:
+    """What the message of a record batch says of it: a FlatBuffer, see ``Message.fbs`` of Arrow's format."""
+
+    def __init__(self, message: Any) -> None:
+        self._data, self._body = memoryview(message.metadata), message.body
+        self._table = self._follow(self._field(self._int("<I", 0), 2))
+        self.num_rows = self._int("<q", self._field(self._table, 0))
+
+    def unpacked_bytes(self, pyarrow: Any, schema: Any, wanted: Sequence[int]) -> int:
+        """Return the bytes that the wanted columns take once they are decompressed; 0 if they are not compressed."""
+        if not self._field(self._table, 3):
+            return 0
+        first = self._follow(self._field(self._table, 2))
+        counts = [_num_buffers(pyarrow, kind) for kind in schema.types]
+        known = [count for count in counts if count is not None]
+        is_wanted = [n in wanted for n, count in enumerate(counts) for _ in range(count or 0)]
+        total = 0
+        for n in range(self._int("<I", first)):
+            offset, length = struct.unpack_from("<qq", self._data, first + 4 + 16 * n)
+            if length >= 8 and (len(known) < len(counts) or (n < len(is_wanted) and is_wanted[n])):
+                size = int.from_bytes(self._body.slice(offset, 8).to_pybytes(), "little", signed=True)
+                total += length if size < 0 else size
+        return total
+
+    def _int(self, form: str, at: int) -> int:
+        return struct.unpack_from(form, self._data, at)[0] if at else struct.unpack_from("<I", self._data)[0]
+
+    def _follow(self, at: int) -> int:
+        return at + self._int("<I", at)
+
+    def _field(self, table: int, number: int) -> int:
+        """Return where a table's field lies, 0 if it has none."""
+        fields = table - self._int("<i", table)
+        if 4 + 2 * number >= self._int("<H", fields):
+            return 0
+        offset = self._int("<H", fields + 4 + 2 * number)
+        return table + offset if offset else 0
+
+
+def _num_buffers(pyarrow: Any, kind: Any) -> int | None:
+    """Return how many buffers a column of this type has; None for types that are rare in texts."""
+    types = pyarrow.types
+    if types.is_struct(kind) or types.is_list(kind) or types.is_large_list(kind):
+        inner = [_num_buffers(pyarrow, field.type) for field in kind] if types.is_struct(kind) else []
+        inner += [] if types.is_struct(kind) else [_num_buffers(pyarrow, kind.value_type)]
+        own = 1 if types.is_struct(kind) else 2
+        return None if None in inner else own + sum(count for count in inner if count is not None)
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind) or types.is_large_binary(kind):
+        return 3
+    return 2 if types.is_primitive(kind) or types.is_fixed_size_binary(kind) or types.is_dictionary(kind) else None
+
+
+def _too_large(path: str, what: str, size: int, limit: int, how: str) -> DataError:
+    return DataError(
+        f"{path}: {what} takes {size:,} bytes, which are unpacked whole, and {most_unpacked(limit):,} are allowed: four"
+        f" times --max-record. Write the file again with {how}, or give --max-record {-(-size // (4 << 20))}MiB and"
+        f" some {(3 * size >> 20) + 100:,} MiB of memory per worker."
+    )
+
+
+# --- Parquet -------------------------------------------------------------------------------------------------------
+
+
+def count_row_groups(path: str) -> int:
+    """Return the row groups of a Parquet file."""
+    import pyarrow.parquet
+
+    with open_raw(path) as file:
+        return pyarrow.parquet.ParquetFile(file).num_row_groups
+
+
+def parquet_slices(
+    path: str, start: int, stop: int | None, columns: frozenset[str], limit: int
+) -> Iterator[tuple[int, Any]]:
+    """Yield (number of the first row, a few rows) of the row groups ``start`` to ``stop``.
+
+    Raises: DataError: if a page takes more than ``most_unpacked``.
+    """
+    import pyarrow.parquet
+
+    with open_raw(path) as raw:
+        pages = _WatchedPages(raw, path, limit)
+        file = pyarrow.parquet.ParquetFile(pages, buffer_size=1 << 20)  # else a column of a row group is read at once
+        wanted = [name for name in file.schema_arrow.names if name in columns]
+        at = 1 + sum(file.metadata.row_group(group).num_rows for group in range(start))
+        for group in range(start, file.num_row_groups if stop is None else stop):
+            for batch in _group_batches(file, pages, group, wanted):
+                for first, part in _slices(batch):
+                    yield at + first, part
+                at += batch.num_rows
+
+
+def _group_batches(file: Any, pages: _WatchedPages, group: int, wanted: list[str]) -> Iterator[Any]:
+    """Yield the rows of a row group, fewer at a time once its pages are found to hold large ones."""
+    facts = file.metadata.row_group(group)
+    columns = [facts.column(number) for number in range(facts.num_columns)]
+    watched = [column for column in columns if column.path_in_schema.partition(".")[0] in wanted]
+    rows, done = _PARQUET_ROWS, 0
+    while True:
+        pages.watch(group, watched, rows)
+        at = 0
+        try:
+            for batch in file.iter_batches(rows, row_groups=[group], columns=wanted, use_threads=False):
+                new = batch.slice(max(done - at, 0))
+                at += batch.num_rows
+                if new.num_rows:
+                    done = at
+                    yield new
+            return
+        except _LargeRows as found:
+            rows = found.rows
+
+
+class _LargeRows(Exception):
+    """So many rows are enough at a time."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(rows)
+        self.rows = rows
+
+
+class _Chunk:
+    """A column of a row group: where its next page begins, and where it ends."""
+
+    def __init__(self, facts: Any) -> None:
+        self.name = facts.path_in_schema
+        first = facts.dictionary_page_offset
+        self.next = first if first and first < facts.data_page_offset else facts.data_page_offset
+        self.end = self.next + facts.total_compressed_size
+
+
+class _WatchedPages:
+    """A file that looks at the headers of the pages that Parquet reads from it, before they are unpacked."""
+
+    def __init__(self, file: IO[bytes], path: str, limit: int) -> None:
+        self._file, self._path, self._limit = file, path, limit
+        self._chunks: list[_Chunk] = []
+        self.seek, self.tell, self.close = file.seek, file.tell, file.close
+        self.closed, self.mode = False, "rb"
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return False
+
+    def flush(self) -> None:
+        pass
+
+    def watch(self, group: int, columns: Sequence[Any], rows: int) -> None:
+        """Look at these columns of a row group, of which so many rows are read at a time."""
+        self._group, self._rows = group, rows
+        self._chunks = [_Chunk(facts) for facts in columns]
+
+    def read(self, size: int = -1) -> bytes:
+        start = self._file.tell()
+        data = self._file.read(size)
+        for chunk in self._chunks:
+            while start <= chunk.next < min(start + len(data), chunk.end):
+                self._look(chunk, data[chunk.next - start : chunk.next - start + (1 << 12)])
+        return data
+
+    def _look(self, chunk: _Chunk, data: bytes) -> None:
+        """Check the page that begins there, and go on to the next."""
+        after = self._file.tell()
+        try:
+            for size in (1 << 16, 1 << 20, 1 << 24):
+                with contextlib.suppress(IndexError):
+                    header, length = _thrift(data, 0)
+                    break
+                self._file.seek(chunk.next)  # it is longer than what was read of it
+                data = self._file.read(size)
+            else:
+                header, length = {}, chunk.end
+        except ValueError:
+            header, length = {}, chunk.end  # damaged, as Parquet will say
+        self._file.seek(after)
+        chunk.next += length + max(header.get(3, 0), 0)
+        self._check(chunk.name, header)
+
+    def _check(self, name: str, header: Mapping[int, Any]) -> None:
+        size, most = header.get(2, 0), most_unpacked(self._limit)
+        if size > most:
+            how = "smaller pages (in pyarrow, write_batch_size=16)"
+            raise _too_large(
+                self._path, f"a page of column {name!r} in row group {self._group}", size, self._limit, how
+            )
+        values = header.get(5) or header.get(8) or header.get(7) or {}
+        count = 1 if header.get(7) else max(values.get(1, 1), 1)  # any value may be as large as all of a dictionary
+        encoding = values.get(4 if header.get(8) else 2)
+        rows = 1 if encoding == _DELTA_BYTE_ARRAY and not header.get(7) else max(1, most * count // max(size, 1))
+        if rows < self._rows:
+            raise _LargeRows(rows)
+
+
+_DELTA_BYTE_ARRAY = 7  # values given by what differs from the one before may be longer than their page
+
+
+class _Read(NamedTuple):
+    value: Any
+    end: int
+
+
+def _thrift(data: bytes, at: int, depth: int = 0) -> _Read:
+    """Read a struct of Thrift's compact protocol: its integers and structs by number of the field.
+
+    Raises: IndexError: if it goes on behind the data; ValueError: if it is none.
+    """
+    if depth > 4:
+        raise ValueError("nested too deeply")
+    found: dict[int, Any] = {}
+    number = 0
+    while head := data[at]:
+        at += 1
+        if head >> 4:
+            number += head >> 4
+        else:
+            number, at = _zigzag(data, at)
+        kind = head & 15
+        if kind in (1, 2):  # true, false
+            found[number] = kind == 1
+        elif kind == 3:
+            at += 1
+        elif kind in (4, 5, 6):
+            found[number], at = _zigzag(data, at)
+        elif kind == 8:
+            length, at = _varint(data, at)
+            at += length
+        elif kind == 12:
+            found[number], at = _thrift(data, at, depth + 1)
+        else:
+            raise ValueError(f"no type of a page header: {kind}")
+    return _Read(found, at + 1)
+
+
+def _varint(data: bytes, at: int) -> _Read:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return _Read(value, at)
+        if shift > 63:
+            raise ValueError("no integer")
+
+
+def _zigzag(data: bytes, at: int) -> _Read:
+    value, at = _varint(data, at)
+    return _Read((value >> 1) ^ -(value & 1), at)

@@ -38,6 +38,7 @@ from algorithms.rules.diagnostics import hindsight
 from algorithms.rules.fixed import given
 from algorithms.rules.stopping import RoundVerdict, extrapolate, round_verdict, standard_error
 from algorithms.runs import begin_run, finish_run
+from algorithms.same_tokenizer import check_tokenizer
 from algorithms.training import TrainSettings, without_defaults
 from algorithms.training_run import fingerprints, train_on
 from mixer.errors import InputError
@@ -228,6 +229,7 @@ class _Search:
         if settings.floor * len(self.names) > 1:
             raise InputError(f"a floor of {settings.floor} for {len(self.names)} domains is more than 1 in all.")
         self.rule.weights(self.rule.init(self.domains))
+        check_tokenizer(settings.proxy.model, self.shards, self.manifest)
         self._check_reference()
         if settings.extrapolate_to is not None:
             self._check_extrapolation(settings.extrapolate_to)
@@ -246,6 +248,7 @@ class _Search:
             )
         if used and reference not in _WORDS:
             as_reference(reference)
+            check_tokenizer(reference, self.shards, self.manifest)
         trains = "reference" in needs and reference in ("train", "cached")
         if not trains and self.settings.reference_steps:
             raise InputError(

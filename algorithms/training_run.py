@@ -25,6 +25,7 @@ from algorithms.evaluation import heldout_samples as _heldout_samples
 from algorithms.models import build_model
 from algorithms.objective import weighted_average
 from algorithms.runs import begin_run, finish_run
+from algorithms.same_tokenizer import check_tokenizer
 from algorithms.training import TrainSettings, train
 from mixer.dataloader import MixtureLoader
 from mixer.manifest import Manifest
@@ -60,6 +61,7 @@ def train_on(
     for name in manifest.names:
         # Missing or damaged held-out samples should be known before hours of training, not after.
         _heldout_samples(shards, name, max_samples=heldout_samples)
+    check_tokenizer(settings.model, shards, manifest)
     algorithm = algorithm or DomainReweighting(on_nonfinite=settings.on_nonfinite)
     stopping = _early_stopping(shards, settings)
     asked = _asked(manifest, mixture, settings, algorithm, loader_options) | {"heldout_samples": heldout_samples}

@@ -16,6 +16,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -116,6 +117,7 @@ class MixtureLoader(DataLoader[Any]):
         read_ahead: int | None = None,
     ) -> None:
         cache = _cache(shards, remote, cache_limit, timeout=download_timeout, retries=download_retry)
+        self.folder = Path(shards)
         self.rank, self.world_size = _rank_and_world(rank, world_size)
         share = _share(global_batch_size, self.world_size)
         self.manifest: Manifest = load_manifest(shards, cache, split)

@@ -44,12 +44,15 @@ def score(
 
     from algorithms.references import FrozenModel, count_bigrams
     from algorithms.references import score as score_shards
+    from algorithms.same_tokenizer import check_tokenizer
     from mixer.errors import InputError
     from mixer.folders import load_manifest
 
     if (model is None) != bigram:
         raise InputError("give either --model PATH or --bigram.")
     manifest = load_manifest(shards)
+    if model is not None:
+        check_tokenizer(model, shards, manifest)
     reference = None if model is None else FrozenModel(model, dtype=torch.bfloat16 if half else None)
     total = sum(manifest.split(name, split).num_samples for name in manifest.names)
     with Progress(console=Console(stderr=True)) as progress:

@@ -93,7 +93,7 @@ class BigramLosses(Reference):
         return self._fingerprint
 
     def bind(self, domains: Sequence[str], loader: Any = None) -> None:
-        check_shards(self.folder, self.settings, domains, loader)
+        check_shards(self.folder, self.settings, domains, loader, self.shift)
 
     def to(self, device: torch.device | str) -> BigramLosses:
         self.tables = [BigramTable(*(values.to(device) for values in table)) for table in self.tables]

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from algorithms.losses import labels_of, loss_mask
 from algorithms.references.base import Reference
-from algorithms.references.frozen import FrozenModel
+from algorithms.references.frozen import FrozenModel, is_encoder_decoder
 from algorithms.runs import begin_run, finish_run, read_result, read_settings
+from algorithms.same_tokenizer import check_tokenizer
 from algorithms.samples import read_batch
 from mixer.errors import DataError, InputError
 from mixer.folders import load_manifest
@@ -65,9 +66,17 @@ def score(
     if per not in ("token", "sample"):
         raise InputError(f'losses are kept per "token" or per "sample"; got {per!r}.')
     manifest, folder = load_manifest(shards), Path(out)
+    if is_encoder_decoder(reference.model):
+        raise InputError(
+            "an encoder-decoder model predicts labels, and shards hold none to score. Run it online: reference=model."
+        )
+    if reference.folder is not None:
+        check_tokenizer(reference.folder, shards, manifest)
     model = {"reference": reference.fingerprint, "dtype": str(next(reference.model.parameters()).dtype)}
     settings = {"command": "score", "kind": per, **model, **shards_facts(manifest, split)}
-    if begin_run(folder, settings) is not None:
+    if _finished(folder, settings):
+        for name in manifest.names:
+            on_shard(name, manifest.split(name, split).num_samples)
         return folder
     files: dict[str, list[list[Any]]] = {}
     for name in manifest.names:
@@ -83,8 +92,34 @@ def score(
     return folder
 
 
-def check_shards(where: Path, settings: Mapping[str, Any], domains: Sequence[str], loader: Any) -> None:
-    """Raise InputError unless ``settings`` were written for the shards that ``loader`` reads, naming both sides."""
+def _finished(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Claim ``folder``; return whether all is there. Files that were lost since are computed again, like new ones."""
+    result = begin_run(folder, settings)
+    if result is None:
+        return False
+    if not _missing(folder, result["files"]):
+        return True
+    (folder / "result.json").unlink()
+    begin_run(folder, settings)
+    return False
+
+
+def _missing(folder: Path, files: Mapping[str, list[list[Any]]]) -> list[Path]:
+    paths = [folder / domain_folder(name) / str(row[0]) for name, rows in files.items() for row in rows]
+    return [path for path in paths if not path.is_file()]
+
+
+def check_shards(where: Path, settings: Mapping[str, Any], domains: Sequence[str], loader: Any, shift: bool) -> None:
+    """Raise InputError unless ``settings`` were written for the shards that ``loader`` reads, naming both sides.
+
+    Args:
+        shift: False where the model in training predicts labels, of which such losses know nothing.
+    """
+    if not shift:
+        raise InputError(
+            f"{where} holds losses of next tokens, and an encoder-decoder model predicts labels. Run a reference of "
+            "its kind online, or put its losses into the batch as 'reference_loss'."
+        )
     manifest = getattr(loader, "manifest", None)
     if manifest is None:
         raise InputError(
@@ -130,7 +165,13 @@ class CachedLosses(Reference):
         return self.settings["reference"]
 
     def bind(self, domains: Sequence[str], loader: Any = None) -> None:
-        check_shards(self.folder, self.settings, domains, loader)
+        check_shards(self.folder, self.settings, domains, loader, self.shift)
+        missing = _missing(self.folder, self._column.files)
+        if missing:  # what is damaged shows when it is read
+            raise DataError(
+                f"files of losses are missing, such as {missing[0]} ({len(missing)} in all). Run the same `mixer score` "
+                "again: it computes them anew."
+            )
 
     def columns(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         missing = [name for name in ("domain_ids", "sample_ids") if name not in batch]

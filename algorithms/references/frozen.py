@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from algorithms.losses import labels_of, token_losses
 from algorithms.references.base import Reference
+from algorithms.same_tokenizer import check_tokenizer
 from mixer.errors import InputError
 
 __all__ = ["FrozenModel", "fingerprint_of", "is_encoder_decoder", "language_model", "logits_of", "unwrapped"]
@@ -40,6 +41,7 @@ class FrozenModel(Reference):
     def __init__(
         self, model: nn.Module | str | Path, dtype: torch.dtype | None = None, *, sharded: bool = False
     ) -> None:
+        self.folder = Path(model) if isinstance(model, str | Path) else None
         source = load_model(model) if isinstance(model, str | Path) else copy.deepcopy(language_model(model))
         self._fingerprint = fingerprint_of(source)
         self.model = source.to(dtype=dtype).eval().requires_grad_(False)
@@ -92,6 +94,8 @@ class FrozenModel(Reference):
                 f"the reference has a vocabulary of {known} ids, the shards use {used}. Give a reference that was "
                 "trained with the tokenizer of these shards."
             )
+        if self.folder is not None and hasattr(loader, "folder"):
+            check_tokenizer(self.folder, loader.folder, loader.manifest)
 
     def to(self, device: torch.device | str) -> FrozenModel:
         self.model.to(device)

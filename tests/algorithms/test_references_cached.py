@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from composer.models import HuggingFaceModel
 
 from algorithms import DomainReweighting, doremi
-from algorithms.references import CachedLosses, FrozenModel, LossesInBatch, as_reference, score
+from algorithms.references import CachedLosses, FrozenModel, LossesInBatch, as_reference, count_bigrams, score
 from algorithms.rules import UPDATE_RULES
 from mixer.cli import main as cli
 from mixer.dataloader import MixtureLoader
 from mixer.errors import DataError, InputError
 from tests.algorithms.test_domain_reweighting_loader import row
-from tests.algorithms.tiny import VOCAB, batch, llama
+from tests.algorithms.tiny import VOCAB, batch, llama, t5
 from tests.algorithms.training_helpers import fit
 from tests.helpers import write_shards
 
@@ -138,6 +139,29 @@ def test_a_damaged_file_is_named(shards: Path, tmp_path: Path) -> None:
         CachedLosses(folder).token_losses(part)
     with pytest.raises(DataError, match="has 90 samples of 'web'; asked for number 90"):
         CachedLosses(folder).token_losses({**part, "sample_ids": torch.tensor([90])})
+
+
+def test_lost_files_are_named_before_training_and_scored_again(shards: Path, tmp_path: Path) -> None:
+    folder = score(shards, FrozenModel(llama(seed=1)), tmp_path)
+    lost = folder / "web" / "00000.npy"
+    before = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(
+        DataError, match=r"are missing, such as .*web/00000\.npy \(1 in all\)\. Run the same `mixer score` again"
+    ):
+        fit(DomainReweighting(doremi(), reference=folder), loader=make_loader(shards))
+    score(shards, FrozenModel(llama(seed=1)), tmp_path)
+    assert lost.read_bytes() == before
+    fit(DomainReweighting(doremi(), reference=folder), loader=make_loader(shards), steps=1)
+
+
+def test_losses_of_next_tokens_are_no_reference_for_labels(shards: Path, scores: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="an encoder-decoder model predicts labels, and shards hold none"):
+        score(shards, FrozenModel(t5()), tmp_path / "scores")
+    for reference in (scores, count_bigrams(shards, tmp_path / "bigrams")):
+        algorithm = DomainReweighting(UPDATE_RULES["dro_lm"](), reference=reference)
+        with pytest.raises(InputError, match="holds losses of next tokens, and an encoder-decoder model predicts"):
+            fit(algorithm, model=HuggingFaceModel(t5()), loader=make_loader(shards))
 
 
 def test_a_reference_that_fails_on_a_sample_is_an_error(shards: Path, tmp_path: Path) -> None:

@@ -169,8 +169,8 @@ class CachedLosses(Reference):
         missing = _missing(self.folder, self._column.files)
         if missing:  # what is damaged shows when it is read
             raise DataError(
-                f"files of losses are missing, such as {missing[0]} ({len(missing)} in all). Run the same `mixer score` "
-                "again: it computes them anew."
+                f"files of losses are missing, such as {missing[0]} ({len(missing)} in all). Run the same `mixer "
+                "score` again: it computes them anew."
             )
 
     def columns(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import orjson
 
-from converters.locations import Location, UrlPath
+from converters.locations import Location, UrlPath, put
 from converters.urls import file_system, persistently
 from mixer.errors import DataError, InputError
 
@@ -144,7 +144,7 @@ class _Lease:
         """Return seconds since the lock was renewed, by the server's clock."""
         probe = self._folder / f"now-{self._me['owner']}"
         name = file_system(probe.url)[1]
-        probe._ask("pipe_file", b"", what="write")
+        put(probe, b"")
         now = persistently("read", probe.url, lambda: self._system.modified(name))
         probe.unlink(missing_ok=True)
         try:
@@ -175,11 +175,11 @@ class _Lease:
         data = orjson.dumps(self._me)
         mode = {"mode": "create"} if only_if_absent else {}
         try:
-            self._file._ask("pipe_file", data, what="write", **mode)
+            put(self._file, data, **mode)
         except (TypeError, NotImplementedError):
             if not mode:
                 raise
-            self._file._ask("pipe_file", data, what="write")  # a server without conditional writes
+            put(self._file, data)  # a server without conditional writes
 
 
 def _this_process() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import random
 import tempfile
@@ -67,6 +68,8 @@ def file_system(url: str) -> tuple[Any, str]:
         raise InputError(f"{url} has no protocol that fsspec knows ({error}).") from error
     if protocol in ("s3", "s3a"):
         system.retries = 1  # else three layers multiply their attempts
+    elif protocol in ("gs", "gcs"):
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints a traceback of what is told in one line
     return system, name
 
 
@@ -76,7 +79,9 @@ def persistently(what: str, url: str, request: Callable[[], Result]) -> Result:
     Raises: DataError: saying what could not be done to the URL, and the last error; OSError at once where another try
         is no use: a file that is missing, or forbidden.
     """
-    for attempt in range(ATTEMPTS):
+    # gcsfs tries six times by itself, over half a minute.
+    attempts = min(ATTEMPTS, 2) if url.startswith(("gs://", "gcs://")) else ATTEMPTS
+    for attempt in range(attempts):
         try:
             return request()
         except _FINAL:
@@ -84,10 +89,10 @@ def persistently(what: str, url: str, request: Callable[[], Result]) -> Result:
         except Exception as error:
             if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
                 raise InputError(f"cannot {what} {url}: {error}. Give credentials in the environment.") from error
-            if attempt == ATTEMPTS - 1:
+            if attempt == attempts - 1:
                 detail = str(error) or type(error).__name__
                 raise DataError(
-                    f"cannot {what} {url} in {ATTEMPTS} attempts ({detail}). Finished work is kept: run the same"
+                    f"cannot {what} {url} in {attempts} attempts ({detail}). Finished work is kept: run the same"
                     " command again."
                 ) from error
         time.sleep(0.1 * 3**attempt * (0.5 + random.random()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import os
 import re
 import socket
 import threading
@@ -11,6 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import orjson
+
+from converters import locks
 
 
 def objects(client: Any, prefix: str, bucket: str = "corpus") -> dict[str, bytes]:
@@ -21,6 +26,21 @@ def objects(client: Any, prefix: str, bucket: str = "corpus") -> dict[str, bytes
             name = row["Key"].removeprefix(f"{prefix}/")
             found[name] = client.get_object(Bucket=bucket, Key=row["Key"])["Body"].read()
     return found
+
+
+def local_files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def assert_same_files(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
+    assert sorted(found) == sorted(expected)
+    assert [name for name in found if found[name] != expected[name]] == []
+
+
+def lock_of_another(**changes: object) -> bytes:
+    """Return the lock of another process."""
+    facts = {**locks._this_process(), "owner": "another", "pid": os.getppid(), "started": locks._started(os.getppid())}
+    return orjson.dumps({**facts, **changes})
 
 
 class Wire:

@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import orjson
 import pytest
 
 from converters import convert, decoded_samples, locks, urls
@@ -18,7 +17,7 @@ from converters.statistics import domain_statistics
 from converters.verifying import verify
 from mixer.errors import DataError, InputError
 from tests.converters.corpora import documents, write_corpus, write_jsonl
-from tests.converters.servers import objects
+from tests.converters.servers import assert_same_files, local_files, lock_of_another, objects
 
 OPTIONS: dict = {"tokenizer": "bytes", "seq_len": 64, "shard_size": 20_000, "unit_size": 20_000}
 
@@ -32,15 +31,6 @@ def corpus(tmp_path) -> Path:
 def out(request, s3) -> str:
     """Return the prefix of a folder of this test alone."""
     return f"{request.node.name.replace('[', '-').replace(']', '').replace(' ', '-')}/shards"
-
-
-def local_files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def assert_same_files(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
-    assert sorted(found) == sorted(expected)
-    assert [name for name in found if found[name] != expected[name]] == []
 
 
 @pytest.mark.parametrize(
@@ -181,12 +171,6 @@ def names(client, prefix: str) -> list[str]:
 # --- the lease -----------------------------------------------------------------------------------------------------
 
 
-def holder(**changes: object) -> bytes:
-    """Return the lock of another process."""
-    facts = {**locks._this_process(), "owner": "another", "pid": os.getppid(), "started": locks._started(os.getppid())}
-    return orjson.dumps({**facts, **changes})
-
-
 def test_second_writer_is_refused_and_told_who_works(corpus, wire, out):
     def second(event):
         convert([corpus], f"s3://corpus/{out}", **OPTIONS)
@@ -198,7 +182,7 @@ def test_second_writer_is_refused_and_told_who_works(corpus, wire, out):
 
 def test_lock_of_a_dead_process_of_this_machine_is_taken_over(wire, out):
     folder = location(f"s3://corpus/{out}")
-    write_whole(folder / "lock", holder(started="0"))
+    write_whole(folder / "lock", lock_of_another(started="0"))
     with locks.lock(folder) as lock:
         lock.check()
     assert not (folder / "lock").exists()
@@ -206,7 +190,7 @@ def test_lock_of_a_dead_process_of_this_machine_is_taken_over(wire, out):
 
 def test_lock_of_another_machine_holds_until_it_is_not_renewed(wire, out, monkeypatch):
     folder = location(f"s3://corpus/{out}")
-    write_whole(folder / "lock", holder(machine="elsewhere", host="node7"))
+    write_whole(folder / "lock", lock_of_another(machine="elsewhere", host="node7"))
     with (
         pytest.raises(InputError, match=r"on node7\).*if it was killed, try again in [56]\d seconds"),
         locks.lock(folder),
@@ -220,7 +204,7 @@ def test_lock_of_another_machine_holds_until_it_is_not_renewed(wire, out, monkey
 def test_owner_that_lost_its_lock_does_not_commit(corpus, s3, wire, out):
     def take_over(event):
         if event.phase == "pack":
-            write_whole(location(f"s3://corpus/{out}/.pack/lock"), holder(machine="elsewhere"))
+            write_whole(location(f"s3://corpus/{out}/.pack/lock"), lock_of_another(machine="elsewhere"))
 
     with pytest.raises(DataError, match="another conversion has taken over"):
         convert([corpus], f"s3://corpus/{out}", progress=take_over, **OPTIONS)

@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
 from mixer.names import plot_label
@@ -58,7 +59,7 @@ def plot_trajectory(
     Args:
         steps, values: (N,) and (N, D); NaN where a domain was absent.
         baseline: a thin horizontal line, e.g. the uniform weight.
-        smooth: centred running mean over so many rows, drawn bold over the raw line.
+        smooth: centred running mean over so many rows, a twentieth of all at most, drawn bold over the raw line.
     """
     with plt.rc_context(_RC):
         figure, axes = plt.subplots(figsize=(8, min(4.2 + 0.1 * max(len(names) - 7, 0), 7.0)))
@@ -116,7 +117,8 @@ def plot_comparison(path: str | os.PathLike[str], losses: Mapping[str, Mapping[s
             title=f"Held-out loss against the {plot_label(baseline)} mixture (left is better)",
             xlabel="difference in nats per token",
         )
-        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12 - 0.25 / len(domains)), ncols=4)
+        below = axes.transAxes + ScaledTranslation(0, -0.5, figure.dpi_scale_trans)  # half an inch, under the label
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, ncols=4)
         return _save(figure, path)
 
 
@@ -186,11 +188,20 @@ def spread(places: NDArray[np.float64], gap: float) -> NDArray[np.float64]:
 
 
 def _running_mean(line: NDArray[Any], window: int) -> NDArray[Any]:
-    known = np.isfinite(line)
-    kernel = np.ones(min(window, len(line)))
-    total = np.convolve(np.where(known, line, 0.0), kernel, mode="same")
-    count = np.convolve(known.astype(float), kernel, mode="same")
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    """Return the mean over ``window`` rows around each, of short lines a twentieth of them; fewer towards the ends.
+
+    >>> _running_mean(np.array([4.0, 2.0, np.nan] + [0.0] * 57), 3)[:4].tolist()
+    [4.0, 3.0, 1.0, 0.0]
+    """
+    known, places = np.isfinite(line), np.arange(len(line))
+    # As many rows on either side, so that a line that falls is not pulled off where it begins.
+    reach = np.minimum(min(window, max(len(line) // 20, 1)) // 2, np.minimum(places, places[::-1]))
+    sums, counts = (
+        np.concatenate([[0.0], np.cumsum(values)]) for values in (np.where(known, line, 0.0), known.astype(float))
+    )
+    first, last = places - reach, places + reach + 1
+    count = counts[last] - counts[first]
+    return np.where(count > 0, (sums[last] - sums[first]) / np.maximum(count, 1), np.nan)
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:

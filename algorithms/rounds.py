@@ -167,7 +167,8 @@ def find_mixture(
         before, after = (np.array([values[name] for name in search.names]) for values in (weights, mixture.weights))
         verdicts.append(round_verdict(before, after, errors * np.sqrt(2), settings.tolerance))
         weights = dict(mixture.weights)
-        console.print(_told(number, verdicts[-1]), markup=False, highlight=False)
+        if settings.rounds > 1:
+            console.print(_told(number, verdicts[-1]), markup=False, highlight=False)
         if verdicts[-1].stop:
             break
     mixture.save(Path(out) / "mixture.json")

@@ -20,7 +20,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from converters.cutting import Cuts, find_cuts, sentencepiece_cuts
 from mixer.errors import InputError
 from mixer.manifest import TokenizerInfo
 
@@ -104,29 +105,25 @@ def decode_long(encoder: Encoder, ids: NDArray[Any], size: int = 1 << 16) -> str
 _DECODED_BEFORE = 16
 
 
-class _PieceWise:
-    """Encodes long texts in pieces, where no token reaches across: libraries take many times what they get at once."""
-
-    _file: str
-
-    def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        if max(map(len, texts), default=0) <= LONG_TEXT or not self._may_cut:
-            return self._encode(texts)
-        parts = [self._encode_long(text) if len(text) > LONG_TEXT else self._encode([text])[0] for text in texts]
-        return np.concatenate(parts), np.fromiter(map(len, parts), np.int64, len(parts))
-
-    def _encode_long(self, text: str) -> NDArray[Any]:
-        return np.concatenate([self._encode([piece])[0] for piece in cut_between_words(text, LONG_TEXT)])
-
-    def _encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        raise NotImplementedError
-
-    @functools.cached_property
-    def _may_cut(self) -> bool:
-        return splits_between_words(orjson.loads(Path(self._file).read_bytes()))
+_Encoded = tuple[NDArray[Any], NDArray[np.int64]]
 
 
-class HuggingFaceEncoder(_PieceWise):
+def in_pieces(
+    texts: Sequence[str], encode: Callable[[Sequence[str]], _Encoded], find: Callable[[], Cuts | None]
+) -> _Encoded:
+    """Return what ``encode`` does, which is given long texts a piece at a time, as far as there are places to cut."""
+    cuts = find() if max(map(len, texts), default=0) > LONG_TEXT else None
+    if cuts is None:
+        return encode(texts)
+    parts = []
+    for text in texts:
+        pieces = cuts(text, LONG_TEXT) if len(text) > LONG_TEXT else [(text, 0)]
+        ids = [encode([piece])[0][drop:] for piece, drop in pieces]
+        parts.append(ids[0] if len(ids) == 1 else np.concatenate(ids))
+    return np.concatenate(parts), np.fromiter(map(len, parts), np.int64, len(parts))
+
+
+class HuggingFaceEncoder:
     """A ``tokenizer.json``."""
 
     def __init__(self, file: str, special_tokens: str = "text") -> None:
@@ -136,60 +133,33 @@ class HuggingFaceEncoder(_PieceWise):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = special_tokens == "text"
-        self._file = file
+        self._file, self._special_tokens = file, special_tokens
 
-    def _encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    def encode(self, texts: Sequence[str]) -> _Encoded:
+        return in_pieces(texts, self._encode, lambda: self.cuts)
+
+    @functools.cached_property
+    def cuts(self) -> Cuts | None:
+        """Where long texts may be cut; looked for when the first is met."""
+        return find_cuts(orjson.loads(Path(self._file).read_bytes()), self._special_tokens == "text")
+
+    def _encode(self, texts: Sequence[str]) -> _Encoded:
         return _joined([each.ids for each in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
-def cut_between_words(text: str, size: int) -> Iterator[str]:
-    """Yield pieces of about ``size``, cut after a word that a line break, or a space and another word, follows.
-
-    >>> list(cut_between_words("one two\\nthree.\\nfour five", 5))
-    ['one two', '\\nthree.\\nfour', ' five']
-    """
-    start = 0
-    while len(text) - start > size:
-        cut = _AFTER_WORD.search(text, start + size - 1)
-        if cut is None:
-            break
-        yield text[start : cut.end()]
-        start = cut.end()
-    yield text[start:]
+def require_gigatoken() -> Any:
+    """Return the library. Raises: InputError: if it is not installed."""
+    try:
+        import gigatoken
+    except ImportError as error:
+        raise InputError("the backend gigatoken is not installed: pip install gigatoken, or use 'hf'.") from error
+    return gigatoken
 
 
-_AFTER_WORD = re.compile(r"[^\W_](?=\n)|[^\W\d_](?= [^\W\d_])")
-_HARMLESS_NORMALIZERS = (None, "NFC", "NFD", "NFKC", "NFKD")
-
-
-def splits_between_words(facts: Mapping[str, Any]) -> bool:
-    """Return whether no token can reach across the places of ``cut_between_words``, so that texts may be cut there.
-
-    True for byte-level tokenizers that split text into words by a pattern (GPT-2's, cl100k's, Llama 3's); not for
-    those that prefix each text or work on it as a whole. ``facts`` is the content of its ``tokenizer.json``.
-    """
-    from tokenizers import Tokenizer
-
-    normalizer = (facts.get("normalizer") or {}).get("type")
-    if normalizer not in _HARMLESS_NORMALIZERS or facts.get("pre_tokenizer") is None:
-        return False
-    empty = {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}
-    split = Tokenizer.from_str(json.dumps({**empty, "pre_tokenizer": facts["pre_tokenizer"]})).pre_tokenizer
-    added = [token["content"] for token in facts.get("added_tokens", [])]
-    if any("\n" in content or _AFTER_WORD.search(content) for content in added):
-        return False
-    probe = "one two\nthree 45\n\n6x\n\t7 été ü x2 y\n"
-    words = split.pre_tokenize_str(probe)
-    starts = {start for _, (start, _) in words}
-    is_cut = all(match.end() in starts for match in _AFTER_WORD.finditer(probe))
-    pieces = (split.pre_tokenize_str(piece) for piece in cut_between_words(probe, 1))
-    return is_cut and [word for piece in pieces for word, _ in piece] == [word for word, _ in words]
-
-
-class GigatokenEncoder(_PieceWise):
+class GigatokenEncoder:
     """The same ``tokenizer.json`` through gigatoken, which is about twenty times as fast; decodes by ``tokenizers``.
 
     It remembers every word it has seen, without end; it is loaded anew when that has taken ``_MAX_GROWTH`` of memory.
@@ -197,18 +167,14 @@ class GigatokenEncoder(_PieceWise):
 
     def __init__(self, file: str, special_tokens: str = "text") -> None:
         self._file, self._special_tokens = file, special_tokens
-        try:
-            import gigatoken
-        except ImportError as error:
-            raise InputError("the backend gigatoken is not installed: pip install gigatoken, or use 'hf'.") from error
-        self._new = gigatoken.Tokenizer.from_json
+        self._new = require_gigatoken().Tokenizer.from_json
         self._load()
 
     def _load(self) -> None:
         self._fast: Any = None  # free the one before
         return_memory()
         facts = orjson.loads(Path(self._file).read_bytes())
-        self._may_cut = splits_between_words(facts)
+        self.cuts = find_cuts(facts, self._special_tokens == "text")
         if self._special_tokens == "text":  # gigatoken has no switch for it, so it is not told of special tokens
             facts["added_tokens"] = [token for token in facts.get("added_tokens", []) if not token.get("special")]
         self._fast = self._new(orjson.dumps(facts))
@@ -229,7 +195,10 @@ class GigatokenEncoder(_PieceWise):
     def _decoder(self) -> HuggingFaceEncoder:
         return self.exact
 
-    def _encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    def encode(self, texts: Sequence[str]) -> _Encoded:
+        return in_pieces(texts, self._encode, lambda: self.cuts)
+
+    def _encode(self, texts: Sequence[str]) -> _Encoded:
         if resident_bytes() - self._memory > _MAX_GROWTH:
             self._load()
         layout = self._fast.encode_batch(list(texts), parallel=False).layout
@@ -282,7 +251,15 @@ class SentencePieceEncoder:
         controls = [number for number in range(size) if self.processor.is_control(number)]
         self._specials = {self.processor.id_to_piece(number): number for number in controls}
 
-    def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    def encode(self, texts: Sequence[str]) -> _Encoded:
+        return in_pieces(texts, self._encode, lambda: self.cuts)
+
+    @functools.cached_property
+    def cuts(self) -> Cuts | None:
+        """Where long texts may be cut; looked for when the first is met."""
+        return None if self._specials else sentencepiece_cuts(self.processor)
+
+    def _encode(self, texts: Sequence[str]) -> _Encoded:
         if not self._specials:
             return _joined(self.processor.encode(list(texts), num_threads=1))
         return _joined([self._parsed(text) for text in texts])

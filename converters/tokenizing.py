@@ -12,7 +12,7 @@ import orjson
 from converters.job import Job, Progress
 from converters.locations import local_file, read_many, write_file
 from converters.stage import INTENDED, StageTask, stage_unit, unit_folder
-from converters.tokenizers import GigatokenEncoder, describe, load_encoder, return_memory
+from converters.tokenizers import GigatokenEncoder, describe, load_encoder, require_gigatoken, return_memory
 from mixer.errors import DataError
 from mixer.manifest import TokenizerInfo
 
@@ -35,6 +35,9 @@ class Staged(NamedTuple):
     def left_out(self) -> dict[str, int]:
         """Return how many records were left out, by reason."""
         return dict(sorted(sum(self.skipped.values(), Counter()).items()))
+
+
+_NAMED_BAD_RECORDS = 100  # of all units
 
 
 def tokenize(job: Job) -> Staged:
@@ -77,14 +80,22 @@ def _tokenizer(job: Job) -> tuple[TokenizerInfo, str | None]:
 
 def _check_encoder(job: Job, tokenizer: TokenizerInfo, file: str | None) -> None:
     """Load the tokenizer; compare a fast backend with the exact one on documents of this corpus, before its use."""
+    texts: list[str] = []
+    if job.backend == "gigatoken":
+        require_gigatoken()
+        texts = _some_documents(job)  # before the tables of the encoders take memory, too
+        return_memory()
+    encoder = load_encoder(tokenizer.kind, file and local_file(file), job.backend, job.stage_options.special_tokens)
+    if isinstance(encoder, GigatokenEncoder):
+        encoder.check(texts)
+        return_memory()
+
+
+def _some_documents(job: Job) -> list[str]:
     from converters.training import sample_documents
 
-    encoder = load_encoder(tokenizer.kind, file and local_file(file), job.backend, job.stage_options.special_tokens)
-    if not isinstance(encoder, GigatokenEncoder):
-        return
     some = job.plan.units[:: max(1, len(job.plan.units) // 4)]
-    encoder.check([*sample_documents(some, job.stage_options, 1 << 20), "a<|endoftext|>b </s>", "e\u0301 \u212b"])
-    return_memory()
+    return [*sample_documents(some, job.stage_options, 1 << 20), "a<|endoftext|>b </s>", "e\u0301 \u212b"]
 
 
 def _summaries(job: Job) -> Iterator[dict[str, Any] | None]:
@@ -104,7 +115,7 @@ def _added_up(job: Job, tokenizer: TokenizerInfo) -> Staged:
         read += summary["read"]
         for name, reasons in summary["skipped"].items():
             skipped.setdefault(name, Counter()).update(reasons)
-        bad_records += summary["bad_records"]
+        bad_records += summary["bad_records"][: _NAMED_BAD_RECORDS - len(bad_records)]
     staged = Staged(tokenizer, read, skipped, bad_records)
     bad = sum(count for reason, count in staged.left_out().items() if reason not in INTENDED)
     allowed = 0 if job.stage_options.on_bad_record == "fail" else job.stage_options.max_bad

@@ -64,17 +64,26 @@ def train_tokenizer(
 
 
 def sample_documents(units: Sequence[Unit], options: StageOptions, sample_bytes: int) -> list[str]:
-    """Return texts of about ``sample_bytes`` in all, spread evenly over the domains that have enough."""
+    """Return texts of about ``sample_bytes`` in all, spread evenly over the domains that have enough.
+
+    Of each domain no more is held than its share may be by what was read so far, which only becomes less.
+    """
     domains: dict[str, _SmallestHashes] = {}
+    share, held = sample_bytes, 0
     for unit in units:
         for piece in unit.pieces:
             for document in documents_of(piece, options):
                 if not isinstance(document, Bad) and document.text:
-                    domains.setdefault(document.domain, _SmallestHashes(sample_bytes)).add(document.text, options.seed)
+                    found = domains.setdefault(document.domain, _SmallestHashes())
+                    held += found.add(document.text, options.seed, share)
+                if held > 2 * sample_bytes:
+                    share = _even_share([each.size for each in domains.values()], sample_bytes)
+                    held = sum(each.shrink(share) for each in domains.values())
+    share = _even_share([each.size for each in domains.values()], sample_bytes)
     texts: list[str] = []
     left = sample_bytes
     # Smallest domains first: what they cannot use is shared among the rest.
-    for place, name in enumerate(sorted(domains, key=lambda name: (domains[name].size, name))):
+    for place, name in enumerate(sorted(domains, key=lambda name: (min(domains[name].size, share), name))):
         budget = left // (len(domains) - place)
         for text in domains[name].texts():
             if budget <= 0:
@@ -86,22 +95,43 @@ def sample_documents(units: Sequence[Unit], options: StageOptions, sample_bytes:
     return texts
 
 
-class _SmallestHashes:
-    """The documents of a domain with the smallest hashes, just enough of them to fill the sample."""
+def _even_share(sizes: Sequence[int], total: int) -> int:
+    """Return the most that any may give if together they give ``total``, each as evenly as it can.
 
-    def __init__(self, limit: int) -> None:
+    >>> _even_share([10, 100, 100], 110), _even_share([10, 10], 110)
+    (50, 110)
+    """
+    left = total
+    for place, size in enumerate(sorted(sizes)):
+        share = -(-left // (len(sizes) - place))
+        if size >= share:
+            return share
+        left -= size
+    return total
+
+
+class _SmallestHashes:
+    """The documents of a domain with the smallest hashes, just enough of them, and of each, to fill a share."""
+
+    def __init__(self) -> None:
         self.size = 0
-        self._limit = limit
         self._heap: list[tuple[int, str]] = []
 
-    def add(self, text: str, seed: int) -> None:
+    def add(self, text: str, seed: int, share: int) -> int:
+        """Take a document if it is among them; return how many characters more there are."""
         key = xxhash.xxh3_64_intdigest(text.encode("utf-8"), seed)
-        if self.size >= self._limit and -self._heap[0][0] <= key:
-            return
+        if self.size >= share and -self._heap[0][0] <= key:
+            return 0
+        before, text = self.size, text[:share]
         heapq.heappush(self._heap, (-key, text))
         self.size += len(text)
-        while self.size - len(self._heap[0][1]) >= self._limit:
+        return self.shrink(share) - before
+
+    def shrink(self, share: int) -> int:
+        """Leave out what a smaller share has no room for; return how many characters there are."""
+        while self._heap and self.size - len(self._heap[0][1]) >= share:
             self.size -= len(heapq.heappop(self._heap)[1])
+        return self.size
 
     def texts(self) -> Iterator[str]:
         return (text for _, text in sorted(self._heap, reverse=True))

@@ -12,12 +12,9 @@ from hypothesis import strategies as st
 
 from converters import convert, decoded_samples
 from converters.tokenizers import (
-    HuggingFaceEncoder,
-    cut_between_words,
     decode_long,
     describe,
     load_encoder,
-    splits_between_words,
 )
 from converters.training import train_bpe
 from mixer.errors import InputError
@@ -223,41 +220,6 @@ def test_ranks_become_a_tokenizer_with_the_ids_of_tiktoken(name, tmp_path, monke
     encoder = load_encoder("hf", info.file)
     texts = [*TEXTS, Path(__file__).read_text(), "\r\n \r\n a/b//\n\n  9999 ÀÉñ ǅ test's"]
     assert split(*encoder.encode(texts)) == [theirs.encode_ordinary(text) for text in texts]
-
-
-@pytest.mark.parametrize("source", ["trained", "gpt-neox", "cl100k_base"])
-def test_long_text_has_the_ids_it_has_as_a_whole(tokenizer_json, request, monkeypatch, source):
-    if source == "cl100k_base":
-        pytest.importorskip("bpe_openai")
-        file = describe("tiktoken:cl100k_base").file
-    elif source == "gpt-neox":
-        file = str(request.getfixturevalue("sample_data") / "tokenizers" / "gpt-neox" / "tokenizer.json")
-    else:
-        file = str(tokenizer_json)
-    encoder = HuggingFaceEncoder(str(file))
-    assert encoder._may_cut
-    code = Path(__file__).read_text()
-    texts = ["\n".join(TEXTS), code, "word\n" * 999 + "\r\n\n\n  end", "no line break " * 99, "short"]
-    whole = encoder._encode(texts)
-    monkeypatch.setattr("converters.tokenizers.LONG_TEXT", 50)
-    assert len(list(cut_between_words(texts[1], 50))) > 10
-    pieces = encoder.encode(texts)
-    assert split(*pieces) == split(*whole)
-
-
-def test_tokenizer_that_prefixes_texts_is_given_them_whole():
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-
-    by_prefix = Tokenizer(models.BPE())
-    by_prefix.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    as_a_whole = Tokenizer(models.BPE())
-    metaspace = Tokenizer(models.BPE())
-    metaspace.pre_tokenizer = pre_tokenizers.Metaspace()
-    normalized = Tokenizer(models.BPE())
-    normalized.normalizer = normalizers.Prepend("_")
-    normalized.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    for tokenizer in (by_prefix, as_a_whole, metaspace, normalized):
-        assert not splits_between_words(json.loads(tokenizer.to_str()))
 
 
 def test_unknown_tiktoken_name_is_refused():

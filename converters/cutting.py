@@ -1,0 +1,276 @@
+"""Where a long text may be cut so that its pieces have the very ids of the whole: libraries take many times what they
+are given at once.
+
+Between words, where a tokenizer splits text into words first and looks at each alone. Elsewhere, for byte-pair
+encodings, between two characters that stand side by side in no token: a merge makes a token, so none reaches across,
+and those on either side do not depend on each other. Tokenizers for which neither can be shown have no cuts: Unigram
+without words, whose best path is found by sums that are rounded along the way.
+
+    cuts = find_cuts(facts)                      # of a tokenizer.json
+    for piece, drop in cuts(text, 1 << 18):      # leave out the first ``drop`` ids of the piece
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from mixer.errors import InputError
+
+__all__ = ["Cuts", "SideBySide", "cut_between_words", "find_cuts", "sentencepiece_cuts"]
+
+# (text, size) -> pieces of about that many characters or more, and how many ids of each are to be left out.
+Cuts = Callable[[str, int], Iterator[tuple[str, int]]]
+
+SPACE = "▁"  # how a space is written in the vocabularies of SentencePiece
+
+
+def find_cuts(facts: Mapping[str, Any], specials_are_text: bool = True) -> Cuts | None:
+    """Return the cuts of a tokenizer, None if there are none; ``facts`` is the content of its ``tokenizer.json``."""
+    added = [token for token in facts.get("added_tokens") or [] if not (specials_are_text and token.get("special"))]
+    normalizers = _flat(facts.get("normalizer"), "normalizers")
+    return between_words(facts, normalizers, added) or side_by_side(facts, normalizers, added)
+
+
+def _flat(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
+    if part is None:
+        return []
+    return [one for each in part[inner] for one in _flat(each, inner)] if part["type"] == "Sequence" else [part]
+
+
+# --- between words -------------------------------------------------------------------------------------------------
+
+# After a word that a line break, or a space and another word, follows.
+_AFTER_WORD = re.compile(r"[^\W_](?=\n)|[^\W\d_](?= [^\W\d_])")
+_BEFORE_SPACE = re.compile(r"[^\W\d_](?= [^\W\d_])")
+_BEFORE_ASCII = re.compile(r"[A-Za-z](?= [A-Za-z])")
+
+_UNICODE_FORMS = {"NFC", "NFD", "NFKC", "NFKD"}  # change nothing across a line break or space
+_LOCAL = {"BertNormalizer", "Lowercase", "Nmt", "Precompiled", "StripAccents"}  # nothing across ASCII
+
+
+def cut_between_words(text: str, size: int, after: re.Pattern[str] = _AFTER_WORD) -> Iterator[tuple[str, int]]:
+    """Yield pieces of about ``size``, cut after a word.
+
+    >>> [piece for piece, _ in cut_between_words("one two\\nthree.\\nfour five", 5)]
+    ['one two', '\\nthree.\\nfour', ' five']
+    """
+    start = 0
+    while len(text) - start > size:
+        cut = after.search(text, start + size - 1)
+        if cut is None:
+            break
+        yield text[start : cut.end()], 0
+        start = cut.end()
+    yield text[start:], 0
+
+
+def between_words(
+    facts: Mapping[str, Any], normalizers: Sequence[Mapping[str, Any]], added: Sequence[Mapping[str, Any]]
+) -> Cuts | None:
+    """Return cuts between words if the tokenizer splits text there, whatever stands around.
+
+    So do byte-level tokenizers by their patterns (GPT-2's, cl100k's, Llama 3's), BERT's, and Metaspace with ``split``.
+    """
+    from tokenizers import Tokenizer
+
+    if facts.get("pre_tokenizer") is None:
+        return None
+    parts = {key: facts.get(key) for key in ("normalizer", "pre_tokenizer")}
+    empty = {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    try:
+        probe = Tokenizer.from_str(json.dumps({**empty, **parts}))
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(f"the installed tokenizers library cannot read the tokenizer: {error}.") from error
+    plain = {each["type"] for each in normalizers} <= _UNICODE_FORMS
+    if not plain and not all(map(_is_local, normalizers)):
+        return None
+    for after in (_AFTER_WORD, _BEFORE_SPACE) if plain else (_BEFORE_ASCII,):
+        is_inside = any("\n" in token["content"] or after.search(token["content"]) for token in added)
+        if not is_inside and _splits(probe, after):
+            return functools.partial(cut_between_words, after=after)
+    return None
+
+
+def _is_local(normalizer: Mapping[str, Any]) -> bool:
+    if normalizer["type"] == "Replace":
+        return normalizer["pattern"] == {"Regex": " {2,}"}
+    if normalizer["type"] == "Strip":
+        return not normalizer["strip_left"]
+    return normalizer["type"] in _LOCAL | _UNICODE_FORMS
+
+
+_PROBE = "one two\nthree 45\n\n6x\n\t7 été ü x2 y a b\nDon't STOP a\n"
+
+
+def _splits(tokenizer: Any, after: re.Pattern[str]) -> bool:
+    """Return whether the words of a text are those of its pieces."""
+
+    def words(text: str) -> list[str]:
+        normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+        return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)]
+
+    return [word for piece, _ in cut_between_words(_PROBE, 1, after) for word in words(piece)] == words(_PROBE)
+
+
+# --- side by side --------------------------------------------------------------------------------------------------
+
+
+class SideBySide:
+    """Cuts of a byte-pair encoding between characters that are neighbours in no token.
+
+    A tokenizer may write ``▁`` for a space, and put one before every text it is given. Before a cut at a space that is
+    this very space; before another character it is a token of its own, unless it is part of one with that character,
+    and is left out.
+
+    Args:
+        tokens: all that merges can make.
+        known: characters that have a token, so that none of them is part of a run of unknown ones.
+        space: how a space is written.
+        prefix: what is put before a text: nothing (""), a space where there is none ("missing"), or always ("always").
+        added: tokens that are looked for in the text itself.
+        ascii_only: cut only between letters and digits of ASCII, and spaces: others may be rewritten together.
+    """
+
+    def __init__(
+        self,
+        tokens: Iterable[str],
+        known: Callable[[str], bool],
+        *,
+        space: str = SPACE,
+        prefix: str = "",
+        added: Sequence[str] = (),
+        ascii_only: bool = False,
+    ) -> None:
+        written = [*tokens, *(content.replace(" ", space) for content in added)]
+        self._pairs = {token[n : n + 2] for token in written for n in range(len(token) - 1)}
+        self._known, self._space, self._prefix = known, space, prefix
+        self._firsts, self._lasts = {content[:1] for content in added}, {content[-1:] for content in added}
+        self._is_usual = re.compile("[A-Za-z0-9]" if ascii_only else r"[^\s▁]").fullmatch
+        self._may_follow = re.compile("[A-Za-z0-9]" if ascii_only else "(?s:.)").fullmatch
+
+    def __call__(self, text: str, size: int) -> Iterator[tuple[str, int]]:
+        start = drop = 0
+        while (cut := self._next(text, start + size)) is not None:
+            yield text[start:cut], drop
+            is_space = text[cut] == " "
+            start = cut + (is_space and self._prefix == "always")  # which puts it there again
+            drop = int(bool(self._prefix) and not is_space)
+        yield text[start:], drop
+
+    def _next(self, text: str, at: int) -> int | None:
+        """Return the first place from ``at`` on that may be cut, if enough follows."""
+        at = max(at, 1)
+        while at < len(text) - 1:
+            if self._is_cut(text[at - 1], text[at], text[at + 1]):
+                return at
+            at += 1
+        return None
+
+    def _is_cut(self, before: str, behind: str, second: str) -> bool:
+        if not self._is_usual(before) or before in self._lasts:  # what follows a token found in the text is a new text
+            return False
+        if behind == " ":
+            is_apart = before + self._space not in self._pairs and not self._firsts & {behind, second}
+            return is_apart and bool(self._is_usual(second))
+        alone = not self._prefix or self._space + behind not in self._pairs
+        is_apart = before + behind not in self._pairs and behind not in self._firsts
+        is_alone = is_apart and alone and bool(self._is_usual(behind) and self._may_follow(second))
+        return is_alone and self._known(behind)
+
+
+def side_by_side(
+    facts: Mapping[str, Any], normalizers: Sequence[Mapping[str, Any]], added: Sequence[Mapping[str, Any]]
+) -> Cuts | None:
+    """Return cuts by what stands side by side in the vocabulary, for a byte-pair encoding that knows no words.
+
+    So are Llama 2's and Mistral's (Metaspace without ``split``, or ``▁`` put there by normalizers) and Gemma's.
+    """
+    model, before = facts.get("model") or {}, _flat(facts.get("pre_tokenizer"), "pretokenizers")
+    marks = [part for part in normalizers if part["type"] not in _UNICODE_FORMS]
+    is_plain = model.get("type", "BPE") == "BPE" and not any(model.get(name) for name in _NOT_PLAIN)
+    # A token that takes spaces or the end of a word into account looks at what a cut takes away.
+    is_plain &= not any(token.get(name) for token in added for name in ("lstrip", "rstrip", "single_word"))
+    metaspaces = [part for part in before if part["type"] == "Metaspace" and part.get("replacement") == SPACE]
+    prepends = [part for part in marks if part == {"type": "Prepend", "prepend": SPACE}]
+    replaces = [part for part in marks if part == {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+    is_known_form = len(before) == len(metaspaces) <= 1 and len(marks) == len(prepends) + len(replaces)
+    if not is_plain or not is_known_form or max(len(prepends), len(replaces)) > 1 or (metaspaces and marks):
+        return None
+    if prepends and not replaces:
+        return None
+    vocabulary = model["vocab"]
+    fallback = model.get("byte_fallback") and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+    prefix = "always" if prepends else "missing" if metaspaces and _puts_space(metaspaces[0]) else ""
+    if prefix and SPACE not in vocabulary:
+        return None
+    return SideBySide(
+        vocabulary,
+        lambda character: bool(fallback) or character in vocabulary,
+        space=SPACE if metaspaces or replaces else " ",
+        prefix=prefix,
+        added=[token["content"] for token in added],
+        ascii_only=len(marks) < len(normalizers),
+    )
+
+
+_NOT_PLAIN = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+
+
+def _puts_space(metaspace: Mapping[str, Any]) -> bool:
+    return metaspace.get("prepend_scheme", "always" if metaspace.get("add_prefix_space", True) else "never") != "never"
+
+
+# --- SentencePiece -------------------------------------------------------------------------------------------------
+
+
+def sentencepiece_cuts(processor: Any) -> Cuts | None:
+    """Return the cuts of a SentencePiece model: those side by side, for byte-pair encodings."""
+    model = _fields(processor.serialized_model_proto())
+    trainer, normalizer = _fields(model.get(2, [b""])[0]), _fields(model.get(3, [b""])[0])
+    is_plain = trainer.get(3, [_UNIGRAM])[-1] == _BPE and not trainer.get(24, [0])[-1]  # treat_whitespace_as_suffix
+    if not is_plain or not normalizer.get(5, [1])[-1]:  # escape_whitespaces
+        return None
+    size = processor.get_piece_size()
+    numbers = [n for n in range(size) if not processor.is_control(n) and not processor.is_byte(n)]
+    vocabulary = {processor.id_to_piece(n) for n in numbers if not processor.is_unknown(n)}
+    has_prefix, strips = (bool(normalizer.get(number, [1])[-1]) for number in (3, 4))  # add_dummy_prefix
+    if SPACE not in vocabulary or (strips and not has_prefix):  # remove_extra_whitespaces: of every piece
+        return None
+    return SideBySide(
+        vocabulary,
+        lambda character: character in vocabulary,
+        prefix="always" if has_prefix else "",
+        ascii_only=strips or bool(normalizer.get(2, [b""])[-1]),  # precompiled_charsmap: rewrites characters
+    )
+
+
+_UNIGRAM, _BPE = 1, 2
+
+
+def _fields(message: bytes) -> dict[int, list[Any]]:
+    """Return the fields of a protocol buffer by number: integers, and bytes."""
+    found: dict[int, list[Any]] = {}
+    at = 0
+    while at < len(message):
+        head, at = _varint(message, at)
+        value: int | bytes
+        if head & 7 == 0:
+            value, at = _varint(message, at)
+        else:
+            length, at = _varint(message, at) if head & 7 == 2 else ({1: 8, 5: 4}[head & 7], at)
+            value = message[at : at + length]
+            at += length
+        found.setdefault(head >> 3, []).append(value)
+    return found
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while message[at] & 128:
+        value |= (message[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+    return value | message[at] << shift, at + 1

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mixer.errors import DataError
 
-__all__ = ["all_reduce", "all_reduce_checked", "rank", "world_size"]
+__all__ = ["all_reduce", "all_reduce_checked", "rank", "wait_for_all", "world_size"]
 
 SIGNATURE_BITS = 53  # what a float64 holds exactly
 
@@ -21,6 +21,12 @@ def world_size() -> int:
 def rank() -> int:
     """Return the number of this rank, 0 outside of torch.distributed."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def wait_for_all() -> None:
+    """Wait until every rank has come here, as when one of them writes what all read."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 def all_reduce(tensor: Tensor) -> Tensor:

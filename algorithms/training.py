@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import sys
 import threading
@@ -29,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from algorithms.domain_losses import OnNonfinite
 from algorithms.models import samples_per_forward
+from algorithms.ranks import all_reduce, world_size
 from mixer.dataloader import MixtureLoader
 from mixer.errors import ExhaustedError, InputError
 
@@ -105,6 +107,8 @@ def train(
         DataError: from a loss that is not finite or a shard that is damaged.
     """
     _quiet()
+    if "GROUP_RANK" in os.environ:  # torchrun's name for what Composer looks for when it loads a checkpoint
+        os.environ.setdefault("NODE_RANK", os.environ["GROUP_RANK"])
     stopper = _StopAfterStep()
     trainer = _make_trainer(
         HuggingFaceModel(model, use_logits=True, shift_labels=True),
@@ -126,7 +130,7 @@ def train(
             raise
     finally:
         trainer.close()
-    if stopper.requested:
+    if stopper.agreed or (stopper.requested and world_size() == 1):
         raise KeyboardInterrupt
 
 
@@ -160,7 +164,7 @@ def _checkpoints(folder: Path, steps: int, save_every: int, stopper: _StopAfterS
 
     def save_now(state: State, event: Event) -> bool:
         done = state.timestamp.batch.value
-        return event == Event.BATCH_CHECKPOINT and (stopper.requested or done % save_every == 0 or done == steps)
+        return event == Event.BATCH_CHECKPOINT and (stopper.agreed or done % save_every == 0 or done == steps)
 
     return {
         "save_folder": str(latest.parent),
@@ -173,13 +177,14 @@ def _checkpoints(folder: Path, steps: int, save_every: int, stopper: _StopAfterS
 
 
 class _StopAfterStep(Callback):
-    """Let Ctrl-C and SIGTERM (a preempted job) finish the step; the checkpoint saver sees ``requested``; the run ends.
+    """Let Ctrl-C and SIGTERM (a preempted job) finish the step; the checkpoint saver sees ``agreed``; the run ends.
 
-    Made before the Trainer, which sets handlers of its own: those found here are put back at the end.
+    Made before the Trainer, which sets handlers of its own: those found here are put back at the end. The signal
+    reaches ranks at different steps, so that they have to agree on one.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.agreed = False
         self._is_main = threading.current_thread() is threading.main_thread()
         self._previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -193,8 +198,11 @@ class _StopAfterStep(Callback):
         self.requested = True
         print("\nfinishing this step, then stopping; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.agreed = bool(all_reduce(torch.tensor(int(self.requested))).item())
+
     def before_dataloader(self, state: State, logger: Logger) -> None:
-        if self.requested:
+        if self.agreed:
             raise KeyboardInterrupt
 
     def close(self, state: State, logger: Logger) -> None:

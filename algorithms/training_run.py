@@ -24,6 +24,7 @@ from algorithms.evaluation import HeldOut, heldout_losses
 from algorithms.evaluation import heldout_samples as _heldout_samples
 from algorithms.models import build_model
 from algorithms.objective import weighted_average
+from algorithms.ranks import rank, wait_for_all
 from algorithms.runs import begin_run, finish_run
 from algorithms.same_tokenizer import check_tokenizer
 from algorithms.training import TrainSettings, train
@@ -85,12 +86,15 @@ def train_on(
     watched: dict[str, Any] = {"label": label, "console": console}
     train(model, loader, settings, folder, algorithms=[algorithm], callbacks=stopping, save_every=save_every, **watched)
     ended = _end(model, loader, settings, stopping, **watched)
-    _keep(folder, model, algorithm, manifest, Path(shards))
+    if rank() == 0:
+        _keep(folder, model, algorithm, manifest, Path(shards))
+    wait_for_all()
     heldout = heldout_losses(model, shards, max_samples=heldout_samples)
     chosen = {"best_step": stopping[0].best_step, "best": stopping[0].best} if stopping else {}
     outcome = _outcome(loader, heldout, mixture, model, ended)
     result = finish_run(folder, outcome | _objective(settings, heldout) | chosen)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if rank() == 0:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
 
 

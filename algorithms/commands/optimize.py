@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,11 @@ def optimize(
         budget_tokens=parse_count(budget, "a number of tokens") if budget else None,
         **options,
     )
-    console = Console(stderr=True)
+    first = os.environ.get("RANK", "0") == "0"  # of the ranks of a launcher, which does the talking
+    console = Console(stderr=True, quiet=not first)
     find_mixture(shards, settings, out, console)
+    if not first:
+        return
     plots = draw_search(out)
     Console().print(search_table(shards, out))
     console.print(f"Frozen: {out / 'mixture.json'}   plots: {', '.join(map(str, plots))}", style="green", markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def train(
     settings = training_settings(options, shards)
     limited = max_epochs is not None or on_exhausted != "repeat"
     caps: dict[str, Any] = {"max_epochs": max_epochs, "on_exhausted": on_exhausted} if limited else {}
-    console = Console(stderr=True)
+    first = os.environ.get("RANK", "0") == "0"  # of the ranks of a launcher, which does the talking
+    console = Console(stderr=True, quiet=not first)
     train_on(
         shards,
         stages[0].mixture,
@@ -75,5 +77,5 @@ def train(
         curriculum=mixture if len(stages) > 1 else None,
         **caps,
     )
-    Console().print(train_table(out, settings.objective))
+    Console(quiet=not first).print(train_table(out, settings.objective))
     console.print(f"Done: {out / 'result.json'}, model in {out / 'model'}", style="green", markup=False)

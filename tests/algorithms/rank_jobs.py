@@ -13,13 +13,16 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
+from rich.console import Console
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from algorithms import DomainLosses, DomainReweighting, FrozenModel, doremi, group_dro
 from algorithms.domain_gradients import measure_gradients, measured_parameters
 from algorithms.losses import loss_mask, token_losses, tokens_per_domain
+from algorithms.rounds import SearchSettings, find_mixture
 from algorithms.rules import UPDATE_RULES
+from algorithms.training import TrainSettings
 from algorithms.worst_subset import WorstSubset
 from mixer.dataloader import MixtureLoader
 from mixer.errors import DataError, InputError
@@ -100,6 +103,14 @@ def sharded_reference(folder: Path, rank: int, world_size: int) -> dict[str, Any
     fit(algorithm, loader=Loader(padded=True, rank=rank, world_size=world_size), micro=2, steps=3)
     local = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in reference.model.parameters())
     return {"weights": algorithm.trajectory.weights, "share": local / llama().num_parameters()}
+
+
+@job
+def search(folder: Path, rank: int, world_size: int) -> dict[str, float]:
+    """A whole search in one folder: the first rank writes, the others read what it wrote."""
+    steps = TrainSettings(steps=4, global_batch_size=12)
+    settings = SearchSettings(method="doremi", reference="cached", proxy=steps, heldout_samples=4)
+    return dict(find_mixture(folder / "shards", settings, folder / f"search-{world_size}", Console(quiet=True)).weights)
 
 
 @job

@@ -29,7 +29,8 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ranks")
-    write_shards(path / "shards", {"books": 7, "code": 50, "web": 200}, seq_len=12, vocab_size=VOCAB, rows=row)
+    sizes, held_out = {"books": 7, "code": 50, "web": 200}, {"books": 2, "code": 5, "web": 9}
+    write_shards(path / "shards", sizes, seq_len=12, vocab_size=VOCAB, validation=held_out, rows=row)
     rank_jobs.continued(path, steps=2, save_folder=str(path / "one"), save_interval="2ba")
     return path
 
@@ -158,6 +159,13 @@ def test_a_sharded_reference_finds_the_same_weights(ranks: Any, alone: Any) -> N
     for rank in ranks:
         np.testing.assert_allclose(rank["sharded_reference"]["weights"], alone["weights"], rtol=1e-6)
         assert rank["sharded_reference"]["share"] < 0.6, "each rank holds about half"
+
+
+def test_a_search_on_two_ranks_writes_what_one_writes(ranks: Any, folder: Path) -> None:
+    alone = rank_jobs.search(folder, 0, 1)
+    assert ranks[0]["search"] == ranks[1]["search"] == pytest.approx(alone, rel=1e-5)
+    files = [{path.relative_to(out) for path in out.rglob("*")} for out in (folder / "search-1", folder / "search-2")]
+    assert files[0] == files[1] and Path("round-1/proxy/model/model.safetensors") in files[0]
 
 
 def test_the_worst_part_of_a_batch_is_the_same_on_two_ranks(ranks: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from algorithms.heldout import HeldOutWindows
 from algorithms.loader_facts import rounded
-from algorithms.references import FrozenModel, Reference
+from algorithms.references import BigramLosses, FrozenModel, Reference
 from algorithms.references.frozen import fingerprint_of
 from algorithms.rules.base import UpdateRule
 from algorithms.sharding import is_flattened
@@ -22,11 +23,33 @@ from mixer.errors import InputError
 __all__ = [
     "check_auto_micro_batches",
     "check_not_its_own_reference",
+    "check_numbers",
     "check_parallelism",
+    "check_rule",
     "check_same_on_ranks",
     "check_same_weights",
     "check_settings",
 ]
+
+log = logging.getLogger(__name__)
+
+
+def check_rule(rule: Any) -> None:
+    """Raise InputError unless this is a rule, or None."""
+    if rule is not None and not isinstance(rule, UpdateRule):
+        raise InputError(f"a rule is what a method returns when it is called, such as doremi(); got {rule!r}.")
+
+
+def check_numbers(on_nonfinite: str, min_tokens: int, gradients_of: Any) -> None:
+    """Raise InputError for settings out of their range, which would show only later."""
+    if on_nonfinite not in ("fail", "skip"):
+        raise InputError(f'on_nonfinite must be "fail" or "skip"; got {on_nonfinite!r}.')
+    if not isinstance(min_tokens, int) or min_tokens < 0:
+        raise InputError(f"min_tokens must be a whole number >= 0; got {min_tokens!r}.")
+    if gradients_of != "all" and not callable(gradients_of):
+        raise InputError(
+            f'gradients are measured of "all" parameters or of those a function accepts; got {gradients_of!r}.'
+        )
 
 
 def check_settings(
@@ -58,6 +81,19 @@ def check_settings(
         raise InputError(
             f"the rule {rule.name!r} reads held-out losses, and there are no windows: "
             'give heldout="shards", the folder of shards with a validation split.'
+        )
+    if "heldout_reference" in rule.needs and reference is not None and not reference.for_any_batch:
+        raise InputError(
+            f"the rule {rule.name!r} compares losses on held-out windows, which this reference does not know: its "
+            "losses are of training samples. Give a model or target losses, or no reference, for the model's own "
+            "first losses."
+        )
+    if isinstance(reference, BigramLosses) and rule.settings.get("clip") in ("token", "domain", "confident"):
+        log.warning(
+            "%s(clip=%r) counts losses below the reference as 0, and a trained model is well below bigram tables: use "
+            "clip='none', or dro_lm.",
+            rule.name,
+            rule.settings["clip"],
         )
     if rule.needs - gathered:
         raise InputError(

@@ -32,7 +32,9 @@ from torch import Tensor, nn
 from algorithms.checks import (
     check_auto_micro_batches,
     check_not_its_own_reference,
+    check_numbers,
     check_parallelism,
+    check_rule,
     check_same_on_ranks,
     check_same_weights,
     check_settings,
@@ -119,6 +121,7 @@ class DomainReweighting(Algorithm):
         shift: bool | None = None,
         restore_rng: bool = True,
     ) -> None:
+        check_rule(rule)
         self.rule = rule
         self.reference = None if reference is None else as_reference(reference)
         self.target = apply or (rule.applies if rule else "loss")
@@ -134,6 +137,7 @@ class DomainReweighting(Algorithm):
         self._on_nonfinite: OnNonfinite = on_nonfinite
         self._given_domains = domains
         check_settings(rule, self.target, self.normalization, self.reference, self.heldout, GATHERED)
+        check_numbers(on_nonfinite, min_tokens, gradients_of)
         self._run: RuleRun | None = None
         self._losses: DomainLosses | None = None
         self._saved: Mapping[str, Any] | None = None

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from algorithms.losses import IGNORED, domain_sums, labels_of, loss_mask
+from algorithms.models import samples_per_forward
 from algorithms.ranks import all_reduce
 from algorithms.samples import evenly_spread
 from mixer.errors import DataError, InputError
@@ -40,7 +41,7 @@ class HeldOutWindows:
             ``attention_mask`` (n, T) where samples are padded.
         split: where they are read from.
         samples_per_domain: how many, spread evenly over the split.
-        batch_size: samples per forward pass on each rank.
+        batch_size: samples per forward pass on each rank; by default 16, or as many as have 512 MiB of logits.
 
     Raises: InputError: if a domain has no such split, or domains have different columns.
     """
@@ -51,13 +52,13 @@ class HeldOutWindows:
         *,
         split: str = "validation",
         samples_per_domain: int = 16,
-        batch_size: int = 16,
+        batch_size: int | None = None,
     ) -> None:
-        if samples_per_domain < 1 or batch_size < 1:
+        if samples_per_domain < 1 or (batch_size is not None and batch_size < 1):
             raise InputError(f"samples_per_domain and batch_size must be >= 1; got {samples_per_domain}, {batch_size}.")
         given = shards if isinstance(shards, Mapping) else _read(Path(shards), split, samples_per_domain)
         self.domains = tuple(sorted(given))
-        self.batch_size = batch_size
+        self.batch_size = batch_size or (16 if isinstance(shards, Mapping) else _samples_at_once(Path(shards)))
         samples = [_columns(given[name]) for name in self.domains]
         counts = [len(columns["input_ids"]) for columns in samples]
         if not all(counts):
@@ -149,6 +150,11 @@ def _joined(domains: Sequence[str], samples: Sequence[Mapping[str, NDArray[np.in
             )
     joined = {name: np.concatenate([columns[name] for columns in samples]) for name in sorted(names)}
     return {name: torch.from_numpy(values.astype(np.int64)) for name, values in joined.items()}
+
+
+def _samples_at_once(shards: Path) -> int:
+    manifest = load_manifest(shards)
+    return min(16, samples_per_forward(manifest.tokenizer.vocab_size, manifest.seq_len))
 
 
 def _read(shards: Path, split: str, count: int) -> dict[str, dict[str, NDArray[np.int64]]]:

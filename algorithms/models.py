@@ -40,7 +40,7 @@ def samples_per_forward(vocab_size: int, seq_len: int, *, limit_bytes: int = 512
     >>> samples_per_forward(50_000, 512), samples_per_forward(4_096, 128)
     (5, 256)
     """
-    return max(1, limit_bytes // (4 * vocab_size * seq_len))
+    return max(1, limit_bytes // max(4 * vocab_size * seq_len, 1))
 
 
 def build_model(size: str, *, vocab_size: int, seq_len: int, seed: int) -> PreTrainedModel:

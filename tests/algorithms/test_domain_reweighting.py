@@ -22,7 +22,7 @@ from algorithms.domain_losses import DomainLosses
 from algorithms.heldout import HeldOutWindows
 from algorithms.losses import token_losses
 from algorithms.micro_batch import share_of_the_sum
-from algorithms.references import CachedLosses, FrozenModel, as_reference
+from algorithms.references import CachedLosses, FrozenModel, LossesInBatch, as_reference
 from algorithms.rules.base import UpdateRule
 from algorithms.signals import Signals, loss_histogram
 from mixer.errors import DataError, InputError
@@ -537,6 +537,26 @@ def test_settings_that_cannot_work_are_refused() -> None:
             DomainReweighting(constant(), every=every)
     with pytest.raises(InputError, match="a reference is a model"):
         DomainReweighting(doremi(), reference=3)  # type: ignore[arg-type]
+    with pytest.raises(
+        InputError, match=r"a rule is what a method returns when it is called, such as doremi"
+    ):
+        DomainReweighting(doremi)  # type: ignore[arg-type]
+    for wrong in ({"on_nonfinite": "ignore"}, {"min_tokens": -1}, {"min_tokens": 0.5}, {"gradients_of": "head"}):
+        with pytest.raises(InputError, match=f"got {next(iter(wrong.values()))!r}"):
+            DomainReweighting(constant(), **wrong)  # type: ignore[arg-type]
+    rule, _ = recorder("heldout", "heldout_reference")
+    with pytest.raises(InputError, match="on held-out windows, which this reference does not know"):
+        DomainReweighting(rule, heldout=heldout_windows(), reference=LossesInBatch())
+
+
+def test_a_compiled_proxy_finds_the_same_weights() -> None:
+    found = []
+    for options in ({}, {"compile_config": {"backend": "aot_eager"}}):
+        algorithm = DomainReweighting(doremi(), reference=llama(seed=1))
+        trainer = fit(algorithm, loader=Loader(padded=True), micro=4, steps=2, **options)
+        found.append((algorithm.weights, parameters(trainer)))
+    np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-6)
+    assert distance(found[1][1], found[0][1]) < 1e-6
 
 
 def test_two_rules_in_one_run_are_refused() -> None:

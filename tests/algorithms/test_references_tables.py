@@ -90,6 +90,16 @@ def test_bigram_tables_train_dro_lm(shards: Path, tmp_path: Path) -> None:
         BigramLosses(tmp_path, smoothing=0)
 
 
+def test_clipping_above_bigram_tables_is_warned_of(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tables = count_bigrams(shards, tmp_path)
+    DomainReweighting(doremi(clip="none"), reference=tables)
+    assert not caplog.records
+    DomainReweighting(doremi(), reference=tables)
+    assert "doremi(clip='token') counts losses below the reference as 0" in caplog.text
+
+
 def test_targets_are_subtracted_by_domain(tmp_path: Path) -> None:
     targets = {"web": 3.0, "code": 2.0, "books": 1.0}
     (tmp_path / "targets.json").write_text(json.dumps(targets))

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["add_column", "convert", "inspect", "stats", "train_tokenizer", "verify"]
 
 
-def _default_workers() -> int:
+def _workers(asked: int | None) -> int:
+    if asked is not None:
+        return asked
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -103,7 +105,7 @@ def convert(inputs: tuple[str, ...], workers: int | None, **options: Any) -> Non
     if not options["exclude"]:
         del options["exclude"]
     with _progress_bar() as progress:
-        manifest = run(inputs, options.pop("out"), workers=workers or _default_workers(), progress=progress, **options)
+        manifest = run(inputs, options.pop("out"), workers=_workers(workers), progress=progress, **options)
     _print_table(manifest)
     _print_bad_records(manifest)
 
@@ -124,6 +126,7 @@ def inspect(shards: str, sample: int, split: str, only: tuple[str, ...], as_json
       mixer inspect shards --sample 1 --split validation
       mixer inspect shards --json | jq .domains
     """
+    from converters.inspecting import require_split
     from converters.locations import load_manifest, location
     from mixer.errors import InputError
 
@@ -133,6 +136,8 @@ def inspect(shards: str, sample: int, split: str, only: tuple[str, ...], as_json
     if as_json:
         click.echo(manifest.to_json(), nl=False)
         return
+    if sample:
+        require_split(manifest, split)
     _print_table(manifest, only)
     _print_columns_beside(shards)
     _print_bad_records(manifest)
@@ -160,7 +165,7 @@ def verify(shards: str, deep: bool, workers: int | None) -> int:
     with Bar(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("verify")
         findings = run(
-            shards, deep=deep, workers=workers or _default_workers(),
+            shards, deep=deep, workers=_workers(workers),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     for finding in findings:
@@ -220,19 +225,24 @@ def stats(shards: str, split: str, max_tokens: str, plot: str | None, as_json: b
     import json
 
     from converters.options import size_in_bytes
-    from converters.statistics import domain_statistics, plot_statistics
+    from converters.statistics import check_picture, domain_statistics, plot_statistics
 
+    if plot:
+        check_picture(plot)
     rows = domain_statistics(shards, split=split, max_tokens=size_in_bytes(max_tokens, "max_tokens"))
     if plot:
         plot_statistics(rows, plot)
     if as_json:
         facts = [{key: value for key, value in row._asdict().items() if key != "lengths"} for row in rows]
+        for row in facts:
+            row["quantiles"] = row["quantiles"] if row["documents"] else None
         click.echo(json.dumps(facts, indent=2))
         return
     columns = ("domain", "tokens", "docs", "p10", "p50", "p90", "B/tok", "copies", "H1", "H2")
     cells = [
         (
-            row.domain, _short(row.tokens), f"{row.documents:,}", *(_short(length) for length in row.quantiles),
+            row.domain, _short(row.tokens), f"{row.documents:,}",
+            *(_short(length) if row.documents else "" for length in row.quantiles),
             f"{row.bytes_per_token:.2f}", f"{row.duplicates:.1%}", f"{row.h1:.1f}", f"{row.h2:.1f}",
         )
         for row in rows

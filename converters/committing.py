@@ -58,7 +58,10 @@ def _packed(job: Job, staged: Staged, locks: Sequence[Lock], scratch: Path) -> M
     keep, staged = _deduplicated(job, staged, scratch)
     plans = _plan_splits(job, keep, scratch)
     _check_counts(job, staged, plans)
-    warnings = [*_require_documents(job, plans), *require_samples(plans, job.pack_options)]
+    warnings = [
+        *_about_trained(job, staged.tokenizer), *_require_documents(job, plans),
+        *require_samples(plans, job.pack_options),
+    ]  # fmt: skip
     splits = [split for plan in plans for split in plan.splits if split.num_samples]
     if not splits:
         raise InputError(f"no domain fills a sample of {job.pack_options.seq_len:,} tokens. Lower --seq-len.")
@@ -78,6 +81,15 @@ def _check_counts(job: Job, staged: Staged, plans: Sequence[DomainPlan]) -> None
     kept, left_out = sum(plan.documents for plan in plans), staged.left_out()
     if staged.documents_read != kept + sum(left_out.values()):
         raise DataError(f"{staged.documents_read:,} records read, but {kept:,} kept and {left_out} left out.")
+
+
+def _about_trained(job: Job, tokenizer: TokenizerInfo) -> list[str]:
+    wanted = job.stage_options.train_tokenizer
+    if wanted is None or tokenizer.vocab_size >= wanted:
+        return []
+    return [
+        f"the text gave a tokenizer of {tokenizer.vocab_size:,} ids, not {wanted:,}: nothing more can be merged in it."
+    ]
 
 
 def _require_documents(job: Job, plans: Sequence[DomainPlan]) -> list[str]:

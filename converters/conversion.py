@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 from converters import workplace
 from converters.committing import pack
 from converters.domains import load_mapping
-from converters.engines import kept_running, run_tasks
+from converters.engines import check_engine, kept_running, run_tasks
 from converters.extending import known_inputs
 from converters.job import STAGE, Job, Progress
 from converters.locations import Location, load_manifest, local_file, output_location
@@ -140,6 +141,9 @@ def convert(
         raise InputError("give one of tokenizer (a tokenizer.json or 'bytes') and train_tokenizer (a vocabulary size).")
     if backend not in BACKENDS:
         raise InputError(f"backend {backend!r} is not one of {list(BACKENDS)}.")
+    if backend == "gigatoken" and importlib.util.find_spec("gigatoken") is None:
+        raise InputError("the backend gigatoken is not installed: pip install gigatoken, or use 'hf'.")
+    check_engine(engine, workers)
     stage_options = StageOptions(
         format=format, include=tuple(include), exclude=tuple(exclude), domain=domain, text_field=text_field,
         on_bad_record=on_bad_record, max_bad=max_bad, seed=seed, train_tokenizer=train_tokenizer,

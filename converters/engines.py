@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 from mixer.errors import DataError, InputError
 
-__all__ = ["ENGINES", "kept_running", "run_tasks"]
+__all__ = ["ENGINES", "check_engine", "kept_running", "run_tasks"]
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -188,15 +188,23 @@ def _in_folder(folder: str, function: Callable[[Task], Result], task: Task) -> R
 ENGINES: dict[str, Callable[..., Iterator[Any]]] = {"local": local, "ray": ray}
 
 
+def check_engine(engine: str, workers: int) -> None:
+    """Raise InputError unless there is such an engine here, and a worker."""
+    name, _, address = engine.partition(":")
+    if name not in ENGINES or (address and name == "local"):
+        raise InputError(f"no engine {engine!r}; use 'local', 'ray', or 'ray:<address>' for a running cluster.")
+    if workers < 1:
+        raise InputError(f"workers must be at least 1, got {workers}.")
+    if name == "ray":
+        _imported_ray()
+
+
 def run_tasks(engine: str, function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
     """Run ``function`` over ``tasks`` by the named engine.
 
     >>> sorted(run_tasks("local", abs, [-2, 1], workers=1))
     [1, 2]
     """
+    check_engine(engine, workers)
     name, _, address = engine.partition(":")
-    if name not in ENGINES or (address and name == "local"):
-        raise InputError(f"no engine {engine!r}; use 'local', 'ray', or 'ray:<address>' for a running cluster.")
-    if workers < 1:
-        raise InputError(f"workers must be at least 1, got {workers}.")
     return ENGINES[name](function, tasks, workers, f"ray:{address}" if address.startswith("//") else address)

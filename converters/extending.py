@@ -19,16 +19,20 @@ from converters.splits import HeldOut
 from mixer.errors import InputError
 from mixer.manifest import Domain, Manifest, Split
 
-__all__ = ["fixed_splits", "known_inputs", "merged", "save_inputs"]
+__all__ = ["fixed_splits", "input_row", "known_inputs", "merged", "save_inputs"]
 
 
 def save_inputs(out: Location, rows: Sequence[Mapping[str, Any]]) -> str:
     """Write the rows (name, bytes, hash) of all inputs to a file named by its content; return that name."""
-    facts = [{key: row[key] for key in ("name", "bytes", "hash")} for row in rows]
-    data = b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in facts)
+    data = b"".join(orjson.dumps(input_row(row), option=orjson.OPT_APPEND_NEWLINE) for row in rows)
     name = f"inputs.{hashlib.sha256(data).hexdigest()[:16]}.jsonl"
     write_whole(out / name, data)
     return name
+
+
+def input_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is kept of an input file."""
+    return {key: row[key] for key in ("name", "bytes", "hash")}
 
 
 def known_inputs(out: Location, manifest: Manifest) -> dict[str, dict[str, Any]]:

@@ -11,11 +11,19 @@ from numpy.typing import NDArray
 
 from converters.locations import Location, load_manifest, local_file, location
 from converters.tokenizers import Encoder, load_encoder
-from mixer.errors import DataError
+from mixer.errors import DataError, InputError
 from mixer.manifest import Manifest, Split
 from mixer.mds import column_spans, decode_value, encoded_size, parse_header
 
-__all__ = ["DomainRow", "decoded_documents", "decoded_samples", "domain_rows", "read_index", "read_samples"]
+__all__ = [
+    "DomainRow",
+    "decoded_documents",
+    "decoded_samples",
+    "domain_rows",
+    "read_index",
+    "read_samples",
+    "require_split",
+]
 
 
 class DomainRow(NamedTuple):
@@ -71,6 +79,13 @@ def _held_out(facts: Any) -> str:
     return f"{facts['share']:.1%} {_SHORT[facts['by']]}" if facts else "none"
 
 
+def require_split(manifest: Manifest, split: str) -> None:
+    """Raise InputError unless a domain has the split."""
+    if not any(split in domain.splits for domain in manifest.domains.values()):
+        found = sorted({name for domain in manifest.domains.values() for name in domain.splits})
+        raise InputError(f"no domain has a split {split!r}; there are {found}.")
+
+
 def read_index(folder: str | os.PathLike[str] | Location) -> list[dict[str, Any]]:
     """Return the shard entries of one MDS directory.
 
@@ -78,8 +93,12 @@ def read_index(folder: str | os.PathLike[str] | Location) -> list[dict[str, Any]
     """
     try:
         return list(json.loads((location(folder) / "index.json").read_bytes())["shards"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"cannot read {folder}/index.json ({error!r}). Restore it, or convert again.") from error
+    except FileNotFoundError as error:
+        raise DataError(f"{folder}/index.json is missing. Restore it, or convert again.") from error
+    except OSError as error:
+        raise DataError(f"{folder}/index.json cannot be read: {error.strerror or error}.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}/index.json is damaged: no list of shards. Restore it, or convert again.") from error
 
 
 def read_samples(folder: str | os.PathLike[str] | Location, column: str, count: int) -> list[NDArray[Any]]:

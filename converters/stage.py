@@ -154,7 +154,9 @@ def _is_too_long(text: str, limit: int) -> bool:
 
 
 def _no_text(row: Row, text_field: str, value: Any) -> Bad:
-    if value is None:
+    if value is None and text_field in row.fields:
+        what = f"field {text_field!r} is null"
+    elif value is None:
         what = f"no text field {text_field!r}; it has {sorted(row.fields)[:12]}: name it with --text-field"
     else:
         what = f"field {text_field!r} holds {type(value).__name__}, not text"
@@ -280,21 +282,21 @@ class _UnitWriter:
     def _flush(self, domain: str) -> None:
         waiting = self._waiting.pop(domain)
         del self._characters[domain]
-        texts = [document.text for document in waiting]
+        documents = np.empty(len(waiting), DOCUMENT)
+        for number, document in enumerate(waiting):
+            raw = document.text.encode("utf-8")
+            documents[number] = 0, len(raw), xxhash.xxh3_64_intdigest(raw)
+        del raw
         ids, lengths = self._encode(waiting)
-        raw = [text.encode("utf-8") for text in texts]
-        documents = np.empty(len(texts), DOCUMENT)
         documents["tokens"] = lengths + 1
-        documents["bytes"] = [len(text) for text in raw]
-        documents["hash"] = [xxhash.xxh3_64_intdigest(text) for text in raw]
-        tokens = np.insert(ids.astype(self._dtype), np.cumsum(lengths), self._task.tokenizer.eos_id)
+        tokens = np.insert(ids.astype(self._dtype, copy=False), np.cumsum(lengths), self._task.tokenizer.eos_id)
         self._tokens.write(tokens.data)
         table = documents.tobytes()
         self._documents.write(table)
         self._documents_hash.update(table)
-        self._blocks.append((domain, len(texts), len(tokens)))
+        self._blocks.append((domain, len(documents), len(tokens)))
         sums = self._domains.setdefault(domain, {"documents": 0, "tokens": 0, "bytes": 0})
-        sums["documents"] += len(texts)
+        sums["documents"] += len(documents)
         sums["tokens"] += len(tokens)
         sums["bytes"] += int(documents["bytes"].sum())
 

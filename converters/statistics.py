@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from converters.inspecting import read_index, shard_rows
+from converters.inspecting import read_index, require_split, shard_rows
 from converters.locations import Location, load_manifest, location
 from mixer.errors import InputError
 from mixer.manifest import Manifest
 from mixer.names import plot_label
 
-__all__ = ["DomainStatistics", "domain_statistics", "entropies", "plot_statistics"]
+__all__ = ["DomainStatistics", "check_picture", "domain_statistics", "entropies", "plot_statistics"]
 
 
 class DomainStatistics(NamedTuple):
@@ -51,6 +52,7 @@ def domain_statistics(
     manifest = load_manifest(location(shards))
     if max_tokens < 1:
         raise InputError(f"max_tokens must be at least 1, got {max_tokens}.")
+    require_split(manifest, split)
     rows = []
     for name in manifest.names:
         if split in manifest.domains[name].splits:
@@ -144,12 +146,24 @@ def _bits(counts: NDArray[np.int64]) -> float:
     return float(-(share * np.log2(share)).sum())
 
 
+def check_picture(path: str | os.PathLike[str]) -> None:
+    """Raise InputError unless a picture can be written there."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if Path(path).suffix[1:].lower() not in kinds:
+        raise InputError(f"cannot draw {path}: its name must end in one of {', '.join(kinds)}.")
+    if not Path(path).absolute().parent.is_dir():
+        raise InputError(f"cannot draw {path}: there is no such folder.")
+
+
 def plot_statistics(rows: list[DomainStatistics], path: str | os.PathLike[str]) -> None:
     """Write a picture: distribution of document lengths, and entropies, per domain."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, max(4.5, 1.2 + 0.3 * len(rows))))
     colors = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(rows)))
@@ -160,6 +174,9 @@ def plot_statistics(rows: list[DomainStatistics], path: str | os.PathLike[str]) 
         places = np.concatenate((ordered[:1], ordered))
         left.step(places, shares, where="post", color=color, label=plot_label(row.domain))
     left.set(xscale="log", xlabel="tokens per document", ylabel="share of documents up to this length", ylim=(0, 1.02))
+    left.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    left.xaxis.set_major_formatter(ticker.FuncFormatter(lambda length, _: f"{length:,g}"))
+    left.xaxis.set_minor_formatter(ticker.NullFormatter())
     left.set_title("Document lengths", loc="left")
     left.grid(alpha=0.25)
     if by_length:

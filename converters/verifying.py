@@ -1,7 +1,7 @@
 """Check finished shards against their manifest: quickly by structure, or deeply by every byte.
 
-    fast   manifest, tokenizer and index files by digest; every shard present with its size; the accounting; columns
-           beside the shards present and bound to them
+    fast   manifest, tokenizer, list of inputs and index files by digest; every shard present with its size; the
+           accounting; columns beside the shards present and bound to them
     deep   also every shard's hashes and header, every token id below the vocabulary size
 
 Every finding is reported, not only the first, each with the file and what to do.
@@ -70,7 +70,10 @@ def verify(
     """
     folder = location(shards)
     manifest = load_manifest(folder)
-    findings = [*_check_tokenizer(folder, manifest), *_check_columns(str(folder), manifest, deep)]
+    findings = [
+        *_check_tokenizer(folder, manifest), *_check_lists(folder, manifest),
+        *_check_columns(str(folder), manifest, deep),
+    ]  # fmt: skip
     checks: list[_ShardCheck] = []
     for name in manifest.names:
         domain = manifest.domains[name]
@@ -79,7 +82,8 @@ def verify(
             try:
                 entries = read_index(folder / split.path)
             except DataError as error:
-                findings.append(Finding(str(folder / split.path / "index.json"), str(error), _REPAIR))
+                index = f"{folder / split.path}/index.json"
+                findings.append(Finding(index, str(error).removeprefix(f"{index} ").partition(". ")[0], _REPAIR))
                 continue
             findings += _check_index(folder, split, entries)
             where = str(folder / split.path)
@@ -115,6 +119,21 @@ def _check_tokenizer(folder: Location, manifest: Manifest) -> Iterator[Finding]:
     if found != manifest.tokenizer.fingerprint:
         what = "is missing" if found is None else f"has {found[:20]}…, not {manifest.tokenizer.fingerprint[:20]}…"
         yield Finding(str(file), what, "restore the tokenizer that the shards were made with")
+
+
+def _check_lists(folder: Location, manifest: Manifest) -> Iterator[Finding]:
+    """Check what lies beside the manifest: the list of inputs, which has its digest in its name, and the quarantine."""
+    facts = [manifest.converter, *manifest.converter.get("extensions", [])]
+    if name := manifest.converter.get("inputs"):
+        digest = _digest(folder / name)
+        repair = "restore it from a copy; only --extend needs it"
+        if digest is None:
+            yield Finding(str(folder / name), "is missing", repair)
+        elif digest.removeprefix("sha256:")[:16] != name.split(".")[1]:
+            yield Finding(str(folder / name), "is not the list that the manifest names", repair)
+    for name in (each["quarantine"] for each in facts if "quarantine" in each):
+        if not (folder / name).exists():
+            yield Finding(str(folder / name), "is missing", "restore it from a copy; only people read it")
 
 
 def _check_columns(folder: str, manifest: Manifest, deep: bool) -> Iterator[Finding]:
@@ -174,6 +193,8 @@ def _check_shard(check: _ShardCheck) -> _Checked:
     path = location(check.folder) / stored["basename"]
     try:
         size = size_of(path)
+    except FileNotFoundError:
+        return _Checked(check.folder, [Finding(str(path), "is missing", _REPAIR)])
     except OSError as error:
         return _Checked(check.folder, [Finding(str(path), f"cannot be read: {error.strerror or error}", _REPAIR)])
     if size != stored["bytes"]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import orjson
 
+from converters.extending import input_row, known_inputs
 from converters.job import PACK, QUARANTINE, STAGE, TOKENIZER, Job
 from converters.locations import Location, children, load_manifest, remove_tree, write_whole
 from converters.locks import Lock, lock
@@ -63,11 +64,28 @@ def finished(job: Job, is_ours: bool = False) -> Manifest | None:
         if job.base is not None:
             before.pop("source", None)
             now.pop("source")
-        _refuse_difference(before, now, job.out)
+        if before.get("source") != now.get("source"):
+            _name_inputs(job, manifest, before, now)
+        _refuse_difference(before, now, job.out, is_finished=True)
         return manifest if job.base is None or not job.plan.units else None
     if names and not is_ours and not {STAGE, PACK} & {*names}:
         raise InputError(f"{job.out} is neither empty nor a conversion that can go on; choose another --out.")
     return None
+
+
+def _name_inputs(job: Job, manifest: Manifest, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Put the rows of the input files in place of their sums, which differ."""
+    try:
+        known = known_inputs(job.out, manifest)
+    except InputError:
+        return
+    rows = {row["name"]: input_row(row) for row in job.plan.inputs}
+    extensions = len(manifest.converter.get("extensions", []))
+    if extensions or known.keys() != rows.keys():  # else it may be their order
+        known, rows = dict(sorted(known.items())), dict(sorted(rows.items()))
+    for facts, inputs, number in ((before, known, extensions), (now, rows, 0)):
+        facts.update(inputs=list(inputs.values()), extensions=number)
+        facts.pop("source", None)
 
 
 @contextlib.contextmanager
@@ -83,14 +101,22 @@ def has_leftovers(job: Job) -> bool:
 
 
 def begin(job: Job) -> None:
-    """Write down what is asked, or compare it with what was asked before; clear what a killed run half wrote."""
+    """Write down what is asked, or compare it with what was asked before; clear what a killed run half wrote.
+
+    A request that led to no unit, or no shard, gives way to another one.
+    """
     if isinstance(job.stage, Path):
         _remove_partial(job.stage, "*.tmp", "units/*.tmp")
     if isinstance(job.out, Path):
         _remove_partial(job.out, ".*.tmp", "*/.*.tmp", "*/*/.*.tmp")
     staged = {**job.plan.facts, "inputs": job.plan.inputs}
+    if not children(job.stage / "units") and _differs(job.stage / "plan.json", staged):
+        for name in ("tokenizer.json", "plan.json"):
+            (job.stage / name).unlink(missing_ok=True)
     _same_or_new(job.stage / "plan.json", staged, job.stage)
     extends = {} if job.base is None else {"extends": hashlib.sha256(job.base.to_json().encode()).hexdigest()}
+    if not {*children(job.out)} - {STAGE, PACK}:
+        (job.out / PACK / "request.json").unlink(missing_ok=True)
     _same_or_new(job.out / PACK / "request.json", {**job.request(), **extends}, job.out)
 
 
@@ -113,19 +139,34 @@ def clean_up(job: Job, locks: list[Lock], keep_stage: bool) -> None:
 
 
 def _same_or_new(file: Location, facts: dict[str, Any], folder: Location) -> None:
-    try:
-        before = orjson.loads(file.read_bytes())
-    except FileNotFoundError:
+    before = _load(file)
+    if before is None:
         write_whole(file, orjson.dumps(facts))
     else:
         _refuse_difference(before, facts, folder)
 
 
-def _refuse_difference(before: dict[str, Any], now: dict[str, Any], folder: Location) -> None:
+def _differs(file: Location, facts: dict[str, Any]) -> bool:
+    before = _load(file)
+    return before is not None and bool(difference(before, orjson.loads(orjson.dumps(facts))))
+
+
+def _load(file: Location) -> dict[str, Any] | None:
+    try:
+        return orjson.loads(file.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def _refuse_difference(
+    before: dict[str, Any], now: dict[str, Any], folder: Location, is_finished: bool = False
+) -> None:
     lines = difference(before, orjson.loads(orjson.dumps(now)))
     if lines:
         more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
+        only_new = all(line.startswith("inputs: ") and line.endswith(" is new") for line in lines)
+        extend = " add what is new with --extend," if only_new and is_finished else ""
         raise InputError(
             f"{folder} holds a conversion with other inputs or options: {'; '.join(lines[:8])}{more}. Repeat those,"
-            " choose another --out, or start over with --fresh."
+            f"{extend} choose another --out, or start over with --fresh."
         )

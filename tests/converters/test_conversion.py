@@ -196,9 +196,48 @@ def test_another_request_for_the_same_folder_is_refused_with_the_difference(tmp_
         converted(tmp_path, tokenizer=None, train_tokenizer=300)
     with (tmp_path / "corpus" / "web" / "a.jsonl").open("a") as file:
         file.write('{"text": "one more"}\n')
-    with pytest.raises(InputError, match=r"source bytes: .* -> .*--fresh"):
+    with pytest.raises(InputError, match=r"options: inputs: corpus/web/a.jsonl has another bytes and hash\..*--fresh"):
         converted(tmp_path)
     assert Manifest.load(converted(tmp_path, seq_len=128, fresh=True)).seq_len == 128
+
+
+def test_new_inputs_are_named_and_may_be_added(tmp_path):
+    converted(tmp_path)
+    write_jsonl(tmp_path / "corpus" / "web" / "new.jsonl", documents("new", 40))
+    with pytest.raises(InputError, match=r"options: inputs: corpus/web/new.jsonl is new\..* new with --extend,"):
+        converted(tmp_path)
+    converted(tmp_path, extend=True)
+    with pytest.raises(InputError, match=r"options: extensions: 1 -> 0\. Repeat those, choose"):
+        converted(tmp_path)
+
+
+def test_request_that_led_to_nothing_gives_way_to_another(tmp_path):
+    with pytest.raises(DataError, match="no text field 'body'"):
+        converted(tmp_path, text_field="body")
+    with pytest.raises(InputError, match=r"Lower --seq-len"):
+        converted(tmp_path, seq_len=10_000)
+    assert Manifest.load(converted(tmp_path, seq_len=32)).seq_len == 32
+    assert tree_hash(tmp_path / "shards") == tree_hash(converted(tmp_path, "anew", seq_len=32))
+
+
+def test_tokenizer_that_another_request_trained_is_not_used(tmp_path):
+    def stop(event):
+        if event.phase == "tokenize":
+            raise KeyboardInterrupt
+
+    options = {"tokenizer": None, "held_out": 0}
+    with pytest.raises(KeyboardInterrupt):
+        converted(tmp_path, train_tokenizer=300, progress=stop, **options)
+    assert (tmp_path / "shards" / ".stage" / "tokenizer.json").exists()
+    assert Manifest.load(converted(tmp_path, train_tokenizer=320, **options)).tokenizer.vocab_size == 320
+
+
+@pytest.mark.parametrize("wrong", [{"engine": "slurm"}, {"workers": 0}, {"backend": "rust"}])
+def test_fresh_with_a_wrong_option_deletes_nothing(tmp_path, wrong):
+    before = tree_hash(converted(tmp_path))
+    with pytest.raises(InputError):
+        converted(tmp_path, fresh=True, **wrong)
+    assert tree_hash(tmp_path / "shards") == before
 
 
 def test_kept_stage_packs_again_without_tokenising(tmp_path, monkeypatch):

@@ -89,7 +89,7 @@ def test_shards_on_s3_are_inspected_verified_and_measured_there(corpus, tmp_path
     assert finding.path == f"{url}/{name}" and "xxh64" in finding.what
     s3[0].delete_object(Bucket="corpus", Key=f"{out}/{name}")
     (finding,) = verify(url)
-    assert "cannot be read" in finding.what
+    assert finding.what == "is missing"
 
 
 def test_mixer_reads_what_was_written_to_s3(corpus, tmp_path, wire, out):

@@ -189,7 +189,7 @@ def test_unfinished_conversion_refuses_other_options_and_inputs(tmp_path):
     write_corpus(tmp_path / "corpus")
 
     def stop(event):
-        if event.phase == "pack":
+        if event.phase == "pack" and event.done:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -38,11 +38,13 @@ def test_good_shards_have_no_findings(shards):
 @pytest.mark.parametrize(
     "damage, is_deep, message",
     [
-        (lambda s: first_shard(s).unlink(), False, "cannot be read: No such file"),
+        (lambda s: first_shard(s).unlink(), False, "is missing"),
+        (lambda s: next(s.glob("inputs.*")).write_text("{}"), False, "is not the list that the manifest names"),
+        (lambda s: next(s.glob("inputs.*")).unlink(), False, "is missing"),
         (lambda s: first_shard(s).write_bytes(first_shard(s).read_bytes()[:-1]), False, "its index says"),
         (lambda s: flip(first_shard(s)), True, "has xxh64"),
-        (lambda s: (s / "web" / "train" / "index.json").unlink(), False, "cannot read"),
-        (lambda s: (s / "web" / "train" / "index.json").write_text("{}"), False, "cannot read"),
+        (lambda s: (s / "web" / "train" / "index.json").unlink(), False, "is missing"),
+        (lambda s: (s / "web" / "train" / "index.json").write_text("{}"), False, "is damaged: no list of shards"),
         (lambda s: edit_index(s), False, "is not the index that the manifest names"),
         (lambda s: flip(s / "tokenizer" / "tokenizer.json"), False, "has sha256"),
         (lambda s: (s / "tokenizer" / "tokenizer.json").unlink(), False, "is missing"),
@@ -85,7 +87,7 @@ def test_findings_are_counted_and_end_with_one_dot(shards):
     (shards / "web" / "train" / "index.json").unlink()
     output = CliRunner().invoke(cli.verify, [str(shards)], standalone_mode=False).output
     assert "\n1 finding (" in output
-    assert "convert again. To repair:" in output
+    assert "index.json: is missing. To repair:" in output
     (shards / "code" / "train" / "index.json").unlink()
     assert "\n2 findings (" in CliRunner().invoke(cli.verify, [str(shards)], standalone_mode=False).output
 
@@ -174,6 +176,35 @@ def test_stats_command_draws_and_prints_json(shards, tmp_path):
     assert {row["domain"] for row in json.loads(result.output)} == {"book", "code", "web"}
     assert (tmp_path / "stats.png").read_bytes().startswith(b"\x89PNG")
     assert "H2" in CliRunner().invoke(cli.stats, [str(shards)], catch_exceptions=False).output
+
+
+def test_domain_that_is_one_document_has_no_lengths(tmp_path):
+    write_jsonl(tmp_path / "corpus" / "web" / "a.jsonl", ["word " * 50])
+    shards = str(convert_to(tmp_path, "out", seq_len=100, held_out=0))
+    assert "nan" not in CliRunner().invoke(cli.stats, [shards], catch_exceptions=False).output
+    (row,) = json.loads(CliRunner().invoke(cli.stats, [shards, "--json"], catch_exceptions=False).output)
+    assert (row["documents"], row["quantiles"], row["tokens"]) == (0, None, 200)
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["stats", "--split", "test"], r"no domain has a split 'test'; there are \['train', 'validation'\]"),
+        (["inspect", "--sample", "1", "--split", "test"], "no domain has a split 'test'"),
+        (["stats", "--plot", "stats.doc"], "its name must end in one of .*png"),
+        (["stats", "--plot", "nowhere/stats.png"], "there is no such folder"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused_first(shards, command, message):
+    with pytest.raises(InputError, match=message):
+        CliRunner().invoke(getattr(cli, command[0]), [str(shards), *command[1:]], catch_exceptions=False)
+
+
+def test_smaller_trained_tokenizer_than_asked_is_told(tmp_path):
+    write_jsonl(tmp_path / "corpus" / "web" / "a.jsonl", ["one two three " * 9] * 9)
+    manifest = convert([tmp_path / "corpus"], tmp_path / "out", train_tokenizer=400, seq_len=8, held_out=0)
+    (warning,) = manifest.converter["warnings"]
+    assert warning.startswith(f"the text gave a tokenizer of {manifest.tokenizer.vocab_size} ids, not 400")
 
 
 def test_trained_tokenizer_is_the_one_that_convert_trains(tmp_path, shards):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,7 +26,7 @@ from converters.job import STAGE, Job, Progress
 from converters.locations import Location, load_manifest, local_file, output_location
 from converters.options import DEFAULT_EXCLUDE, PackOptions, StageOptions, size_in_bytes
 from converters.plan import make_plan
-from converters.tokenizers import BACKENDS, describe
+from converters.tokenizers import BACKENDS, describe, require_gigatoken
 from converters.tokenizing import tokenize
 from mixer.errors import DataError, InputError
 from mixer.manifest import Manifest, TokenizerInfo
@@ -141,8 +140,8 @@ def convert(
         raise InputError("give one of tokenizer (a tokenizer.json or 'bytes') and train_tokenizer (a vocabulary size).")
     if backend not in BACKENDS:
         raise InputError(f"backend {backend!r} is not one of {list(BACKENDS)}.")
-    if backend == "gigatoken" and importlib.util.find_spec("gigatoken") is None:
-        raise InputError("the backend gigatoken is not installed: pip install gigatoken, or use 'hf'.")
+    if backend == "gigatoken":
+        require_gigatoken()
     check_engine(engine, workers)
     stage_options = StageOptions(
         format=format, include=tuple(include), exclude=tuple(exclude), domain=domain, text_field=text_field,

@@ -227,6 +227,13 @@ class _Search:
                 f"no update would happen in {settings.proxy.steps} steps with one every {every.value}: take more "
                 "steps, or a shorter --every."
             )
+        updates, needed = settings.proxy.steps // every.value, self.rule.first_move(len(self.names))
+        if every.unit == TimeUnit.BATCH and updates < needed:
+            raise InputError(
+                f"{settings.method!r} moves its weights at update {needed} for the first time, and "
+                f"{settings.proxy.steps} steps with one every {every.value} have {updates}: take more steps, a shorter "
+                f"--every, or other settings (`mixer methods {settings.method}`)."
+            )
         if settings.floor * len(self.names) > 1:
             raise InputError(f"a floor of {settings.floor} for {len(self.names)} domains is more than 1 in all.")
         self.rule.weights(self.rule.init(self.domains))

@@ -116,6 +116,7 @@ def ado(
         weights=lambda state: state.weights,
         result=lambda state: normalized(state.average),
         applies="sampling",
+        first_move=lambda num_domains: start,
     )
 
 

@@ -105,6 +105,7 @@ def aioli(
         needs=frozenset({"heldout"}),
         applies="sampling",
         averages=False,
+        first_move=lambda num_domains: num_sweeps * num_domains + 1,
     )
 
 

@@ -69,6 +69,7 @@ class UpdateRule(NamedTuple):
             "gradient_variance", "histogram" (see ``Signals``).
         applies: what its weights act on by default: the per-domain "loss" or the "sampling".
         averages: whether ``result`` is the mean of the weights in force, so that more steps can be extrapolated.
+        first_move: number of domains -> updates before which the result cannot leave what it starts from.
         normalization: how loss weights meet token counts: "domain" is Σ_d w_d · mean loss of d (paper form);
             "tokens" is Σ w_d ℓ / Σ w_d over all tokens (official DoReMi code).
     """
@@ -83,6 +84,7 @@ class UpdateRule(NamedTuple):
     applies: Literal["loss", "sampling"] = "loss"
     normalization: Literal["domain", "tokens"] = "domain"
     averages: bool = True
+    first_move: Callable[[int], int] = lambda num_domains: 1
 
 
 def state_to_dict(state: Any) -> dict[str, Any]:

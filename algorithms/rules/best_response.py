@@ -217,6 +217,7 @@ def _rule(
         result=lambda state: normalized(state.average),
         needs=frozenset({"reference"}) if baseline == "reference" else frozenset(),
         applies=applies,
+        first_move=lambda num_domains: warmup + 1,
     )
 
 

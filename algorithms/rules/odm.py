@@ -97,4 +97,5 @@ def odm(smoothing: float = 0.9, variant: str = "paper") -> UpdateRule:
         result=lambda state: normalized(state.average),
         needs=frozenset({"behaviour"}),
         applies="sampling",
+        first_move=lambda num_domains: int(num_domains * np.log(num_domains)) + 1,  # until then all is exploration
     )

@@ -537,9 +537,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
             DomainReweighting(constant(), every=every)
     with pytest.raises(InputError, match="a reference is a model"):
         DomainReweighting(doremi(), reference=3)  # type: ignore[arg-type]
-    with pytest.raises(
-        InputError, match=r"a rule is what a method returns when it is called, such as doremi"
-    ):
+    with pytest.raises(InputError, match=r"a rule is what a method returns when it is called, such as doremi"):
         DomainReweighting(doremi)  # type: ignore[arg-type]
     for wrong in ({"on_nonfinite": "ignore"}, {"min_tokens": -1}, {"min_tokens": 0.5}, {"gradients_of": "head"}):
         with pytest.raises(InputError, match=f"got {next(iter(wrong.values()))!r}"):

@@ -288,6 +288,8 @@ def test_missing_validation_data_is_known_before_training(tmp_path: Path) -> Non
         ({"method": "on_demand"}, "no update would happen in 6 steps"),
         ({"floor": 0.5}, "a floor of 0.5 for 3 domains is more than 1"),
         ({"reference": "nowhere"}, "no reference model at nowhere"),
+        ({"method": "ado"}, "'ado' moves its weights at update 1000 for the first time, and 6 steps with one every 1"),
+        ({"method": "aioli", "every": "2ba"}, "'aioli' moves its weights at update 13 for the first time, .* have 3"),
         ({"method": "group_dro", "reference": "nowhere"}, "'group_dro' compares with no such reference"),
         ({"method": "odm", "reference_steps": 5}, "no reference is trained for 'odm' with --reference train"),
         ({"reference": "bigram", "reference_steps": 5}, "no reference is trained for 'doremi' with --reference bigram"),

@@ -399,3 +399,19 @@ def test_epoch_caps_follow_what_is_left_of_each_domain():
 def test_weights_of_nothing_are_refused():
     with pytest.raises(InputError, match="not all 0"):
         normalized(np.zeros(3))
+
+
+@EVERY
+def test_a_rule_moves_no_sooner_than_it_says_and_then_it_does(name):
+    if name in ("erm", "given", "preset", "temperature", "uniform", "unimax"):
+        pytest.skip("its weights are fixed")
+    settings = {"ado": {"warmup": 12, "ignore": 0}, "aioli": {"sweeps": 2}}.get(name, {})
+    rule = UPDATE_RULES[name](**settings, **(REQUIRED[name](names_for(name)) if name in REQUIRED else {}))
+    domains = domains_for(name)
+    state, size = rule.init(domains), len(domains.names)
+    start, first = rule.result(state), rule.first_move(size)
+    for step in range(first):
+        state, _ = rule.update(state, random_signals(step, size))
+        if step < first - 1:
+            np.testing.assert_allclose(rule.result(state), start, atol=1e-12)
+    assert np.max(np.abs(rule.result(state) - start)) > 1e-9

@@ -130,6 +130,7 @@ def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
         if at >= piece.start:
             yield at, line
         at += length
+        del line  # here and in all that follows: before the next one is read, as two large records are too many
 
 
 def _cut_lines(piece: Piece, at: int) -> Iterator[tuple[bytes, int]]:
@@ -144,6 +145,7 @@ def _cut_lines(piece: Piece, at: int) -> Iterator[tuple[bytes, int]]:
                 if rest.endswith(b"\n"):
                     break
             yield line, length
+            del line
 
 
 def read_jsonl(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
@@ -165,6 +167,7 @@ def read_jsonl(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
             yield Row(fields, at, offset, line)
         else:
             yield Bad("json", f"a JSON {type(fields).__name__}, not an object", at, offset, line)
+        del fields, line
 
 
 def _json_verdict(line: bytes, at: int, offset: int, error: Exception) -> Bad:
@@ -198,6 +201,7 @@ def read_text_lines(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad
     for at, (offset, line) in enumerate(_lines(piece), start=1):
         if line.strip():
             yield _decoded(piece, line.rstrip(b"\r\n"), at, offset)
+        del line
 
 
 def read_text_blocks(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
@@ -249,6 +253,7 @@ def _read_separated(piece: Piece, delimiter: str) -> Iterator[Row | Bad]:
                 yield Bad("utf8", "not valid UTF-8", at, offset, raw)
             else:
                 yield Row(dict(zip(header, values)), at, offset, raw)
+            del values, raw
 
 
 # --- Arrow ---------------------------------------------------------------------------------------------------------
@@ -360,6 +365,7 @@ def read_warc(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
                 raise EOFError(f"record {at} has {size} of {length} bytes")
             if headers.get("warc-type") not in _NOT_DOCUMENTS:
                 yield _warc_row(piece, headers, body, at, offset)
+            del body
             offset += length
 
 
@@ -416,6 +422,8 @@ def read_mds(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
                 yield Bad("json", f"not valid JSON: {error}", at, offset, raw)
             else:
                 yield Row(fields, at, offset, raw)
+                del fields
+            del source, values, raw
 
 
 def _mds_values(

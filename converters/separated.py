@@ -65,6 +65,7 @@ def records(path: str, delimiter: str, limit: int) -> Iterator[Record]:
                 problem = ("oversized", "")
             if values or problem:
                 yield Record(values, problem, number, offset, raw)
+            del values, raw  # before the next one is read
 
 
 class _Lines:

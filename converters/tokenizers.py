@@ -108,6 +108,11 @@ _DECODED_BEFORE = 16
 _Encoded = tuple[NDArray[Any], NDArray[np.int64]]
 
 
+def _small(ids: NDArray[Any]) -> NDArray[Any]:
+    """Return a copy of half the size where the ids allow it, which is kept in place of what it is a part of."""
+    return ids.astype(np.uint16 if ids.max(initial=0) < 1 << 16 else np.uint32)
+
+
 def in_pieces(
     texts: Sequence[str], encode: Callable[[Sequence[str]], _Encoded], find: Callable[[], Cuts | None]
 ) -> _Encoded:
@@ -118,7 +123,7 @@ def in_pieces(
     parts = []
     for text in texts:
         pieces = cuts(text, LONG_TEXT) if len(text) > LONG_TEXT else [(text, 0)]
-        ids = [encode([piece])[0][drop:] for piece, drop in pieces]
+        ids = [_small(encode([piece])[0][drop:]) for piece, drop in pieces]
         parts.append(ids[0] if len(ids) == 1 else np.concatenate(ids))
     return np.concatenate(parts), np.fromiter(map(len, parts), np.int64, len(parts))
 
@@ -162,7 +167,7 @@ def require_gigatoken() -> Any:
 class GigatokenEncoder:
     """The same ``tokenizer.json`` through gigatoken, which is about twenty times as fast; decodes by ``tokenizers``.
 
-    It remembers every word it has seen, without end; it is loaded anew when that has taken ``_MAX_GROWTH`` of memory.
+    It remembers every word it has seen, without end; it is loaded anew when that has taken some tens of megabytes.
     """
 
     def __init__(self, file: str, special_tokens: str = "text") -> None:
@@ -217,7 +222,7 @@ class GigatokenEncoder:
                 )
 
 
-_MAX_GROWTH = 64 << 20
+_MAX_GROWTH = 48 << 20
 
 
 def resident_bytes() -> int:
@@ -233,6 +238,18 @@ def return_memory() -> None:
     """Give what was freed back to the system, which glibc does not do by itself."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def return_large_blocks() -> None:
+    """Have blocks of megabytes given back as soon as they are freed.
+
+    After the first such block glibc would keep them, between others, which takes some 40 MB where texts are large.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+
+
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 class SentencePieceEncoder:
@@ -412,6 +429,7 @@ def _configured_eos(file: Path) -> tuple[str, ...]:
 
 def load_encoder(kind: str, file: str | None, backend: str = "hf", special_tokens: str = "text") -> Encoder:
     """Return the encoder, made once per process as long as its file stays the same."""
+    return_large_blocks()
     return _loaded(kind, file, backend, special_tokens, "" if file is None else str(os.stat(file).st_mtime_ns))
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from algorithms.heldout import HeldOutWindows
 from algorithms.loader_facts import rounded
-from algorithms.references import BigramLosses, FrozenModel, Reference
+from algorithms.references import BigramLosses, CachedLosses, FrozenModel, Reference
 from algorithms.references.frozen import fingerprint_of
 from algorithms.rules.base import UpdateRule
 from algorithms.sharding import is_flattened
@@ -132,7 +132,7 @@ def check_not_its_own_reference(rule: UpdateRule | None, reference: Reference | 
         proxy: None where its parameters are spread over ranks, and nothing is checked.
     """
     clips = rule is not None and rule.name == "doremi" and rule.settings["clip"] != "none"
-    if not clips or not isinstance(reference, FrozenModel) or proxy is None:
+    if not clips or not isinstance(reference, FrozenModel | CachedLosses) or proxy is None:
         return
     if fingerprint_of(proxy) == reference.fingerprint:
         raise InputError(

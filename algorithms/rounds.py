@@ -69,7 +69,7 @@ class SearchSettings:
         apply, every: what the weights act on ("loss" or "sampling") and how often they are updated; None for the
             rule's own choice.
         heldout_windows: validation samples per domain that rules on held-out losses evaluate at every update.
-        floor: least weight of every domain.
+        floor, ceiling: least and largest weight of every domain.
         max_epochs, budget_tokens: cap the weights so that a run of ``budget_tokens`` sees no domain more than
             ``max_epochs`` times; no cap where either is None.
         extrapolate_to: steps that the averaged weights should stand for, beyond those the proxy was trained.
@@ -91,6 +91,7 @@ class SearchSettings:
     every: str | None = None
     heldout_windows: int = 16
     floor: float = 0.0
+    ceiling: float = 1.0
     max_epochs: float | None = None
     budget_tokens: int | None = None
     extrapolate_to: int | None = None
@@ -104,7 +105,7 @@ class SearchSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all settings; later ones only where they are in use, so that searches from before them go on."""
-        settings = without_defaults(asdict(self), {"prior": "uniform", "min_tokens": 0})
+        settings = without_defaults(asdict(self), {"prior": "uniform", "min_tokens": 0, "ceiling": 1.0})
         return {**settings, "proxy": self.proxy.to_dict()}
 
 
@@ -139,10 +140,10 @@ def _check_names(method: str, settings: Mapping[str, Any]) -> None:
 
 
 def _within_bounds(rule: UpdateRule, settings: SearchSettings) -> UpdateRule:
-    if settings.floor == 0.0 and settings.max_epochs is None:
+    if (settings.floor, settings.ceiling, settings.max_epochs) == (0.0, 1.0, None):
         return rule
     caps = {"max_epochs": settings.max_epochs, "budget": settings.budget_tokens, "apply": settings.apply}
-    return bounded(rule, floor=settings.floor, **caps)  # type: ignore[arg-type]
+    return bounded(rule, floor=settings.floor, ceiling=settings.ceiling, **caps)  # type: ignore[arg-type]
 
 
 def find_mixture(
@@ -236,6 +237,8 @@ class _Search:
             )
         if settings.floor * len(self.names) > 1:
             raise InputError(f"a floor of {settings.floor} for {len(self.names)} domains is more than 1 in all.")
+        if settings.ceiling * len(self.names) < 1:
+            raise InputError(f"a ceiling of {settings.ceiling} for {len(self.names)} domains is less than 1 in all.")
         self.rule.weights(self.rule.init(self.domains))
         check_tokenizer(settings.proxy.model, self.shards, self.manifest)
         self._check_reference()

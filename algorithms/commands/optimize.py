@@ -75,6 +75,9 @@ __all__ = ["optimize"]
     help="What samples are drawn by where no rule decides: uniform, proportional, or a mixture file.",
 )
 @click.option("--floor", default=0.0, show_default=True, type=click.FloatRange(0, 1), help="Least weight of a domain.")
+@click.option(
+    "--ceiling", default=1.0, show_default=True, type=click.FloatRange(0, 1), help="Largest weight of a domain."
+)
 @click.option("--max-epochs", type=float, help="Cap the weights so that no domain repeats more often; needs --budget.")
 @click.option("--budget", help="Tokens of the main run, e.g. 50M; for --max-epochs.")
 @click.option("--extrapolate-to", type=click.IntRange(1), help="Steps that the average weights should stand for.")

@@ -39,6 +39,15 @@ def builtins_of(state: dict[str, Any]) -> str:
     return json.dumps(state, default=plain, sort_keys=True)
 
 
+def test_weights_of_a_model_alone_start_the_rule_anew(tmp_path: Path) -> None:
+    trained = parameters(fit(searching(), steps=2, save_folder=str(tmp_path), save_interval="2ba"))
+    again, loader = searching(), Loader()
+    checkpoint = str(tmp_path / "ep0-ba2-rank0.pt")
+    trainer = fit(again, loader=loader, steps=1, lr=0.0, load_path=checkpoint, load_weights_only=True)
+    assert torch.equal(parameters(trainer), trained)
+    assert again.trajectory.steps.tolist() == [0] and loader.dataset.position == 12
+
+
 @pytest.mark.parametrize("apply", ["loss", "sampling"])
 def test_a_resumed_run_is_the_same_to_the_bit(apply: str, tmp_path: Path) -> None:
     whole = searching(apply, every="2ba")

@@ -119,6 +119,7 @@ def test_final_weights_keep_to_the_epoch_cap_also_extrapolated(steps: int | None
         SearchSettings(method="dro_lm", proxy=TINY, reference="bigram"),
         SearchSettings(method="on_demand", proxy=TINY, every="2ba", heldout_windows=3),
         SearchSettings(method="odm", proxy=TINY, floor=0.1),
+        SearchSettings(method="topic_cvar", proxy=TINY, ceiling=0.4),
         SearchSettings(method="hardest", proxy=TINY, extrapolate_to=12),
     ],
     ids=lambda settings: settings.method,
@@ -127,6 +128,7 @@ def test_every_kind_of_search_ends_in_a_mixture(settings: SearchSettings, shards
     mixture = find_mixture(shards, settings, tmp_path / "run", QUIET)
     assert sum(mixture.weights.values()) == pytest.approx(1)
     assert min(mixture.weights.values()) >= settings.floor - 1e-12
+    assert max(mixture.weights.values()) <= settings.ceiling + 1e-12
     assert mixture.provenance["rule"] == settings.method
     assert (tmp_path / "run" / "round-1" / "reference").exists() == (settings.reference == "cached")
 
@@ -287,6 +289,7 @@ def test_missing_validation_data_is_known_before_training(tmp_path: Path) -> Non
         ({"every": "20ba"}, "no update would happen in 6 steps"),
         ({"method": "on_demand"}, "no update would happen in 6 steps"),
         ({"floor": 0.5}, "a floor of 0.5 for 3 domains is more than 1"),
+        ({"ceiling": 0.3}, "a ceiling of 0.3 for 3 domains is less than 1"),
         ({"reference": "nowhere"}, "no reference model at nowhere"),
         ({"method": "ado"}, "'ado' moves its weights at update 1000 for the first time, and 6 steps with one every 1"),
         ({"method": "aioli", "every": "2ba"}, "'aioli' moves its weights at update 13 for the first time, .* have 3"),

@@ -17,7 +17,7 @@ from mixer.cli import main as cli
 from mixer.dataloader import MixtureLoader
 from mixer.errors import DataError, InputError
 from tests.algorithms.test_domain_reweighting_loader import row
-from tests.algorithms.tiny import VOCAB, batch, llama, t5
+from tests.algorithms.tiny import VOCAB, batch, llama, t5, wrap
 from tests.algorithms.training_helpers import fit
 from tests.helpers import write_shards
 
@@ -153,6 +153,11 @@ def test_lost_files_are_named_before_training_and_scored_again(shards: Path, tmp
     score(shards, FrozenModel(llama(seed=1)), tmp_path)
     assert lost.read_bytes() == before
     fit(DomainReweighting(doremi(), reference=folder), loader=make_loader(shards), steps=1)
+
+
+def test_a_proxy_that_starts_as_the_model_that_was_scored_is_refused(shards: Path, scores: Path) -> None:
+    with pytest.raises(InputError, match="the proxy starts as its own reference"):
+        fit(DomainReweighting(doremi(), reference=scores), model=wrap(llama(seed=1)), loader=make_loader(shards))
 
 
 def test_losses_of_next_tokens_are_no_reference_for_labels(shards: Path, scores: Path, tmp_path: Path) -> None:

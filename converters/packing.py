@@ -24,7 +24,7 @@ from converters.splits import SplitPlan, samples_of
 from converters.streams import Stream
 from converters.tokenizers import forget_encoders
 from mixer.errors import DataError
-from mixer.mds import compress, empty_shard, encode_shard, shard_entry, shard_overhead, token_encoding
+from mixer.mds import Ragged, compress, empty_shard, encode_shard, shard_entry, shard_overhead, token_encoding
 
 __all__ = ["PackTask", "check_accounting", "pack_shard", "pack_tasks", "read_record", "shard_path"]
 
@@ -195,20 +195,21 @@ def _encoded(task: PackTask, columns: Mapping[str, str]) -> tuple[bytes | bytear
         _fill(task, samples.reshape(-1))
         return shard, samples.size
     rows, used = _rows(task)
-    values: dict[str, Any] = {"tokens": rows}
+    values: dict[str, Any] = {"tokens": rows if options.packing == "none" else rows.values.reshape(len(rows), -1)}
     if options.doc_starts:
-        values[DOC_STARTS] = _doc_starts(task, rows, used)
+        values[DOC_STARTS] = _doc_starts(rows, used, task.eos_id, _starts_dtype(options))
     if options.sample_ids:
         values[SAMPLE_ID] = np.arange(task.first_id, task.first_id + task.num_samples, dtype=np.uint64)
-    return encode_shard(columns, values, **options.shard_facts()), sum(map(len, rows))
+    return encode_shard(columns, values, **options.shard_facts()), len(rows.values)
 
 
-def _rows(task: PackTask) -> tuple[Sequence[NDArray[Any]] | NDArray[Any], NDArray[np.int64]]:
+def _rows(task: PackTask) -> tuple[Ragged, NDArray[np.int64]]:
     """Return the samples, and how many tokens of each are not padding."""
     if task.options.packing == "none":
-        return _varying_rows(task)
-    rows = np.empty((task.num_samples, task.options.seq_len), task.dtype)
-    return rows, _fill(task, rows.reshape(-1))
+        rows = _varying_rows(task)
+        return rows, rows.lengths
+    tokens = np.empty(task.num_samples * task.options.seq_len, task.dtype)
+    return Ragged(tokens, np.full(task.num_samples, task.options.seq_len)), _fill(task, tokens)
 
 
 def _fill(task: PackTask, tokens: NDArray[Any]) -> NDArray[np.int64]:
@@ -229,7 +230,7 @@ def _fill_evenly(task: PackTask, tokens: NDArray[Any]) -> NDArray[np.int64]:
     return used
 
 
-def _varying_rows(task: PackTask) -> tuple[list[NDArray[Any]], NDArray[np.int64]]:
+def _varying_rows(task: PackTask) -> Ragged:
     """Return samples of their own lengths, which follow one another in the stream."""
     tokens = np.empty(task.num_tokens, task.dtype)
     stop = task.first_token + task.num_tokens
@@ -237,7 +238,7 @@ def _varying_rows(task: PackTask) -> tuple[list[NDArray[Any]], NDArray[np.int64]
     lengths = _sample_lengths(documents, task.options.seq_len)
     if task.stream.copy(tokens, task.first_token) != len(tokens) or len(lengths) != task.num_samples:
         raise _ends_early(task)
-    return np.split(tokens, np.cumsum(lengths)[:-1]), lengths
+    return Ragged(tokens, lengths)
 
 
 def _fill_by_layout(task: PackTask, tokens: NDArray[Any]) -> NDArray[np.int64]:
@@ -258,14 +259,20 @@ def _ends_early(task: PackTask) -> DataError:
     )
 
 
-def _doc_starts(task: PackTask, rows: Sequence[NDArray[Any]] | NDArray[Any], used: NDArray[np.int64]) -> list[Any]:
-    """Return where documents (and the padding) start in each sample; always with the leading 0."""
-    dtype = _starts_dtype(task.options)
-    starts = []
-    for row, count in zip(rows, used.tolist()):
-        ends = np.flatnonzero(row[:count] == task.eos_id) + 1
-        starts.append(np.concatenate(([0], ends[ends < len(row)])).astype(dtype))
-    return starts
+def _doc_starts(rows: Ragged, used: NDArray[np.int64], eos_id: int, dtype: str) -> Ragged:
+    """Return where documents (and the padding) start in each sample; always with the leading 0.
+
+    >>> _doc_starts(Ragged(np.array([5, 0, 6, 0, 7, 0, 0, 0]), np.array([4, 4])), np.array([4, 2]), 0, "uint16").values
+    array([0, 2, 0, 2], dtype=uint16)
+    """
+    firsts = np.cumsum(rows.lengths) - rows.lengths
+    starts = np.flatnonzero(rows.values == eos_id) + 1
+    row = np.searchsorted(firsts, starts - 1, "right") - 1
+    within = starts - firsts[row]
+    inside = (within <= used[row]) & (within < rows.lengths[row])
+    starts = np.sort(np.concatenate((firsts, starts[inside])))
+    counts = 1 + np.bincount(row[inside], minlength=len(rows))
+    return Ragged((starts - np.repeat(firsts, counts)).astype(dtype), counts)
 
 
 def shard_path(folder: str | os.PathLike[str] | Location, entry: Mapping[str, Any]) -> Location:

@@ -13,9 +13,11 @@ names. Offsets count from the start of the file; nothing is aligned, so values a
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +30,7 @@ from mixer.errors import DataError, InputError
 __all__ = [
     "SIZE_LIMIT",
     "Header",
+    "Ragged",
     "column_spans",
     "compress",
     "compression_extension",
@@ -99,7 +102,8 @@ def encode_shard(
 
     Args:
         columns: name → encoding.
-        samples: an array (n, T) of the only column's dtype; or name → n values; or n mappings name → value.
+        samples: an array (n, T) of the only column's dtype; or name → n values (``Ragged`` for vectors); or n mappings
+            name → value.
         compression, hashes, size_limit: what the shard's header says of how it is stored. The bytes returned are not
             compressed; give the same values to ``shard_entry``.
     Raises: InputError: if a value does not fit its column, or the shard would pass 2**32 bytes (offsets are uint32).
@@ -109,15 +113,13 @@ def encode_shard(
     """
     names = sorted(columns)
     table = _as_table(names, samples)
-    body: bytes | memoryview
+    parts: Iterable[Any]
     if all(encoded_size(columns[name]) for name in names):
         num_samples, row_bytes, body = _encode_fixed(names, columns, table)
-        sizes = np.full(num_samples, row_bytes, np.int64)
+        sizes, parts = np.full(num_samples, row_bytes, np.int64), (body,)
     else:
-        rows = _encode_rows(names, columns, table)
-        sizes = np.fromiter(map(len, rows), np.int64, len(rows))
-        body = b"".join(rows)
-    return b"".join((_head(sizes, _config_bytes(columns, compression, hashes, size_limit)), body))
+        sizes, parts = _encode_rows(names, columns, table)
+    return b"".join((_head(sizes, _config_bytes(columns, compression, hashes, size_limit)), *parts))
 
 
 def empty_shard(
@@ -532,6 +534,17 @@ def _encode_ndarray(name: str, encoding: str, value: NDArray[Any]) -> bytes:
 # --- many samples --------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Ragged:
+    """Vectors of different lengths: all ``values`` one after another, and the length of each."""
+
+    values: NDArray[Any]
+    lengths: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
 def _as_table(names: list[str], samples: Any) -> dict[str, Any]:
     """Return name → n values from any of the three forms that ``encode_shard`` takes."""
     if isinstance(samples, np.ndarray):
@@ -546,13 +559,17 @@ def _as_table(names: list[str], samples: Any) -> dict[str, Any]:
     else:
         table = {name: [sample.get(name, _MISSING) for sample in samples] for name in names}
     lengths = {name: len(values) for name, values in table.items()}
-    missing = [name for name in names if name not in table or any(value is _MISSING for value in table[name])]
+    missing = [name for name in names if name not in table or _lacks_some(table[name])]
     if missing or set(table) != set(names) or len(set(lengths.values())) > 1:
         raise InputError(f"samples do not fit the columns {names}: values by column {lengths}, missing {missing}.")
     return table
 
 
 _MISSING = object()
+
+
+def _lacks_some(values: Any) -> bool:
+    return not isinstance(values, np.ndarray | Ragged) and any(value is _MISSING for value in values)
 
 
 def _encode_fixed(
@@ -581,33 +598,62 @@ def _fixed_block(name: str, encoding: str, values: Any) -> NDArray[np.uint8]:
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8).reshape(len(values), size)
 
 
-def _encode_rows(names: list[str], columns: Mapping[str, str], table: Mapping[str, Any]) -> list[bytes]:
+class _Encoded(NamedTuple):
+    """A column's values: one or more runs of n buffers, which stand one after another, and the bytes of each value."""
+
+    runs: list[Sequence[Any]]
+    sizes: NDArray[np.int64]
+
+
+def _encode_rows(
+    names: list[str], columns: Mapping[str, str], table: Mapping[str, Any]
+) -> tuple[NDArray[np.int64], Iterator[Any]]:
+    """Return the bytes of each sample, and all buffers that make up the samples: nothing large is copied here."""
     encoded = [_encode_column(name, columns[name], table[name]) for name in names]
-    varying = [values for name, values in zip(names, encoded) if encoded_size(columns[name]) is None]
-    sizes = np.array([list(map(len, values)) for values in varying], "<u4").T.tobytes()
-    width = 4 * len(varying)
-    return [
-        b"".join((sizes[at : at + width], *values))
-        for at, values in zip(range(0, max(len(sizes), 1), width), zip(*encoded))
-    ]
+    varying = [values.sizes for name, values in zip(names, encoded) if encoded_size(columns[name]) is None]
+    heads = _pieces(np.stack(varying, axis=1).astype("<u4"))
+    runs = [run for values in encoded for run in values.runs]
+    sizes = sum((values.sizes for values in encoded), start=np.full(len(heads), 4 * len(varying), np.int64))
+    return sizes, itertools.chain.from_iterable(zip(heads, *runs))
 
 
-def _encode_column(name: str, encoding: str, values: Any) -> list[bytes]:
-    """Return each value's bytes; scalars in an array, and vectors of the declared dtype, without a look at each."""
-    if isinstance(values, np.ndarray) and encoding in _SCALARS and values.dtype == encoding and values.ndim == 1:
-        data, size = values.tobytes(), values.itemsize
-        return [data[at : at + size] for at in range(0, len(data), size)]
+def _pieces(rows: NDArray[Any]) -> list[memoryview]:
+    """Return the bytes of each row of an array."""
+    data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
+    size = len(data) // max(len(rows), 1)
+    return [data[at : at + size] for at in range(0, len(data), size)] if size else []
+
+
+def _encode_column(name: str, encoding: str, values: Any) -> _Encoded:
+    """Return each value's bytes; those of an array, and vectors of the declared dtype, without a look at each."""
     dtype, shape = _ndarray_spec(encoding) if encoding.startswith("ndarray:") else (None, None)
+    is_scalar = encoding in _SCALARS
+    if isinstance(values, np.ndarray) and (is_scalar or shape) and values.dtype == (dtype or encoding):
+        block = _fixed_block(name, encoding, values)
+        return _Encoded([_pieces(block)], np.full(len(block), block.shape[1], np.int64))
     wanted = np.dtype(dtype) if dtype is not None and shape is None else None
-    if wanted is None or not all(
+    if isinstance(values, Ragged):
+        if values.values.dtype != wanted or values.lengths.min(initial=1) < 1:
+            raise InputError(f"column {name!r} ({encoding}) cannot hold empty vectors, or {values.values.dtype}.")
+        return _encode_vectors(values)
+    if wanted is not None and all(
         isinstance(value, np.ndarray) and value.dtype == wanted and value.ndim == 1 and value.size for value in values
     ):
-        return [_encode_value(name, encoding, value) for value in values]
-    codes = [0 if len(value) < 1 << 8 else 1 if len(value) < 1 << 16 else 2 for value in values]
-    return [
-        bytes((4 | code,)) + len(value).to_bytes(1 << code, "little") + value.tobytes()
-        for code, value in zip(codes, values)
-    ]
+        lengths = np.fromiter(map(len, values), np.int64, len(values))
+        return _encode_vectors(Ragged(np.concatenate([np.empty(0, wanted), *values]), lengths))
+    encoded = [_encode_value(name, encoding, value) for value in values]
+    return _Encoded([encoded], np.fromiter(map(len, encoded), np.int64, len(encoded)))
+
+
+def _encode_vectors(vectors: Ragged) -> _Encoded:
+    """Return vectors of any length, each behind its shape."""
+    lengths, data = vectors.lengths, np.ascontiguousarray(vectors.values).view(np.uint8).data
+    codes = np.where(lengths < 1 << 8, 0, np.where(lengths < 1 << 16, 1, 2))
+    shapes = [bytes((4 | code,)) + n.to_bytes(1 << code, "little") for n, code in zip(lengths.tolist(), codes.tolist())]
+    ends = np.cumsum(lengths) * vectors.values.itemsize
+    starts = ends - lengths * vectors.values.itemsize
+    pieces = [data[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
+    return _Encoded([shapes, pieces], 1 + (1 << codes) + ends - starts)
 
 
 # --- JSON ----------------------------------------------------------------------------------------------------------

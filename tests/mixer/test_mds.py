@@ -69,6 +69,20 @@ def test_array_of_samples_gives_the_same_bytes_as_rows(dtype):
     assert mds.encode_shard(columns, np.asfortranarray(array)) == mds.encode_shard(columns, {"tokens": array})
 
 
+def test_ragged_column_gives_the_same_bytes_as_its_vectors():
+    lengths = np.array([1, 255, 256, 3, 65_535, 65_536])
+    values = np.arange(lengths.sum()).astype(np.uint16)
+    rows = np.split(values, np.cumsum(lengths)[:-1])
+    columns = {"a": "ndarray:uint16", "id": "uint64", "tokens": "ndarray:uint16:2", "z": "str"}
+    rest = {"id": np.arange(6, dtype=np.uint64), "tokens": values[:12].reshape(6, 2), "z": list("abcdef")}
+    expected = mds.encode_shard(columns, [dict(zip(columns, row)) for row in zip(rows, *rest.values())])
+    assert mds.encode_shard(columns, {"a": mds.Ragged(values, lengths), **rest}) == expected
+    assert mds.encode_shard(columns, {"a": rows, **rest}) == expected
+    for wrong in (values.astype(np.int32), values[:-1].reshape(-1, 1)[:0, 0]):
+        with pytest.raises(InputError, match="cannot hold empty vectors, or"):
+            mds.encode_shard(columns, {"a": mds.Ragged(wrong, lengths if len(wrong) else lengths * 0), **rest})
+
+
 def test_array_of_samples_is_copied_once():
     import tracemalloc
 

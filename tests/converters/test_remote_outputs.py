@@ -171,9 +171,10 @@ def names(client, prefix: str) -> list[str]:
 # --- the lease -----------------------------------------------------------------------------------------------------
 
 
-def test_second_writer_is_refused_and_told_who_works(corpus, wire, out):
+@pytest.mark.parametrize("is_fresh", [False, True], ids=["", "fresh"])
+def test_second_writer_is_refused_and_told_who_works(corpus, wire, out, is_fresh):
     def second(event):
-        convert([corpus], f"s3://corpus/{out}", **OPTIONS)
+        convert([corpus], f"s3://corpus/{out}", fresh=is_fresh, **OPTIONS)
 
     with pytest.raises(InputError, match=rf"another conversion \(process {os.getpid()} on .*\) works in s3://corpus/"):
         convert([corpus], f"s3://corpus/{out}", progress=second, **OPTIONS)

@@ -207,11 +207,12 @@ def test_unfinished_conversion_refuses_other_options_and_inputs(tmp_path):
         convert([tmp_path / "corpus"], tmp_path / "shards", **OPTIONS)
 
 
-def test_two_conversions_into_one_folder_do_not_mix(tmp_path):
+@pytest.mark.parametrize("is_fresh", [False, True], ids=["", "fresh"])
+def test_two_conversions_into_one_folder_do_not_mix(tmp_path, is_fresh):
     write_corpus(tmp_path / "corpus")
 
     def second(event):
-        convert([tmp_path / "corpus"], tmp_path / "shards", **OPTIONS)
+        convert([tmp_path / "corpus"], tmp_path / "shards", fresh=is_fresh, **OPTIONS)
 
     with pytest.raises(InputError, match="another conversion works in"):
         convert([tmp_path / "corpus"], tmp_path / "shards", progress=second, **OPTIONS)

@@ -1,6 +1,6 @@
 """Per-domain losses of one optimiser step, and a loss that weighs domains: the same for every training loop.
 
-    losses = DomainLosses(loader.domains, reference=reference)
+    losses = DomainLosses(loader, reference=reference)
     state = rule.init(loader.domains)
     for batch in loader:
         losses(model(input_ids=batch["input_ids"]).logits, batch, rule.weights(state)).backward()
@@ -50,18 +50,21 @@ class DomainLosses:
     """The per-domain losses of one optimiser step, and the weighted loss to take the gradient of.
 
     Args:
-        domains: names in the order of ``domain_ids``.
-        reference: gives the losses to compare with; needed by rules that say so.
+        domains: the loader, or names in the order of ``domain_ids``.
+        reference: gives the losses to compare with; needed by rules that say so. One that belongs to certain shards or
+            to a tokenizer is compared with the loader's.
         normalization: see ``loss_coefficients``; use the rule's own.
         on_nonfinite: what ``signals`` does with a domain whose loss is NaN or infinite: "fail" raises DataError,
             "skip" reports it as absent and counts it in ``num_nonfinite`` (D,).
         shift: False for encoder-decoder models, see ``token_losses``.
         histogram: gather ``Signals.histogram`` too.
+
+    Raises: InputError: if the reference does not fit the domains or the loader.
     """
 
     def __init__(
         self,
-        domains: Sequence[str],
+        domains: Sequence[str] | Any,
         *,
         reference: Reference | None = None,
         normalization: Normalization = "domain",
@@ -71,10 +74,12 @@ class DomainLosses:
     ) -> None:
         if on_nonfinite not in ("fail", "skip"):
             raise InputError(f'on_nonfinite must be "fail" or "skip"; got {on_nonfinite!r}.')
-        self.domains = tuple(domains)
+        loader = domains if hasattr(domains, "domains") else None
+        self.domains: tuple[str, ...] = tuple(domains if loader is None else loader.domains)
         self.reference = reference
         if reference is not None:
             reference.shift = shift
+            reference.bind(self.domains, loader)
         self.normalization = normalization
         self.on_nonfinite = on_nonfinite
         self.shift = shift

@@ -260,12 +260,13 @@ class DomainReweighting(Algorithm):
         self._needs_labels = is_encoder_decoder(self._model)
         self._losses = DomainLosses(
             domains.names,
-            reference=self.reference,
             normalization=self.normalization,
             on_nonfinite=self._on_nonfinite,
             shift=predicts_next(state.model) if self.shift is None else self.shift,
             histogram="histogram" in self.needs,
         )
+        if self.reference is not None:  # bound at every fit(), which may bring another loader
+            self._losses.reference, self.reference.shift = self.reference, self._losses.shift
         self._run = RuleRun(self.rule, domains, self.min_tokens)
         self._lost_steps = 0
         if self.target == "sampling" and self.rule and not hasattr(state.dataloader, "set_weights"):
@@ -422,7 +423,15 @@ class DomainReweighting(Algorithm):
 
     def _update(self, step: int, state: State) -> dict[str, float]:
         run = self._started()
-        signals, weights = run.update(step, **self._measured(state)), run.weights
+        try:
+            measured = self._measured(state)
+        except torch.OutOfMemoryError as error:
+            raise DataError(
+                f"at step {step} what {self.rule.name if self.rule else 'no rule'!r} reads did not fit into memory: "
+                "evaluate fewer held-out samples at once (HeldOutWindows(batch_size=...)), measure the gradients of "
+                "fewer parameters (gradients_of=...), or give a smaller device_train_microbatch_size."
+            ) from error
+        signals, weights = run.update(step, **measured), run.weights
         if weights is None:
             return {}
         if self.target == "sampling":

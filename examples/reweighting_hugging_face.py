@@ -35,7 +35,7 @@ class ReweightingTrainer(Trainer):
             raise ValueError("TrainingArguments need max_steps >= 1 and ignore_data_skip=True for a MixtureLoader.")
         self.loader, self.rule = loader, rule
         source = None if reference is None else as_reference(reference).to(self.args.device)
-        self.losses = DomainLosses(loader.domains, reference=source, normalization=rule.normalization)
+        self.losses = DomainLosses(loader, reference=source, normalization=rule.normalization)
         self.rule_state = rule.init(loader.domains)
         warn_of_absences(rule, loader, loader.global_batch_size * self.args.gradient_accumulation_steps)
         self.add_callback(_UpdateWeights(self))

@@ -43,7 +43,7 @@ class Reweighting(pl.Callback):
     def __init__(self, loader: MixtureLoader, rule: UpdateRule, reference: Any = None) -> None:
         self.loader, self.rule = loader, rule
         source = None if reference is None else as_reference(reference)
-        self.losses = DomainLosses(loader.domains, reference=source, normalization=rule.normalization)
+        self.losses = DomainLosses(loader, reference=source, normalization=rule.normalization)
         self.rule_state = rule.init(loader.domains)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

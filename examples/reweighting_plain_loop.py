@@ -36,7 +36,7 @@ def train(
     """Train ``model`` and return the weights found; go on from ``checkpoint`` where there is one."""
     rule = UPDATE_RULES[method]()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    losses = DomainLosses(loader.domains, reference=as_reference(reference), normalization=rule.normalization)
+    losses = DomainLosses(loader, reference=as_reference(reference), normalization=rule.normalization)
     state = rule.init(loader.domains)
     warn_of_absences(rule, loader)
     if checkpoint is not None and checkpoint.exists():

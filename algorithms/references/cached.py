@@ -121,6 +121,10 @@ def check_shards(where: Path, settings: Mapping[str, Any], domains: Sequence[str
             "its kind online, or put its losses into the batch as 'reference_loss'."
         )
     manifest = getattr(loader, "manifest", None)
+    if loader is None:
+        raise InputError(
+            f"{where} belongs to certain shards, and names alone do not say which are read: DomainLosses(loader, ...)."
+        )
     if manifest is None:
         raise InputError(
             f"{where} belongs to certain shards, and {type(loader).__name__} does not say which it reads: "

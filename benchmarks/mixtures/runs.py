@@ -195,10 +195,8 @@ class _Loop:
         )
         self.batches = iter(self.loader)
         self.reference = runs.reference(run.reference)
-        if self.reference is not None:
-            self.reference.bind(self.loader.domains, self.loader)
         self.losses = DomainLosses(
-            self.loader.domains,
+            self.loader,
             reference=self.reference,
             normalization=self.rule.normalization,
             histogram="histogram" in self.rule.needs,

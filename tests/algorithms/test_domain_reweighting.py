@@ -632,6 +632,16 @@ def test_heldout_windows_are_evaluated_in_place() -> None:
     np.testing.assert_allclose(seen[0].heldout_reference_loss, seen[0].heldout_loss, rtol=1e-5)
 
 
+def test_measuring_that_runs_out_of_memory_says_what_to_make_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr("algorithms.domain_reweighting.evaluate_windows", short)
+    rule, _ = recorder("heldout")
+    with pytest.raises(DataError, match=r"at step 0 what 'constant' reads did not fit.*HeldOutWindows\(batch_size"):
+        fit(DomainReweighting(rule, heldout=heldout_windows(), every=1))
+
+
 def test_heldout_windows_split_over_ranks_in_equal_numbers_of_batches() -> None:
     windows = heldout_windows(per_domain=3)
     parts = [list(windows.batches(rank, 4)) for rank in range(4)]

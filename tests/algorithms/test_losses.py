@@ -222,7 +222,7 @@ def test_a_plain_loop_finds_weights_in_five_lines() -> None:
     model, loader, reference = llama(), Loader(), llama(seed=1)
     from algorithms.references import as_reference
 
-    losses, rule = DomainLosses(loader.domains, reference=as_reference(reference)), doremi()
+    losses, rule = DomainLosses(loader, reference=as_reference(reference)), doremi()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     state = rule.init(loader.domains)
     for _, part in zip(range(3), loader):

@@ -11,7 +11,16 @@ import torch
 from composer.models import HuggingFaceModel
 
 from algorithms import DomainReweighting, doremi
-from algorithms.references import CachedLosses, FrozenModel, LossesInBatch, as_reference, count_bigrams, score
+from algorithms.domain_losses import DomainLosses
+from algorithms.references import (
+    BestSoFar,
+    CachedLosses,
+    FrozenModel,
+    LossesInBatch,
+    as_reference,
+    count_bigrams,
+    score,
+)
 from algorithms.rules import UPDATE_RULES
 from mixer.cli import main as cli
 from mixer.dataloader import MixtureLoader
@@ -112,6 +121,18 @@ def test_scores_of_other_shards_are_refused(scores: Path, tmp_path: Path) -> Non
     other = write_shards(tmp_path / "other", {**SIZES, "web": 91}, seq_len=12, vocab_size=VOCAB, rows=row)
     with pytest.raises(InputError, match=r"was computed for shards .* the loader reads"):
         fit(DomainReweighting(doremi(), reference=scores), loader=make_loader(other))
+
+
+def test_a_loop_of_ones_own_is_bound_to_its_shards_alike(shards: Path, scores: Path, tmp_path: Path) -> None:
+    DomainLosses(make_loader(shards), reference=CachedLosses(scores))
+    other = write_shards(tmp_path / "other", {**SIZES, "web": 91}, seq_len=12, vocab_size=VOCAB, rows=row)
+    with pytest.raises(InputError, match=r"was computed for shards .* the loader reads"):
+        DomainLosses(make_loader(other), reference=CachedLosses(scores))
+    with pytest.raises(InputError, match=r"names alone do not say which are read: DomainLosses\(loader"):
+        DomainLosses(list(SIZES), reference=CachedLosses(scores))
+    with pytest.raises(InputError, match=r"no target loss for the domains \['web'\]"):
+        DomainLosses(list(SIZES), reference=as_reference({"books": 1.0, "code": 2.0}))
+    DomainLosses(list(SIZES), reference=BestSoFar(3.0))
 
 
 def test_scores_need_to_know_which_samples_these_are(scores: Path) -> None:

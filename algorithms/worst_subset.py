@@ -13,7 +13,7 @@ all of them were kept for the backward pass, at twice the memory.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ import torch
 from composer.core import Algorithm, Event, State, get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from algorithms.forward import evaluation_mode, losses_on, predicts_next
-from algorithms.losses import labels_of, loss_mask
+from algorithms.losses import IGNORED, labels_of, loss_mask
 from algorithms.references import Reference, as_reference
 from algorithms.references.frozen import unwrapped
 from algorithms.rules.best_response import worst_case_subset
@@ -40,7 +41,8 @@ class WorstSubset(Algorithm):
     Args:
         keep: share of the global batch to train on, in (0, 1]; rounded up to a multiple of the number of ranks.
         reference: losses to subtract, see ``as_reference``; None for the plain losses.
-        rows_at_once: samples per forward pass of the evaluation; by default Composer's micro-batch.
+        rows_at_once: samples per forward pass of the evaluation; by default Composer's micro-batch, and less where that
+            does not fit into memory.
 
     Logged at Composer's own loss step: ``worst_subset/threshold``, the lowest score kept, and ``worst_subset/<name>``,
     the share of each of the loader's domains in what was kept.
@@ -91,18 +93,29 @@ class WorstSubset(Algorithm):
         self._log(state, logger, rows, scores, kept)
 
     @torch.no_grad()
-    def _scores(self, state: State, batch: dict[str, Tensor]) -> np.ndarray:
+    def _scores(self, state: State, batch: dict[str, Tensor]) -> NDArray[np.float64]:
         """Return the mean loss of each of this rank's samples, minus the reference's."""
         model = state.model if state.fsdp_enabled else unwrapped(state.model)
         columns = {} if self.reference is None else self.reference.columns(batch)
         whole = {**batch, **columns}
         size = self.rows_at_once or int(state.device_train_microbatch_size or len(batch["labels"]))
-        scores = []
         with evaluation_mode(model):
-            for start in range(0, len(batch["labels"]), size):
-                part = {name: value[start : start + size] for name, value in whole.items()}
-                scores.append(self._excess(state, model, part))
-        return torch.cat(scores).double().cpu().numpy()
+            while True:
+                try:
+                    return self._scores_in_parts(state, model, whole, size)
+                except torch.OutOfMemoryError:
+                    # Composer's "auto" begins with the whole batch, and catches this in its own forward pass only. The
+                    # parts of a sharded model are of all ranks together, and one alone cannot make them smaller.
+                    if size == 1 or state.fsdp_enabled:
+                        raise
+                self.rows_at_once = size = -(-size // 2)
+
+    def _scores_in_parts(
+        self, state: State, model: nn.Module, whole: Mapping[str, Tensor], size: int
+    ) -> NDArray[np.float64]:
+        starts = range(0, len(whole["labels"]), size)
+        parts = ({name: value[start : start + size] for name, value in whole.items()} for start in starts)
+        return torch.cat([self._excess(state, model, part) for part in parts]).double().cpu().numpy()
 
     def _excess(self, state: State, model: nn.Module, part: dict[str, Tensor]) -> Tensor:
         part = state.device.batch_to_device(part)
@@ -131,4 +144,14 @@ def _gathered(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     if dist.get_world_size() == 1:
         return mine
     parts = dist.all_gather_object({name: value.numpy() for name, value in mine.items()})
-    return {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in mine}
+    return {name: torch.from_numpy(_of_one_width([part[name] for part in parts], name)) for name in mine}
+
+
+def _of_one_width(parts: Sequence[NDArray[Any]], name: str) -> NDArray[Any]:
+    """Return the rows of all ranks: each has padded its samples of unequal length to a width of its own."""
+    width = max(part.shape[1] if part.ndim > 1 else 0 for part in parts)
+    fill = IGNORED if name == "labels" else 0
+    padded = (
+        np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=fill) if width else part for part in parts
+    )
+    return np.concatenate(list(padded))

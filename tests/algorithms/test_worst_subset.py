@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from composer import Algorithm
@@ -11,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from algorithms import DomainReweighting
 from algorithms.losses import token_losses
 from algorithms.references import FrozenModel
-from algorithms.worst_subset import WorstSubset
+from algorithms.worst_subset import WorstSubset, _gathered
 from mixer.errors import DataError, InputError
 from tests.algorithms.test_domain_reweighting import distance, written_out
 from tests.algorithms.tiny import Loader, batch, gpt2, llama, t5, wrap
@@ -41,6 +43,35 @@ def test_the_gradient_is_that_of_the_worst_samples(micro: int, baseline: torch.n
     assert observer.trajectory.num_tokens.sum() == 5 * 11, "only what is trained on is counted"
     shares = [log.series[f"worst_subset/{name}"][0] for name in Loader().domains]
     assert [value for _, value in shares] == pytest.approx(weights.tolist()) and shares[0][0] == 0
+
+
+def test_an_evaluation_that_runs_out_of_memory_goes_on_in_smaller_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def short(self: WorstSubset, state: Any, model: Any, part: dict[str, torch.Tensor]) -> torch.Tensor:
+        sizes.append(len(part["labels"]))
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return whole(self, state, model, part)
+
+    calm = parameters(fit(WorstSubset(keep=0.4), DomainReweighting(), steps=2))
+    whole = WorstSubset._excess
+    monkeypatch.setattr(WorstSubset, "_excess", short)
+    assert distance(parameters(fit(WorstSubset(keep=0.4), DomainReweighting(), steps=2)), calm) < 1e-6
+    assert sizes == [12, 6] + [3] * 4 + [3] * 4, "and remembers the size that fits"
+
+
+def test_ranks_whose_samples_are_padded_to_other_widths_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.arange(8).view(2, 4)
+    mine = {"input_ids": ids, "labels": ids.clone(), "domain_ids": torch.tensor([0, 1])}
+    theirs = {**mine, "input_ids": ids[:, :3], "labels": ids[:, :3]}
+    parts = [{name: value.numpy() for name, value in part.items()} for part in (theirs, mine)]
+    monkeypatch.setattr("algorithms.worst_subset.dist.get_world_size", lambda: 2)
+    monkeypatch.setattr("algorithms.worst_subset.dist.all_gather_object", lambda part: parts)
+    rows = _gathered(mine)
+    assert rows["input_ids"].tolist() == [[0, 1, 2, 0], [4, 5, 6, 0], *ids.tolist()]
+    assert rows["labels"].tolist() == [[0, 1, 2, -100], [4, 5, 6, -100], *ids.tolist()]
+    assert rows["domain_ids"].tolist() == [0, 1, 0, 1]
 
 
 def test_the_evaluation_uses_no_random_numbers_and_no_dropout() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from converters import workplace
 from converters.committing import pack
 from converters.domains import load_mapping
-from converters.engines import check_engine, kept_running, run_tasks
+from converters.engines import check_engine, kept_running, run_tasks, start_workers
 from converters.extending import known_inputs
 from converters.job import STAGE, Job, Progress
 from converters.locations import Location, load_manifest, local_file, output_location
@@ -176,6 +176,7 @@ def convert(
             manifest = workplace.finished(job)  # another process may have finished it just now
             if manifest is None:
                 workplace.begin(job)
+                start_workers(workers, len(plan.units))
                 manifest = pack(job, tokenize(job), locks)
             workplace.clean_up(job, locks, keep_stage or stage is not None)
     return manifest

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 from mixer.errors import DataError, InputError
 
-__all__ = ["ENGINES", "check_engine", "kept_running", "run_tasks"]
+__all__ = ["ENGINES", "check_engine", "kept_running", "run_tasks", "start_workers"]
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -68,6 +68,19 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         yield pool
     finally:
         _stop(pool)
+
+
+def start_workers(workers: int, tasks: int) -> None:
+    """Let the processes of the pool that is kept running start and import, while this one does something else."""
+    if _kept and min(workers, tasks) > 1:
+        with _pool(workers) as pool:
+            for _ in range(min(workers, tasks)):
+                pool.submit(_import_work)
+
+
+def _import_work() -> None:
+    import converters.packing
+    import converters.stage  # noqa: F401
 
 
 def _results(

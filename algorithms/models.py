@@ -52,9 +52,9 @@ def build_model(size: str, *, vocab_size: int, seq_len: int, seed: int) -> PreTr
         seq_len: tokens per sample.
         seed: for the random weights; the global generator is left as it was.
 
-    Raises: InputError: unknown size, or a saved model with too small a vocabulary.
+    Raises: InputError: unknown size, a saved model that is no causal language model, or too small a vocabulary.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     if size in MODEL_SIZES:
         with torch.random.fork_rng():
@@ -66,18 +66,45 @@ def build_model(size: str, *, vocab_size: int, seq_len: int, seed: int) -> PreTr
             f"no model {size!r}: expected one of {', '.join(MODEL_SIZES)}, a folder with a saved Hugging Face model, "
             "or the path of a config.json."
         )
-    if path.is_dir() and any((path / name).exists() for name in _WEIGHT_FILES):
-        model = AutoModelForCausalLM.from_pretrained(os.fspath(path))
-    else:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(os.fspath(path)))
+    model = _saved(path, seed)
     if model.config.vocab_size < vocab_size:
         raise InputError(
             f"the model {size} has a vocabulary of {model.config.vocab_size}, the shards use {vocab_size} ids. "
             "Use the model's own tokenizer to convert, or another model."
         )
     return model
+
+
+def _saved(path: Path, seed: int) -> PreTrainedModel:
+    """Return the model of a folder, with its weights, or of a configuration, with random ones."""
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        if path.is_dir() and any((path / name).exists() for name in _WEIGHT_FILES):
+            model = AutoModelForCausalLM.from_pretrained(os.fspath(path))
+        else:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(os.fspath(path)))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        shown = reason if len(reason) <= 200 else f"{reason[:200]}…"
+        raise InputError(f"{path} cannot be loaded as a causal language model: {shown}") from error
+    if not _is_causal(model):
+        raise InputError(
+            f"the model {path} ({type(model).__name__}) sees the tokens that it is to predict: give a causal one."
+        )
+    return model
+
+
+@torch.no_grad()
+def _is_causal(model: PreTrainedModel) -> bool:
+    """Return whether a later token leaves the predictions before it alone, as it does not in models like BERT."""
+    ids, was_training = torch.tensor([[0, 1, 0], [0, 1, 1]], device=model.device), model.training
+    logits = model.eval()(input_ids=ids).logits[:, :2]
+    model.train(was_training)
+    return torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4)
 
 
 _WEIGHT_FILES = (

@@ -87,6 +87,12 @@ class FrozenModel(Reference):
         return _losses_in_parts(self.model, inputs, labels)
 
     def bind(self, domains: Sequence[str], loader: Any = None) -> None:
+        if self._shift != self.shift:
+            kinds = ("a causal model", "an encoder-decoder model")
+            raise InputError(
+                f"the reference is {kinds[not self._shift]}, the model in training {kinds[not self.shift]}: their "
+                "losses are of different tokens. Give a reference of the same kind."
+            )
         known = getattr(getattr(self.model, "config", None), "vocab_size", None)
         used = loader.manifest.tokenizer.vocab_size if hasattr(loader, "manifest") else 0
         if known is not None and known < used:
@@ -220,14 +226,16 @@ def _from_sharded_checkpoint(path: Path) -> nn.Module:
 
 
 def _from_folder(path: Path) -> nn.Module:
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    is_seq2seq = getattr(AutoConfig.from_pretrained(path), "is_encoder_decoder", False)
-    kind = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
     try:
+        is_seq2seq = getattr(AutoConfig.from_pretrained(path), "is_encoder_decoder", False)
+        kind = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
         return kind.from_pretrained(path, local_files_only=True)
-    except OSError as error:
-        raise InputError(f"cannot load the reference model in {path}: {' '.join(str(error).split())}.") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"cannot load the reference model in {path}: {reason}.") from error
 
 
 def _from_checkpoint(path: Path, shown: Path) -> nn.Module:

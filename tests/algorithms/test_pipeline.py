@@ -28,6 +28,7 @@ from mixer.cli import main as cli
 from mixer.errors import DataError, InputError
 from mixer.manifest import Manifest
 from mixer.mixture import Mixture
+from tests.algorithms.tiny import llama, t5
 from tests.helpers import write_shards
 
 QUIET = Console(quiet=True)
@@ -390,6 +391,31 @@ def test_an_unknown_method_or_setting_is_refused_before_anything_is_written(shar
 def test_a_model_that_is_nowhere_is_named() -> None:
     with pytest.raises(InputError, match="no model 'nan0': expected one of nano"):
         build_model("nan0", vocab_size=10, seq_len=4, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("t5", "cannot be loaded as a causal language model: Unrecognized configuration class"),
+        ("bert", r"\(BertLMHeadModel\) sees the tokens that it is to predict"),
+        ("damaged", "cannot be loaded as a causal language model: .*JSON"),
+        ("no weights of its own", "cannot be loaded as a causal language model: "),
+    ],
+)
+def test_a_model_that_is_not_causal_is_refused(kind: str, text: str, tmp_path: Path) -> None:
+    if kind == "t5":
+        t5().save_pretrained(tmp_path)
+    elif kind == "bert":
+        from transformers import BertConfig, BertLMHeadModel
+
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        BertLMHeadModel(BertConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path)
+    else:
+        llama().save_pretrained(tmp_path)
+        (tmp_path / ("config.json" if kind == "damaged" else "model.safetensors")).write_text("{")
+    with pytest.raises(InputError, match=text) as caught:
+        build_model(str(tmp_path), vocab_size=10, seq_len=4, seed=0)
+    assert len(str(caught.value)) < 400
 
 
 def test_a_nan_held_out_loss_is_an_error(shards: Path) -> None:

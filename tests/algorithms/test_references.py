@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from composer.models import HuggingFaceModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from algorithms import DomainReweighting, doremi
 from algorithms.losses import token_losses
 from algorithms.references import FrozenModel, as_reference
 from algorithms.references.frozen import fingerprint_of
 from mixer.errors import InputError
-from tests.algorithms.tiny import SEQ_LEN, batch, gpt2, llama, t5, wrap
+from tests.algorithms.tiny import SEQ_LEN, Loader, batch, gpt2, llama, t5, wrap
 from tests.algorithms.training_helpers import fit
 
 
@@ -142,3 +144,15 @@ def test_models_whose_inner_model_hides_its_states_are_run_whole() -> None:
     reference = FrozenModel(Closed(llama().config))
     assert torch.equal(reference.token_losses(batch()), reference.token_losses(batch()))
     assert reference._in_parts is False
+
+
+def test_a_reference_of_the_other_kind_is_refused() -> None:
+    with pytest.raises(InputError, match="the reference is an encoder-decoder model, the model in training a ca"):
+        fit(DomainReweighting(doremi(), reference=t5()))
+
+    class Pairs(Loader):
+        def __iter__(self) -> Any:
+            return ({**part, "labels": part["input_ids"][:, :7]} for part in super().__iter__())
+
+    with pytest.raises(InputError, match="the reference is a causal model, the model in training an enc"):
+        fit(DomainReweighting(doremi(), reference=llama()), model=HuggingFaceModel(t5()), loader=Pairs())

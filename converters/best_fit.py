@@ -21,7 +21,7 @@ from converters.locations import read_items
 __all__ = ["Layout", "best_fit", "lay_out", "load_layout"]
 
 WINDOW_TOKENS = 64 << 20
-WINDOW_DOCUMENTS = 1 << 20
+WINDOW_DOCUMENTS = 1 << 17
 
 
 class Layout(NamedTuple):

@@ -26,15 +26,15 @@ __all__ = ["Shuffled", "shuffled"]
 # Where a document lies: its unit, its tokens, its first token in the unit's file and in the shuffled stream.
 _ROW = np.dtype([("unit", "<u4"), ("tokens", "<u4"), ("start", "<i8"), ("at", "<i8"), ("hash", "<u8")])
 _KEYED = np.dtype([("key", "<u8"), *_ROW.descr])
-_BUCKET_DOCUMENTS = 1 << 22
-_ROWS_AT_ONCE = 1 << 20
+_BUCKET_DOCUMENTS, _MOST_BUCKETS = 1 << 20, 512
+_ROWS_AT_ONCE = 1 << 17
 
 
 class Shuffled(NamedTuple):
     """A stream in another order; to be read like ``Stream``.
 
     Args:
-        base: the stream (its units are not needed any more).
+        base: the stream (its parts are not needed any more).
         order: file of ``_ROW``, in the new order.
         num_tokens: of the stream.
         first, last: which rows of the file this is.
@@ -123,7 +123,7 @@ def shuffled(stream: Stream, seed: int, path: Path, *, bucket_documents: int = _
     count = sum(len(documents) for documents in stream.documents())
     if not count:
         return stream
-    buckets = -(-count // bucket_documents)
+    buckets = min(-(-count // bucket_documents), _MOST_BUCKETS)
     files = [path.with_name(f"{path.name}.{number}") for number in range(buckets)]
     _scatter(stream, seed, files)
     at = 0
@@ -139,7 +139,7 @@ def shuffled(stream: Stream, seed: int, path: Path, *, bucket_documents: int = _
             ordered["at"] = ends - ordered["tokens"]
             at = int(ends[-1]) if len(ends) else at
             out.write(ordered.tobytes())
-    return Shuffled(stream._replace(units=()), str(path), at, 0, count)
+    return Shuffled(stream._replace(parts=()), str(path), at, 0, count)
 
 
 def _scatter(stream: Stream, seed: int, files: list[Path]) -> None:
@@ -149,12 +149,12 @@ def _scatter(stream: Stream, seed: int, files: list[Path]) -> None:
     number = 0
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(open(file, "wb")) for file in files]
-        for unit, _ in stream.units:
-            table = load_kept(stream.stage, unit, stream.keep)
+        for part, _ in stream.parts:
+            table = load_kept(stream.stage, part, stream.keep)
             chosen = np.flatnonzero(stream.chosen(table))
             rows = np.zeros(len(chosen), _KEYED)
             rows["key"] = _keys(seed_key, number, len(chosen))
-            rows["unit"], rows["start"] = unit, table.starts[chosen]
+            rows["unit"], rows["start"] = part.unit, table.starts[chosen]
             rows["tokens"], rows["hash"] = table.documents["tokens"][chosen], table.documents["hash"][chosen]
             number += len(chosen)
             for place, file in enumerate(opened):

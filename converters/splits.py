@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from converters.best_fit import lay_out, load_layout
 from converters.options import PackOptions
 from converters.shuffling import Shuffled, shuffled
-from converters.stage import DOCUMENT, GIVEN, UnitTable
+from converters.stage import DOCUMENT, GIVEN, Part, UnitTable, parts_of
 from converters.streams import HASHES, Stream, load_kept
 from mixer.errors import InputError
 
@@ -171,8 +171,8 @@ def plan_splits(
         keep: folder of the deduplication's files, or None.
     """
     sums: dict[str, _DomainSums] = {}
-    for unit in units:
-        for name, documents in _by_domain(load_kept(stage, unit, keep)):
+    for part in parts_of(stage, units):
+        for name, documents in _by_domain(load_kept(stage, part, keep)):
             sums.setdefault(name, _DomainSums(options)).add(documents)
     held_out = {name: (fixed or {}).get(name) or total.held_out() for name, total in sums.items()}
     planner = _Planner(options, scratch, _both_sides(stage, units, keep, held_out), sums)
@@ -183,16 +183,16 @@ def plan_splits(
 def _both_sides(
     stage: str, units: Sequence[int], keep: str | None, held_out: Mapping[str, HeldOut]
 ) -> dict[tuple[str, str], tuple[Stream, int]]:
-    """Return, by domain and side of its threshold, the stream and how many documents it has. Reads each unit once."""
-    tokens: dict[tuple[str, str], list[tuple[int, int]]] = {(name, side): [] for name in held_out for side in _SIDES}
+    """Return, by domain and side of its threshold, the stream and how many documents it has. Reads each part once."""
+    tokens: dict[tuple[str, str], list[tuple[Part, int]]] = {(name, side): [] for name in held_out for side in _SIDES}
     counts: Counter[tuple[str, str]] = Counter()
-    for unit in units:
-        for name, documents in _by_domain(load_kept(stage, unit, keep)):
+    for part in parts_of(stage, units):
+        for name, documents in _by_domain(load_kept(stage, part, keep)):
             below = documents["hash"] < np.uint64(min(held_out[name].threshold, HASHES - 1))
             for side, mask in (("all", slice(None)), ("above", ~below), ("below", below)):
                 chosen = documents["tokens"][mask]
                 if len(chosen):
-                    tokens[name, side].append((unit, int(chosen.sum())))
+                    tokens[name, side].append((part, int(chosen.sum())))
                     counts[name, side] += len(chosen)
     return {
         (name, side): (Stream(stage, name, side, held_out[name].threshold, keep, tuple(rows)), counts[name, side])

@@ -3,10 +3,10 @@
     units/00012/tokens.bin      ids of all documents, each with its end-of-text id, in blocks of one domain
     units/00012/documents.bin   per document: tokens, bytes of text, hash of the text
     units/00012/quarantine.jsonl  records that were left out, with place, reason and raw bytes
-    units/00012/unit.json       the blocks, and what was read, kept and left out
+    units/00012/unit.json       its parts and their blocks, and what was read, kept and left out
 
 A unit's folder appears by one rename, so it is there whole or not at all. Nothing in it depends on the sequence
-length: another packing reads the same stage.
+length: another packing reads the same stage. It reads a part at a time, so that no file has too many documents.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from converters.domains import check_domain_name, domain_rule, mapped, rule_columns
 from converters.files import status
-from converters.locations import Location, UrlPath, local_file, location, write_file, write_whole
+from converters.locations import Location, UrlPath, local_file, location, read_range, write_file, write_whole
 from converters.options import StageOptions
 from converters.plan import Unit
 from converters.readers import FORMATS, Bad, Piece, Row, oversized, place
@@ -45,8 +45,11 @@ __all__ = [
     "GIVEN",
     "INTENDED",
     "Document",
+    "Part",
     "StageTask",
     "documents_of",
+    "load_table",
+    "parts_of",
     "read_unit",
     "stage_unit",
     "unit_folder",
@@ -56,6 +59,7 @@ DOCUMENT = np.dtype([("tokens", "<u4"), ("bytes", "<u4"), ("hash", "<u8")])
 _BATCH_CHARACTERS = 1 << 18
 _BUFFER_CHARACTERS = 8 << 20
 _NAMED_BAD_RECORDS = 20
+PART_DOCUMENTS, PART_TOKENS = 1 << 17, 1 << 24  # about: a part ends with the block that reaches them
 # Behind the name of a domain: its documents that a split made before the conversion holds out.
 GIVEN = "\0validation"
 INTENDED = ("dropped", "empty")  # left out by rule: counted, never a failure
@@ -223,7 +227,9 @@ class _UnitWriter:
         self._dtype = id_dtype(task.tokenizer.vocab_size)
         self._waiting: dict[str, list[Document]] = {}
         self._characters: Counter[str] = Counter()
-        self._blocks: list[tuple[str, int, int]] = []
+        self._parts: list[dict[str, Any]] = []
+        self._blocks: list[tuple[str, int, int]] = []  # of the part at hand
+        self._part_documents = self._part_tokens = 0
         self._domains: dict[str, dict[str, int]] = {}
         self._skipped: dict[str, Counter[str]] = {}
         self._domain_of = domain_rule(task.options.domain)
@@ -294,11 +300,26 @@ class _UnitWriter:
         table = documents.tobytes()
         self._documents.write(table)
         self._documents_hash.update(table)
-        self._blocks.append((domain, len(documents), len(tokens)))
+        self._add_block(domain, len(documents), len(tokens))
         sums = self._domains.setdefault(domain, {"documents": 0, "tokens": 0, "bytes": 0})
         sums["documents"] += len(documents)
         sums["tokens"] += len(tokens)
         sums["bytes"] += int(documents["bytes"].sum())
+
+    def _add_block(self, domain: str, documents: int, tokens: int) -> None:
+        self._part_documents += documents
+        self._part_tokens += tokens
+        if self._blocks and self._blocks[-1][0] == domain:
+            _, documents_before, tokens_before = self._blocks.pop()
+            documents, tokens = documents + documents_before, tokens + tokens_before
+        self._blocks.append((domain, documents, tokens))
+        if self._part_documents >= PART_DOCUMENTS or self._part_tokens >= PART_TOKENS:
+            self._end_part()
+
+    def _end_part(self) -> None:
+        self._parts.append({"blocks": self._blocks, "hash": self._documents_hash.hexdigest()})
+        self._blocks, self._documents_hash = [], xxhash.xxh3_64()
+        self._part_documents = self._part_tokens = 0
 
     def _encode(self, documents: Sequence[Document]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Return the ids of all documents one after another, and how many each has."""
@@ -319,6 +340,8 @@ class _UnitWriter:
     def finish(self) -> dict[str, Any]:
         """Write what is waiting and return the unit's summary."""
         self._flush_all()
+        if self._blocks:
+            self._end_part()
         for file in (self._tokens, self._documents, self._quarantine):
             file.flush()
             os.fsync(file.fileno())
@@ -327,8 +350,7 @@ class _UnitWriter:
         if self._read != kept + skipped:
             raise AssertionError(f"{self._read} records read, but {kept} kept and {skipped} left out")
         return {
-            "blocks": self._blocks,
-            "documents_hash": self._documents_hash.hexdigest(),
+            "parts": self._parts,
             "domains": self._domains,
             "read": self._read,
             "skipped": {name: dict(counts) for name, counts in self._skipped.items()},
@@ -340,35 +362,66 @@ class _UnitWriter:
 # --- stage files -> streams ----------------------------------------------------------------------------------------
 
 
+class Part(NamedTuple):
+    """A part of a unit's stage files."""
+
+    unit: int
+    number: int
+
+
 class UnitTable(NamedTuple):
-    """A unit's documents: rows of ``DOCUMENT``, the domain of each (index into ``names``) and where its ids start."""
+    """The documents of a part of a unit: rows of ``DOCUMENT``, the domain of each (index into ``names``) and where its
+    ids start in the unit's file; ``first`` is the number of the first of them in the unit."""
 
     names: list[str]
     documents: NDArray[Any]
     domains: NDArray[np.int32]
     starts: NDArray[np.int64]
+    first: int = 0
 
 
-def load_table(folder: Location) -> UnitTable:
-    """Read which documents a finished unit holds."""
-    summary = read_unit(folder)
-    if summary is None:
-        raise DataError(f"{folder} is not a finished unit. Run the same command again.")
-    documents = _documents(folder, summary["documents_hash"])
+def parts_of(stage: str | Location, units: Sequence[int]) -> Iterator[Part]:
+    """Yield the parts of units, in order."""
+    for unit in units:
+        for number in range(len(_summary(unit_folder(stage, unit))["parts"])):
+            yield Part(unit, number)
+
+
+def load_table(folder: Location, number: int = 0) -> UnitTable:
+    """Read which documents a part of a finished unit holds."""
+    summary = _summary(folder)
+    parts = summary["parts"]
+    before: list[tuple[str, int, int]] = [block for part in parts[:number] for block in part["blocks"]]
+    first, first_token = sum(count for _, count, _ in before), sum(tokens for _, _, tokens in before)
+    blocks: list[tuple[str, int, int]] = parts[number]["blocks"]
+    documents = _documents(folder, first, sum(count for _, count, _ in blocks), parts[number]["hash"])
     names = sorted(summary["domains"])
-    index = {name: number for number, name in enumerate(names)}
-    blocks: list[tuple[str, int, int]] = summary["blocks"]
+    index = {name: at for at, name in enumerate(names)}
     domains = np.repeat([index[name] for name, _, _ in blocks], [count for _, count, _ in blocks]).astype(np.int32)
-    starts = np.zeros(len(documents) + 1, np.int64)
-    np.cumsum(documents["tokens"], out=starts[1:])
-    if len(documents) != len(domains):
-        raise DataError(f"{folder} holds {len(documents)} documents, expected {len(domains)}. Run with --fresh.")
-    return UnitTable(names, documents, domains, starts)
+    starts = np.full(len(documents) + 1, first_token, np.int64)
+    starts[1:] += np.cumsum(documents["tokens"], dtype=np.int64)
+    return UnitTable(names, documents, domains, starts, first)
 
 
-@functools.lru_cache(maxsize=16)
-def _documents(folder: Location, digest: str) -> NDArray[Any]:
-    data = (folder / "documents.bin").read_bytes()
+def _summary(folder: Location) -> dict[str, Any]:
+    try:
+        return _read_summary(folder, status(str(folder / "unit.json")).version)
+    except FileNotFoundError as error:
+        raise DataError(f"{folder} is not a finished unit. Run the same command again.") from error
+
+
+@functools.lru_cache(maxsize=2)
+def _read_summary(folder: Location, version: str) -> dict[str, Any]:
+    summary = orjson.loads((folder / "unit.json").read_bytes())
+    if "parts" not in summary:
+        raise DataError(f"{folder} was written by another version of this package. Run with --fresh.")
+    return summary
+
+
+@functools.lru_cache(maxsize=4)
+def _documents(folder: Location, first: int, count: int, digest: str) -> NDArray[Any]:
+    size = DOCUMENT.itemsize
+    data = read_range(folder / "documents.bin", first * size, (first + count) * size) if count else b""
     if xxhash.xxh3_64_hexdigest(data) != digest:
         raise DataError(f"{folder}/documents.bin is damaged: its hash is not the one noted. Run with --fresh.")
     return np.frombuffer(data, DOCUMENT)

@@ -2,37 +2,39 @@
 
 A stream is chosen by domain, by the hash of the text (``below`` a threshold is held out, ``above`` is trained on) and,
 after deduplication, by a file per unit that says which documents stay. Its tokens are numbered from 0 on, across
-units; nothing is copied until a shard asks for a range of them.
+units and their parts; nothing is copied until a shard asks for a range of them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import mmap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.locations import FetchedArray, Location, UrlPath, location, size_of, write_whole
-from converters.stage import DOCUMENT, UnitTable, load_table, unit_folder
+from converters.locations import FetchedArray, Location, UrlPath, location, read_range, size_of, write_whole
+from converters.stage import DOCUMENT, Part, UnitTable, load_table, parts_of, unit_folder
 from mixer.errors import DataError
 
-__all__ = ["Stream", "copy_slices", "keep_first_copies", "load_kept", "open_tokens", "unit_ranges"]
+__all__ = ["Stream", "copy_slices", "keep_first_copies", "load_kept", "open_tokens", "part_ranges"]
 
 HASHES = 1 << 64
+Key = TypeVar("Key")
 
 
 class Stream(NamedTuple):
-    """Which documents, and how many of their tokens each unit holds.
+    """Which documents, and how many of their tokens each part of a unit holds.
 
     Args:
         side: ``all`` documents, or those with hashes ``below`` or ``above`` (or at) the threshold.
         keep: folder of the deduplication's files, or None.
-        units: (unit, tokens) in order; units without tokens are left out.
+        parts: (part, tokens) in order; parts without tokens are left out.
     """
 
     stage: str
@@ -40,11 +42,11 @@ class Stream(NamedTuple):
     side: str = "all"
     threshold: int = 0
     keep: str | None = None
-    units: tuple[tuple[int, int], ...] = ()
+    parts: tuple[tuple[Part, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:
-        return sum(tokens for _, tokens in self.units)
+        return sum(tokens for _, tokens in self.parts)
 
     def chosen(self, table: UnitTable) -> NDArray[np.bool_]:
         """Return which of a unit's documents belong to the stream, shape (documents,)."""
@@ -56,37 +58,39 @@ class Stream(NamedTuple):
         below = table.documents["hash"] < np.uint64(min(self.threshold, HASHES - 1))
         return mask & (below if self.side == "below" else ~below)
 
-    def lengths(self, unit: int) -> NDArray[np.int64]:
-        """Return the tokens of each document that a unit adds, in order."""
-        table = load_kept(self.stage, unit, self.keep)
+    def lengths(self, part: Part) -> NDArray[np.int64]:
+        """Return the tokens of each document that a part adds, in order."""
+        table = load_kept(self.stage, part, self.keep)
         return table.documents["tokens"][self.chosen(table)].astype(np.int64)
 
     def documents(self) -> Iterator[NDArray[Any]]:
         """Yield rows of ``DOCUMENT``, all in order."""
-        for unit, _ in self.units:
-            table = load_kept(self.stage, unit, self.keep)
+        for part, _ in self.parts:
+            table = load_kept(self.stage, part, self.keep)
             yield table.documents[self.chosen(table)]
 
     def document_lengths(self, start: int = 0, stop: int | None = None) -> Iterator[NDArray[np.int64]]:
         """Yield the tokens of each document between two places; those that reach over an edge are cut there."""
-        for unit, low, high in unit_ranges(self.units, start, self.num_tokens if stop is None else stop):
-            edges = np.cumsum(np.concatenate(([0], self.lengths(unit)))).clip(low, high)
+        for part, low, high in part_ranges(self.parts, start, self.num_tokens if stop is None else stop):
+            edges = np.cumsum(np.concatenate(([0], self.lengths(part)))).clip(low, high)
             yield np.diff(edges)[np.diff(edges) > 0]
 
     def part(self, start: int, stop: int) -> tuple[Stream, int]:
-        """Return the stream cut to the units between two places, and where it starts in that."""
-        used = {unit for unit, _, _ in unit_ranges(self.units, start, stop)}
-        before = itertools.takewhile(lambda row: row[0] not in used, self.units)
+        """Return the stream cut to the parts between two places, and where it starts in that."""
+        used = {part for part, _, _ in part_ranges(self.parts, start, stop)}
+        before = itertools.takewhile(lambda row: row[0] not in used, self.parts)
         at = sum(tokens for _, tokens in before)
-        return self._replace(units=tuple(row for row in self.units if row[0] in used)), start - at
+        return self._replace(parts=tuple(row for row in self.parts if row[0] in used)), start - at
 
     def copy(self, out: NDArray[Any], start: int) -> int:
         """Fill ``out`` with the ids from ``start`` on; return how many there were."""
         at = 0
-        for unit, low, high in unit_ranges(self.units, start, start + len(out)):
-            for part in self.slices(unit, low, high, out.dtype.name):
-                out[at : at + len(part)] = part
-                at += len(part)
+        for part, low, high in part_ranges(self.parts, start, start + len(out)):
+            runs = self._runs(part)
+            sources, lengths = runs.between(low, high)
+            places = at + np.cumsum(lengths) - lengths
+            self._copy(part, runs, out, sources, lengths, places)
+            at += high - low
         return at
 
     def copy_pieces(
@@ -94,24 +98,54 @@ class Stream(NamedTuple):
     ) -> None:
         """Copy pieces, each within one document, to their places in ``out``."""
         low = 0
-        for unit, tokens in self.units:
+        for part, tokens in self.parts:
             here = np.flatnonzero((starts >= low) & (starts < low + tokens))
             if len(here):
-                ids = np.concatenate(list(self.slices(unit, 0, tokens, out.dtype.name)))
-                copy_slices(ids, out, starts[here] - low, lengths[here], places[here])
+                runs = self._runs(part)
+                self._copy(part, runs, out, runs.sources(starts[here] - low), lengths[here], places[here])
             low += tokens
 
-    def slices(self, unit: int, start: int, stop: int, dtype: str) -> Iterator[NDArray[Any]]:
-        """Yield the ids ``start`` to ``stop`` of what a unit adds, as slices of its memory-mapped file."""
-        table = load_kept(self.stage, unit, self.keep)
+    def _runs(self, part: Part) -> _Runs:
+        table = load_kept(self.stage, part, self.keep)
         first, last = _runs(self.chosen(table))
-        lows, highs = table.starts[first], table.starts[last]
-        before = np.cumsum(highs - lows) - (highs - lows)  # tokens of the runs before
-        lows, highs = lows + (start - before).clip(0), np.minimum(highs, lows + stop - before)
-        lows, lengths = lows[lows < highs], (highs - lows)[lows < highs]
-        ids = open_tokens(self.stage, unit, dtype, int(table.starts[-1]), spans=(lows, lengths))
-        for low, length in zip(lows.tolist(), lengths.tolist()):
-            yield ids[low : low + length]
+        lengths = table.starts[last] - table.starts[first]
+        return _Runs(table.starts[first], np.cumsum(lengths) - lengths, lengths, int(table.starts[-1]))
+
+    def _copy(
+        self,
+        part: Part,
+        runs: _Runs,
+        out: NDArray[Any],
+        sources: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        places: NDArray[np.int64],
+    ) -> None:
+        ids = open_tokens(self.stage, part.unit, out.dtype.name, runs.end, spans=(sources, lengths))
+        copy_slices(ids, out, sources, lengths, places)
+
+
+class _Runs(NamedTuple):
+    """The ids that a part adds to a stream, as runs in the unit's file: where each starts there, how many ids come
+    before it, its length; and where the part ends in the file."""
+
+    starts: NDArray[np.int64]
+    before: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    end: int
+
+    def sources(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where the ids at these places of the part lie in the file."""
+        run = self.before.searchsorted(places, "right") - 1
+        return self.starts[run] + places - self.before[run]
+
+    def between(self, low: int, high: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return starts in the file and lengths of the ids from ``low`` to ``high``."""
+        starts = self.starts + (low - self.before).clip(0)
+        lengths = np.minimum(self.starts + self.lengths, self.starts + high - self.before) - starts
+        return starts[lengths > 0], lengths[lengths > 0]
+
+
+_MAPPED_BYTES = 8 << 20  # of a mapped file that stay with this process at a time
 
 
 def copy_slices(
@@ -122,8 +156,13 @@ def copy_slices(
     places: NDArray[np.int64],
 ) -> None:
     """Copy each ``ids[start : start + length]`` to its place in ``out``."""
+    copied = 0
     for start, length, place in zip(starts.tolist(), lengths.tolist(), places.tolist()):
         out[place : place + length] = ids[start : start + length]
+        copied += length
+        if copied * out.itemsize > _MAPPED_BYTES and isinstance(ids, np.memmap):
+            ids._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+            copied = 0
 
 
 def open_tokens(
@@ -136,28 +175,28 @@ def open_tokens(
 ) -> NDArray[Any] | FetchedArray:
     """Return a unit's ids, memory-mapped; from a server, those that the spans (starts, lengths) name.
 
-    Raises: DataError: if there are not as many as expected.
+    Raises: DataError: if there are not as many as expected, of this part and those before.
     """
     file = unit_folder(stage, unit) / "tokens.bin"
     if isinstance(file, UrlPath):
         return FetchedArray(file, np.dtype(dtype), *spans)
     ids = np.memmap(file, dtype, "r")
-    if expected is not None and len(ids) != expected:
+    if expected is not None and len(ids) < expected:
         raise DataError(f"{file} holds {len(ids):,} tokens, expected {expected:,}. Run with --fresh.")
     return ids
 
 
-def unit_ranges(units: Sequence[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the part of every unit that tokens ``start`` to ``stop`` of the stream lie in.
+def part_ranges(parts: Sequence[tuple[Key, int]], start: int, stop: int) -> Iterator[tuple[Key, int, int]]:
+    """Yield which tokens of every part ``start`` to ``stop`` of the stream are.
 
-    >>> list(unit_ranges([(0, 10), (2, 5), (3, 10)], 8, 16))
-    [(0, 8, 10), (2, 0, 5), (3, 0, 1)]
+    >>> list(part_ranges([("a", 10), ("b", 5), ("c", 10)], 8, 16))
+    [('a', 8, 10), ('b', 0, 5), ('c', 0, 1)]
     """
     at = 0
-    for unit, tokens in units:
+    for part, tokens in parts:
         low, high = max(start - at, 0), min(stop - at, tokens)
         if low < high:
-            yield unit, low, high
+            yield part, low, high
         at += tokens
         if at >= stop:
             return
@@ -176,12 +215,13 @@ def _runs(chosen: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int6
 # --- deduplication -------------------------------------------------------------------------------------------------
 
 
-def load_kept(stage: str, unit: int, keep: str | None) -> UnitTable:
-    """Return a unit's documents; those that deduplication removed belong to domain -1."""
-    table = load_table(unit_folder(stage, unit))
+def load_kept(stage: str, part: Part, keep: str | None) -> UnitTable:
+    """Return a part's documents; those that deduplication removed belong to domain -1."""
+    table = load_table(unit_folder(stage, part.unit), part.number)
     if keep is None:
         return table
-    kept = np.frombuffer(_keep_file(location(keep), unit).read_bytes(), np.bool_)
+    stop = table.first + len(table.documents)
+    kept = np.frombuffer(read_range(_keep_file(location(keep), part.unit), table.first, stop), np.bool_)
     return table._replace(domains=np.where(kept, table.domains, np.int32(-1)))
 
 
@@ -190,7 +230,7 @@ def _keep_file(folder: Location, unit: int) -> Location:
 
 
 _COPY = np.dtype([("hash", "<u8"), ("number", "<u8"), ("domain", "<u4")])
-_BUCKET_DOCUMENTS = 1 << 24
+_BUCKET_DOCUMENTS, _MOST_BUCKETS = 1 << 21, 512
 
 
 def keep_first_copies(
@@ -199,11 +239,13 @@ def keep_first_copies(
     """Write which documents stay if of equal texts in a domain only the first does; return how many go, by domain.
 
     Texts are equal if their 64-bit hashes are: among a thousand million documents, one pair in forty runs is not.
-    They are compared in buckets by hash, so memory is bounded by ``bucket_documents`` of about 60 bytes.
+    They are compared in buckets by hash, so memory is bounded by ``bucket_documents`` of about 60 bytes, up to a
+    thousand million documents.
     """
     folder.mkdir(parents=True, exist_ok=True)
     sizes = [size_of(unit_folder(stage, unit) / "documents.bin") // DOCUMENT.itemsize for unit in units]
-    buckets = [folder / f"bucket.{number}" for number in range(max(1, -(-sum(sizes) // bucket_documents)))]
+    count = min(max(1, -(-sum(sizes) // bucket_documents)), _MOST_BUCKETS)
+    buckets = [folder / f"bucket.{number}" for number in range(count)]
     names = _scatter(stage, units, buckets)
     kept = np.ones(sum(sizes), np.bool_) if len(buckets) == 1 else _mapped_ones(folder / "kept", sum(sizes))
     removed: Counter[str] = Counter()
@@ -232,8 +274,8 @@ def _scatter(stage: str, units: Sequence[int], buckets: Sequence[Path]) -> list[
     number = 0
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(bucket, "wb")) for bucket in buckets]
-        for unit in units:
-            table = load_table(unit_folder(stage, unit))
+        for part in parts_of(stage, units):
+            table = load_table(unit_folder(stage, part.unit), part.number)
             codes = np.array([names.setdefault(name, len(names)) for name in table.names], np.uint32)
             rows = np.empty(len(table.documents), _COPY)
             rows["hash"], rows["domain"] = table.documents["hash"], codes[table.domains] if len(codes) else 0

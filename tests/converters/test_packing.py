@@ -34,11 +34,12 @@ def write_unit(stage: Path, number: int, blocks: list[tuple[str, list[tuple[int,
     ids.tofile(folder / "tokens.bin")
     documents = np.array([(tokens, tokens, key) for _, tokens, key in rows], DOCUMENT)
     documents.tofile(folder / "documents.bin")
-    summary = {
-        "blocks": [(domain, len(rows), sum(tokens for tokens, _ in rows)) for domain, rows in blocks],
-        "domains": {domain: {} for domain, _ in blocks},
-        "documents_hash": xxhash.xxh3_64_hexdigest(documents.tobytes()),
-    }
+    parts, at = [], 0
+    for domain, some in blocks:  # each block a part of its own
+        digest = xxhash.xxh3_64_hexdigest(documents[at : at + len(some)].tobytes())
+        parts.append({"blocks": [(domain, len(some), sum(tokens for tokens, _ in some))], "hash": digest})
+        at += len(some)
+    summary = {"parts": parts, "domains": {domain: {} for domain, _ in blocks}}
     (folder / "unit.json").write_bytes(orjson.dumps(summary))
     starts = np.cumsum([0, *(tokens for _, tokens, _ in rows)])
     streams: dict[str, list[tuple]] = {}

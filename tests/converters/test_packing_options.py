@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -202,3 +203,22 @@ def test_several_hashes_in_any_order_are_recorded_sorted(tmp_path):
     entry = json.loads((shards / "web" / "train" / "index.json").read_text())["shards"][0]
     assert entry["hashes"] == ["sha1", "xxh64"]
     assert verify(shards, deep=True) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"packing": "best_fit"}, {"packing": "none", "doc_starts": True}, {"shuffle_seed": 3}, {"dedupe": True}],
+    ids=str,
+)
+def test_parts_of_a_unit_do_not_change_a_byte(tmp_path, monkeypatch, options):
+    write_corpus(tmp_path / "corpus")
+    given = {"tokenizer": "bytes", "seq_len": 64, "held_out": 0.1, "domain": "folder", **options}
+    manifest = convert([tmp_path / "corpus"], tmp_path / "one", unit_size="1GB", keep_stage=True, **given)
+    monkeypatch.setattr("converters.stage.PART_DOCUMENTS", 7)
+    monkeypatch.setattr("converters.stage._BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr("converters.streams._MAPPED_BYTES", 300)
+    convert([tmp_path / "corpus"], tmp_path / "many", unit_size="1GB", keep_stage=True, **given)
+    units = [json.loads(path.read_text()) for path in sorted((tmp_path / "many").rglob("unit.json"))]
+    assert max(len(unit["parts"]) for unit in units) > 5
+    for name in manifest.names:
+        assert tree_hash(tmp_path / "one" / name) == tree_hash(tmp_path / "many" / name)

@@ -25,6 +25,7 @@ from composer.utils import dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from algorithms.checks import check_parallelism
 from algorithms.forward import evaluation_mode, losses_on, predicts_next
 from algorithms.losses import IGNORED, labels_of, loss_mask
 from algorithms.references import Reference, as_reference
@@ -71,6 +72,7 @@ class WorstSubset(Algorithm):
             self._prune(state, logger)
 
     def _begin(self, state: State) -> None:
+        check_parallelism(state)
         self._shift = predicts_next(state.model)
         if self.reference is not None:
             self.reference.shift = self._shift

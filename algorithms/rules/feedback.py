@@ -101,16 +101,7 @@ def validation_feedback(
         raise InputError(f'mode "target" and targets belong together; got mode {reading!r} and targets {targets!r}.')
     eta, tau = number(eta, "eta", low=0), number(tau, "tau", low=1e-9)
     smoothing, newest = number(smoothing, "smoothing", low=0, high=1), number(newest, "newest", low=0, high=1)
-    clip = flag(clip, "clip")
-    if isinstance(targets, str):
-        choice(targets, "targets", ("reference", "best"))
-    elif targets is not None:
-        mapping(targets, "targets")
-    if others is not None:
-        choice(others, "others", ("reference", "best"))
-        if not isinstance(targets, Mapping):
-            raise InputError(f"others={others!r} is for domains that targets do not name; got targets {targets!r}.")
-    unnamed = targets if isinstance(targets, str) else others
+    clip, unnamed = flag(clip, "clip"), _for_unnamed(targets, others)
 
     def init(domains: Domains | Sequence[str]) -> FeedbackState:
         known = as_domains(domains)
@@ -192,6 +183,20 @@ def _rule(
         applies="sampling",
         averages=result == "average",
     )
+
+
+def _for_unnamed(targets: Any, others: str | None) -> str | None:
+    """Return where domains that ``targets`` does not name get theirs: "reference", "best" or nowhere."""
+    if others is not None:
+        choice(others, "others", ("reference", "best"))
+        if not isinstance(targets, Mapping):
+            raise InputError(f"others={others!r} is for domains that targets do not name; got targets {targets!r}.")
+        return others
+    if isinstance(targets, str):
+        return choice(targets, "targets", ("reference", "best"))
+    if targets is not None:
+        mapping(targets, "targets")
+    return None
 
 
 def _given(

@@ -18,6 +18,7 @@ from algorithms.references import BigramLosses, CachedLosses, FrozenModel, Refer
 from algorithms.references.frozen import fingerprint_of
 from algorithms.rules.base import UpdateRule
 from algorithms.sharding import is_flattened
+from algorithms.signals import Signals
 from mixer.errors import InputError
 
 __all__ = [
@@ -29,9 +30,12 @@ __all__ = [
     "check_same_on_ranks",
     "check_same_weights",
     "check_settings",
+    "warn_of_its_own_reference",
 ]
 
 log = logging.getLogger(__name__)
+
+ALIKE = 2e-3  # nats; bfloat16 moves the mean loss of a sample by less
 
 
 def check_rule(rule: Any) -> None:
@@ -131,15 +135,35 @@ def check_not_its_own_reference(rule: UpdateRule | None, reference: Reference | 
     Args:
         proxy: None where its parameters are spread over ranks, and nothing is checked.
     """
-    clips = rule is not None and rule.name == "doremi" and rule.settings["clip"] != "none"
-    if not clips or not isinstance(reference, FrozenModel | CachedLosses) or proxy is None:
+    if not _clips(rule) or not isinstance(reference, FrozenModel | CachedLosses) or proxy is None:
         return
     if fingerprint_of(proxy) == reference.fingerprint:
-        raise InputError(
-            "the proxy starts as its own reference: no excess loss is above 0, and what is new to the model would be "
-            "starved. Start the proxy from other weights, or use modified_doremi or validation_feedback with a target "
-            "for each new domain."
+        raise InputError(f"the proxy starts as its own reference: {_STARVES}")
+
+
+def warn_of_its_own_reference(rule: UpdateRule | None, signals: Signals) -> None:
+    """Log a warning where the losses of the first step say that the proxy is its own reference.
+
+    The same weights in another precision, or in parts on many ranks, have another digest or none. Their mean losses
+    over a sample agree to rounding; those of two models do not.
+    """
+    if not _clips(rule) or signals.excess_squared is None or signals.num_sequences is None:
+        return
+    apart = float(np.sqrt(signals.excess_squared.sum() / max(signals.num_sequences.sum(), 1.0)))
+    if apart < ALIKE:
+        log.warning(
+            "the losses of proxy and reference are %.1g nats apart, as if they were one model: %s", apart, _STARVES
         )
+
+
+def _clips(rule: UpdateRule | None) -> bool:
+    return rule is not None and rule.name == "doremi" and rule.settings["clip"] != "none"
+
+
+_STARVES = (
+    "no excess loss is above 0, and what is new to the model would be starved. Start the proxy from other weights, or use "
+    "modified_doremi or validation_feedback with a target for each new domain."
+)
 
 
 def check_parallelism(state: State, needs: frozenset[str] = frozenset()) -> None:

@@ -38,6 +38,7 @@ from algorithms.checks import (
     check_same_on_ranks,
     check_same_weights,
     check_settings,
+    warn_of_its_own_reference,
 )
 from algorithms.domain_losses import DomainLosses, OnNonfinite
 from algorithms.forward import (
@@ -411,6 +412,8 @@ class DomainReweighting(Algorithm):
         except DataError as error:
             raise DataError(f"at step {step} {error}") from error
         self._count_lost(signals, step)
+        if step == 0 and dist.get_global_rank() == 0:
+            warn_of_its_own_reference(self.rule, signals)
         if self.reference is not None:
             self.reference.observe(signals)
         if "behaviour" in self.needs:

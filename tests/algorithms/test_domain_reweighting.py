@@ -719,6 +719,20 @@ def test_a_proxy_that_starts_as_its_own_reference_is_refused() -> None:
     fit(DomainReweighting(doremi(clip="none"), reference=llama()), steps=1)
 
 
+def test_a_proxy_that_is_its_own_reference_in_another_precision_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    half = FrozenModel(llama(), dtype=torch.bfloat16)
+    with pytest.raises(InputError, match="the proxy starts as its own reference"):
+        fit(DomainReweighting(doremi(), reference=half), steps=1)
+    other_digest = FrozenModel(llama().bfloat16(), dtype=torch.float32)
+    fit(DomainReweighting(doremi(), reference=other_digest), steps=2)
+    (text,) = [record.getMessage() for record in caplog.records if "as if they were one model" in record.getMessage()]
+    assert "no excess loss is above 0" in text
+    caplog.clear()
+    fit(DomainReweighting(doremi(), reference=llama(seed=1)), steps=1)
+    fit(DomainReweighting(doremi(clip="none"), reference=other_digest), steps=1)
+    assert "as if they were one model" not in caplog.text
+
+
 def test_rules_that_ask_get_a_histogram_of_losses_per_sample() -> None:
     rule, seen = recorder("histogram")
     fit(DomainReweighting(rule), steps=1, micro=5)

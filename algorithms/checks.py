@@ -161,8 +161,8 @@ def _clips(rule: UpdateRule | None) -> bool:
 
 
 _STARVES = (
-    "no excess loss is above 0, and what is new to the model would be starved. Start the proxy from other weights, or use "
-    "modified_doremi or validation_feedback with a target for each new domain."
+    "no excess loss is above 0, and what is new to the model would be starved. Start the proxy from other weights, or "
+    "use modified_doremi or validation_feedback with a target for each new domain."
 )
 
 

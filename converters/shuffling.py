@@ -7,6 +7,7 @@ file of 32 bytes per document, which shards look up by binary search; it is sort
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,11 +64,15 @@ class Shuffled(NamedTuple):
             return read_items(self.order, _ROW, self.first, self.last - self.first)
         return np.memmap(self.order, _ROW, "r")[self.first : self.last]
 
+    def _read(self, first: int, last: int) -> NDArray[Any]:
+        """Return these rows, counted from the first; not mapped, as what was read would stay with this process."""
+        return read_items(self.order, _ROW, self.first + first, last - first)
+
     def documents(self) -> Iterator[NDArray[Any]]:
         """Yield rows of ``DOCUMENT``, all in order (sizes in bytes of text are not known here)."""
-        rows = self._rows()
-        for first in range(0, len(rows), _ROWS_AT_ONCE):
-            part = rows[first : first + _ROWS_AT_ONCE]
+        count = self.last - self.first
+        for first in range(0, count, _ROWS_AT_ONCE):
+            part = self._read(first, min(first + _ROWS_AT_ONCE, count))
             documents = np.zeros(len(part), DOCUMENT)
             documents["tokens"], documents["hash"] = part["tokens"], part["hash"]
             yield documents
@@ -79,9 +84,7 @@ class Shuffled(NamedTuple):
 
     def part(self, start: int, stop: int) -> tuple[Shuffled, int]:
         """Return the stream cut to the documents between two places, which are still counted from its start."""
-        at = self._rows()["at"]
-        first = max(int(at.searchsorted(start, "right")) - 1, 0)
-        last = int(at.searchsorted(stop, "left"))
+        first, last = _documents_between(self._rows(), start, stop)
         return self._replace(first=self.first + first, last=self.first + last), start
 
     def copy(self, out: NDArray[Any], start: int) -> int:
@@ -92,11 +95,9 @@ class Shuffled(NamedTuple):
 
     def _between(self, start: int, stop: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Yield starts and lengths of the documents between two places, cut there."""
-        rows = self._rows()
-        first = max(int(rows["at"].searchsorted(start, "right")) - 1, 0)
-        last = int(rows["at"].searchsorted(stop, "left"))
+        first, last = _documents_between(self._rows(), start, stop)
         for low in range(first, last, _ROWS_AT_ONCE):
-            part = rows[low : min(low + _ROWS_AT_ONCE, last)]
+            part = self._read(low, min(low + _ROWS_AT_ONCE, last))
             starts = np.maximum(part["at"], start)
             lengths = np.minimum(part["at"] + part["tokens"], stop) - starts
             yield starts[lengths > 0], lengths[lengths > 0]
@@ -104,10 +105,15 @@ class Shuffled(NamedTuple):
     def copy_pieces(
         self, out: NDArray[Any], starts: NDArray[np.int64], lengths: NDArray[np.int64], places: NDArray[np.int64]
     ) -> None:
-        """Copy pieces, each within one document, to their places in ``out``; each unit is opened once."""
-        if not len(starts):
-            return
-        rows = self._rows()
+        """Copy pieces, each within one document, to their places in ``out``; each unit is opened once for many."""
+        for first in range(0, len(starts), _ROWS_AT_ONCE):
+            some = slice(first, first + _ROWS_AT_ONCE)
+            self._copy_some(out, starts[some], lengths[some], places[some])
+
+    def _copy_some(
+        self, out: NDArray[Any], starts: NDArray[np.int64], lengths: NDArray[np.int64], places: NDArray[np.int64]
+    ) -> None:
+        rows = self._read(*_documents_between(self._rows(), int(starts.min()), int(starts.max()) + 1))
         document = rows["at"].searchsorted(starts, "right") - 1
         units = rows["unit"][document]
         sources = rows["start"][document] + starts - rows["at"][document]
@@ -116,6 +122,12 @@ class Shuffled(NamedTuple):
             spans = sources[here], lengths[here]
             ids = open_tokens(self.stage, int(units[here[0]]), out.dtype.name, spans=spans)
             copy_slices(ids, out, sources[here], lengths[here], places[here])
+
+
+def _documents_between(rows: NDArray[Any], start: int, stop: int) -> tuple[int, int]:
+    """Return the first document with tokens between two places, and the last plus one; looks at few rows only."""
+    first = bisect.bisect_right(rows, start, key=lambda row: int(row["at"])) - 1
+    return max(first, 0), bisect.bisect_left(rows, stop, key=lambda row: int(row["at"]))
 
 
 def shuffled(stream: Stream, seed: int, path: Path, *, bucket_documents: int = _BUCKET_DOCUMENTS) -> Shuffled | Stream:
@@ -138,7 +150,7 @@ def shuffled(stream: Stream, seed: int, path: Path, *, bucket_documents: int = _
             ends = at + np.cumsum(ordered["tokens"], dtype=np.int64)
             ordered["at"] = ends - ordered["tokens"]
             at = int(ends[-1]) if len(ends) else at
-            out.write(ordered.tobytes())
+            out.write(ordered.data)
     return Shuffled(stream._replace(parts=()), str(path), at, 0, count)
 
 

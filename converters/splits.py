@@ -359,25 +359,51 @@ def require_samples(plans: Sequence[DomainPlan], options: PackOptions) -> list[s
     return problems
 
 
+_HELD_AT_ONCE = 1 << 22  # hashes of held-out documents in memory
+
+
 def copies_across_splits(plans: Sequence[DomainPlan]) -> int:
-    """Return how many training documents have the very text of a document that is held out, in any domain."""
-    held = [_hashes(split) for plan in plans for split in plan.splits if split.split == "validation"]
-    if not held:
+    """Return how many training documents have the very text of a document that is held out, in any domain.
+
+    Reads all tables of documents once for every ``_HELD_AT_ONCE`` that are held out, so that memory is bounded.
+    """
+    splits = [split for plan in plans for split in plan.splits if split.num_documents]
+    held_out = [split for split in splits if split.split == "validation"]
+    passes = -(-sum(split.num_documents for split in held_out) // _HELD_AT_ONCE)
+    trained = [split for split in splits if split.split == "train"]
+    return sum(_copies(held_out, trained, number, passes) for number in range(passes))
+
+
+def _copies(held_out: Sequence[SplitPlan], trained: Sequence[SplitPlan], number: int, passes: int) -> int:
+    """Count those copies whose hash leaves the rest ``number``."""
+
+    def chosen(splits: Sequence[SplitPlan]) -> Iterator[NDArray[np.uint64]]:
+        for hashes in (hashes for split in splits for hashes in _hashes(split)):
+            yield hashes[hashes % np.uint64(passes) == number] if passes > 1 else hashes
+
+    known = np.unique(np.concatenate([np.empty(0, np.uint64), *chosen(held_out)]))
+    if not len(known):
         return 0
-    held_out = np.unique(np.concatenate(held))
-    trained = (split for plan in plans for split in plan.splits if split.split == "train")
-    return sum(int(np.isin(_hashes(split), held_out).sum()) for split in trained)
+    return sum(
+        int((known[known.searchsorted(each).clip(max=len(known) - 1)] == each).sum()) for each in chosen(trained)
+    )
 
 
-def _hashes(split: SplitPlan) -> NDArray[np.uint64]:
-    """Return the text hashes of the documents that start in a split."""
+def _hashes(split: SplitPlan) -> Iterator[NDArray[np.uint64]]:
+    """Yield the text hashes of the documents that start in a split."""
     stream = split.stream
-    tables = [np.empty(0, DOCUMENT), *stream.documents()]
-    hashes = np.concatenate([table["hash"] for table in tables]).astype(np.uint64)
     if stream.side != "all":
-        return hashes
-    if split.layout is None:  # split by samples: the documents follow one another
-        return hashes[: split.num_documents] if split.first_sample == 0 else hashes[len(hashes) - split.num_documents :]
-    layout = load_layout(split.layout, split.first_sample, split.first_sample + split.num_samples)
-    lengths = np.concatenate([table["tokens"] for table in tables]).astype(np.int64)
-    return hashes[np.searchsorted(np.cumsum(lengths) - lengths, layout.start[layout.is_document])]
+        yield from (table["hash"].astype(np.uint64) for table in stream.documents())
+    elif split.layout is None:  # split by samples: the documents follow one another
+        total = sum(len(table) for table in stream.documents())
+        first = 0 if split.first_sample == 0 else total - split.num_documents
+        at = 0
+        for table in stream.documents():
+            yield table["hash"][max(first - at, 0) : max(first + split.num_documents - at, 0)].astype(np.uint64)
+            at += len(table)
+    else:  # of few documents, or they would be split by documents
+        tables = np.concatenate([np.empty(0, DOCUMENT), *stream.documents()])
+        layout = load_layout(split.layout, split.first_sample, split.first_sample + split.num_samples)
+        lengths = tables["tokens"].astype(np.int64)
+        place = np.searchsorted(np.cumsum(lengths) - lengths, layout.start[layout.is_document])
+        yield tables["hash"][place].astype(np.uint64)

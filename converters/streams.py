@@ -145,7 +145,8 @@ class _Runs(NamedTuple):
         return starts[lengths > 0], lengths[lengths > 0]
 
 
-_MAPPED_BYTES = 8 << 20  # of a mapped file that stay with this process at a time
+_MAPPED_BYTES = 32 << 20  # of a mapped file that stay with this process at a time
+_FAULT_BYTES = 64 << 10  # that Linux maps around whatever is touched
 
 
 def copy_slices(
@@ -159,8 +160,8 @@ def copy_slices(
     copied = 0
     for start, length, place in zip(starts.tolist(), lengths.tolist(), places.tolist()):
         out[place : place + length] = ids[start : start + length]
-        copied += length
-        if copied * out.itemsize > _MAPPED_BYTES and isinstance(ids, np.memmap):
+        copied += length * out.itemsize + _FAULT_BYTES
+        if copied > _MAPPED_BYTES and isinstance(ids, np.memmap):
             ids._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
             copied = 0
 

@@ -13,39 +13,71 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """A running cluster: how conversions name it, and in which environment they reach it. Called, it converts."""
+
+    address: str
+    environment: dict[str, str]
+    folder: str
+
+    @property
+    def engine(self) -> str:
+        return f"ray:{self.address}"
+
+    def __call__(self, *given: Path, **options: object) -> None:
+        by_process(self.environment, *given, engine=self.engine, **options)
+
+    @contextlib.contextmanager
+    def node(self, cores: int) -> Iterator[subprocess.Popen[str]]:
+        """Yield one more node."""
+        node = self.started(cores, f"--address={self.address}", f"--dashboard-agent-listen-port={free_port()}")
+        try:
+            yield node
+        finally:
+            stop(node)
+
+    def started(self, cores: int, *options: str) -> subprocess.Popen[str]:
+        command = [
+            str(PROGRAM), "start", "--block", "--node-ip-address=127.0.0.1", f"--num-cpus={cores}",
+            "--disable-usage-stats", "--object-store-memory=100000000", *options,
+        ]  # fmt: skip
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, env=self.environment, start_new_session=True, **pipes)
+
+
+PROGRAM = Path(sys.executable).with_name("ray")
+
+
 @contextlib.contextmanager
-def ray_cluster(cores: int = 2) -> Iterator[Callable[..., None]]:
-    """Yield ``convert`` by a cluster that ends with the block; skip the test where Ray is not installed."""
-    program = Path(sys.executable).with_name("ray")
-    if importlib.util.find_spec("ray") is None or not program.exists():
+def ray_cluster(cores: int = 2) -> Iterator[Cluster]:
+    """Yield a cluster that ends with the block; skip the test where Ray is not installed."""
+    if importlib.util.find_spec("ray") is None or not PROGRAM.exists():
         pytest.skip("needs Ray: pip install 'domain-mixer[ray]'")
-    address = f"127.0.0.1:{free_port()}"
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    port = free_port()
+    root = str(Path(__file__).parents[2])  # so that workers find the functions of tests
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    checks = ("initial_delay_ms", "period_ms", "timeout_ms", "failure_threshold")  # that a dead node is missed soon
+    health = {f"RAY_health_check_{name}": value for name, value in zip(checks, ("1000", "500", "5000", "3"))}
+    environment = {**os.environ, **token, **health, "PYTHONPATH": root}
     # A short path, because that of a socket may have 107 bytes only.
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        command = [
-            str(program), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={address[10:]}",
-            f"--num-cpus={cores}", f"--temp-dir={folder}", "--include-dashboard=false", "--disable-usage-stats",
-             f"--dashboard-agent-listen-port={free_port()}",
-            "--object-store-memory=100000000",
-        ]  # fmt: skip
-        head = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        cluster = Cluster(f"127.0.0.1:{port}", environment, folder)
+        head = cluster.started(
+            cores, "--head", f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=false",
+            f"--dashboard-agent-listen-port={free_port()}",
+        )  # fmt: skip
         try:
-            wait_for_port(head, int(address[10:]))
-            yield lambda *given, **options: by_process(environment, *given, engine=f"ray:{address}", **options)
+            wait_for_port(head, port)
+            yield cluster
         finally:
             stop(head)
 
@@ -76,13 +108,11 @@ def wait_for_port(head: subprocess.Popen[str], port: int) -> None:
 
 def stop(head: subprocess.Popen[str]) -> None:
     """End what this cluster started and nothing else, which is why this is not ``ray stop``."""
-    mine = family(head.pid)
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        for pid in mine:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, how)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            head.communicate(timeout=5)
+    for pid in family(head.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        head.communicate(timeout=5)
 
 
 def family(pid: int) -> list[int]:

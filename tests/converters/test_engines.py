@@ -12,7 +12,6 @@ from converters import convert
 from converters.engines import run_tasks
 from mixer.errors import DataError, InputError
 from tests.converters.corpora import tree_hash, write_corpus
-from tests.converters.ray_cluster import ray_cluster
 
 OPTIONS: dict = {"tokenizer": "bytes", "seq_len": 64, "unit_size": 3000, "shard_size": 8000}
 
@@ -74,21 +73,6 @@ def test_ray_engine_writes_the_same_bytes(tmp_path, ray_engine, monkeypatch):
     assert tree_hash(tmp_path / "local") == tree_hash(tmp_path / "by-ray")
 
 
-def test_ray_runs_tasks_of_killed_workers_again(tmp_path, ray_engine):
-    markers = [str(tmp_path / f"{number}") for number in range(8)]
-    for marker in markers[3:]:
-        Path(marker).touch()  # these five do not die
-    assert sorted(run_tasks(ray_engine, kill_self_once, markers, 2)) == markers
-
-
 def test_error_of_a_ray_task_comes_out_as_it_is(ray_engine):
     with pytest.raises(DataError, match=r"task [34] is bad"):
         list(run_tasks(ray_engine, fail, [3, 4], 2))
-
-
-def test_ray_engine_on_a_running_cluster_writes_the_same_bytes(tmp_path):
-    write_corpus(tmp_path / "corpus")
-    convert([tmp_path / "corpus"], tmp_path / "local", **OPTIONS)
-    with ray_cluster() as convert_by_ray:
-        convert_by_ray(tmp_path / "corpus", tmp_path / "by-ray", workers=2, **OPTIONS)
-    assert tree_hash(tmp_path / "local") == tree_hash(tmp_path / "by-ray")

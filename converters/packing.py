@@ -24,7 +24,7 @@ from converters.splits import SplitPlan, samples_of
 from converters.streams import Stream
 from converters.tokenizers import forget_encoders
 from mixer.errors import DataError
-from mixer.mds import Ragged, compress, empty_shard, encode_shard, shard_entry, shard_overhead, token_encoding
+from mixer.mds import Ragged, compress, empty_shard, shard_buffer, shard_entry, shard_overhead, token_encoding
 
 __all__ = ["PackTask", "check_accounting", "pack_shard", "pack_tasks", "read_record", "shard_path"]
 
@@ -200,7 +200,7 @@ def _encoded(task: PackTask, columns: Mapping[str, str]) -> tuple[bytes | bytear
         values[DOC_STARTS] = _doc_starts(rows, used, task.eos_id, _starts_dtype(options))
     if options.sample_ids:
         values[SAMPLE_ID] = np.arange(task.first_id, task.first_id + task.num_samples, dtype=np.uint64)
-    return encode_shard(columns, values, **options.shard_facts()), len(rows.values)
+    return shard_buffer(columns, values, **options.shard_facts()), len(rows.values)
 
 
 def _rows(task: PackTask) -> tuple[Ragged, NDArray[np.int64]]:

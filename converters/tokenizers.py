@@ -436,6 +436,7 @@ def load_encoder(kind: str, file: str | None, backend: str = "hf", special_token
 
 def forget_encoders() -> None:
     """Free the memory of this process's encoders."""
+    return_large_blocks()
     if _loaded.cache_info().currsize:
         _loaded.cache_clear()
         return_memory()

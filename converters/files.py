@@ -124,6 +124,9 @@ def _listed(url: str) -> tuple[list[str], str]:
     system, name = file_system(url)
     if glob.has_magic(name) and not url.startswith("http"):
         return persistently("list", url, lambda: system.glob(name)), _before_magic(name).rpartition("/")[0]
+    if url.startswith("http"):  # where ``isfile`` also says no of a server that is busy
+        persistently("ask for", url, lambda: system.info(name))
+        return [name], name
     if persistently("ask for", url, lambda: system.isfile(name)):
         return [name], name
     return persistently("list", url, lambda: system.find(name)), name

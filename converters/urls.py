@@ -84,19 +84,34 @@ def persistently(what: str, url: str, request: Callable[[], Result]) -> Result:
     for attempt in range(attempts):
         try:
             return request()
-        except _FINAL:
-            raise
-        except Exception as error:
+        except Exception as raised:
+            error = _what_was_said(raised, url)
+            if isinstance(error, _FINAL):
+                raise
             if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
                 raise InputError(f"cannot {what} {url}: {error}. Give credentials in the environment.") from error
-            if attempt == attempts - 1:
-                detail = str(error) or type(error).__name__
+            if attempt == attempts - 1 or _is_refusal(error):
+                detail = str(error) if str(error) and "message=''" not in str(error) else type(error).__name__
+                tried = "1 attempt" if attempt == 0 else f"{attempt + 1} attempts"
                 raise DataError(
-                    f"cannot {what} {url} in {attempts} attempts ({detail}). Finished work is kept: run the same"
-                    " command again."
+                    f"cannot {what} {url} in {tried} ({detail}). Finished work is kept: run the same command again."
                 ) from error
         time.sleep(0.1 * 3**attempt * (0.5 + random.random()))
     raise AssertionError("unreachable")
+
+
+def _what_was_said(error: Exception, url: str) -> Exception:
+    """Return the error, or what is behind ``FileNotFoundError``, which is also what fsspec says of busy web servers."""
+    cause = error.__cause__
+    if not url.startswith("http") or not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
+        return error
+    return error if getattr(cause, "status", 0) in (404, 410) else cause
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Return whether a web server said that it will not, rather than cannot now."""
+    status = getattr(error, "status", 0)
+    return isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
 
 
 class UrlReader(io.RawIOBase):
@@ -128,7 +143,8 @@ class UrlReader(io.RawIOBase):
         """Return whether a part of the file can be had without all that comes before it."""
         try:
             self._file.seek(1)
-            self._file.read(1)
+            if len(self._file.read(1)) != 1:
+                return False
         except ValueError as error:
             return _RANGES not in str(error)
         except Exception:
@@ -174,6 +190,9 @@ class UrlReader(io.RawIOBase):
                 self._file.close()
             self._file = self._opened()
             raise
+        if len(data) > wanted:  # all of it, compressed for the way: the server knows no ranges of that
+            self._file = self._fetched_whole()
+            return self._block(wanted)
         if not data:
             raise OSError(f"nothing came at byte {self._at:,} of {self.size_bytes:,}")
         return data

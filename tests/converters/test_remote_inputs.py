@@ -12,7 +12,7 @@ from converters import convert, files, urls
 from converters.files import can_seek, open_raw
 from mixer.errors import DataError, InputError
 from tests.converters.corpora import documents, tree_hash, write_corpus, write_jsonl
-from tests.converters.servers import Wire, web_server
+from tests.converters.servers import OddHandler, Wire, web_server
 from tests.s3 import upload
 
 OPTIONS: dict = {"tokenizer": "bytes", "seq_len": 64, "shard_size": 20_000, "unit_size": 20_000}
@@ -80,6 +80,26 @@ def test_web_server_that_breaks_off_is_asked_again(tmp_path, ranges, monkeypatch
         wire.close()
     assert found == data
     assert wire.cuts > 0
+
+
+@pytest.mark.parametrize("how", ["plain", "moved", "gzip", "busy"])
+def test_ways_of_web_servers_change_nothing(tmp_path, how, monkeypatch):
+    monkeypatch.setattr(urls.time, "sleep", lambda _: None)
+    write_jsonl(tmp_path / "files" / "a.jsonl", documents("web", 300))
+    convert([f"web={tmp_path / 'files' / 'a.jsonl'}"], tmp_path / "expected", **OPTIONS)
+    with web_server(tmp_path / "files", True, OddHandler) as port:
+        convert([f"web=http://127.0.0.1:{port}/{how}/a.jsonl"], tmp_path / "out", **OPTIONS)
+    assert tree_hash(tmp_path / "out") == tree_hash(tmp_path / "expected")
+
+
+@pytest.mark.parametrize(
+    "how, message", [("forbidden", r"in 1 attempt \(403.*Forbidden"), ("loop", r"in 5 attempts \(TooManyRedirects\)")]
+)
+def test_web_server_that_will_not_is_one_line(tmp_path, how, message, monkeypatch):
+    monkeypatch.setattr(urls.time, "sleep", lambda _: None)
+    write_jsonl(tmp_path / "files" / "a.jsonl", documents("web", 3))
+    with web_server(tmp_path / "files", True, OddHandler) as port, pytest.raises(DataError, match=message):
+        convert([f"web=http://127.0.0.1:{port}/{how}/a.jsonl"], tmp_path / "out", **OPTIONS)
 
 
 def test_server_that_is_gone_is_one_line_that_says_how_to_go_on(tmp_path, s3, wire, corpus, monkeypatch):

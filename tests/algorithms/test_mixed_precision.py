@@ -1,4 +1,4 @@
-"""bf16 training in Composer, with the processor in place of the GPU that Composer asks for."""
+"""bf16 and fp16 training in Composer, with the processor in place of the GPU that Composer asks for."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from composer.core import precision
 from composer.trainer import trainer
 
 from algorithms import DomainReweighting, doremi
+from algorithms.rules import UPDATE_RULES
+from mixer.errors import InputError
 from tests.algorithms.test_domain_reweighting import constant, distance, written_out
 from tests.algorithms.tiny import Loader, batch, llama
-from tests.algorithms.training_helpers import Gradients, fit, parameters
+from tests.algorithms.training_helpers import Gradients, fit, flat, parameters
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +25,8 @@ def autocast_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = SimpleNamespace(
         cuda=SimpleNamespace(is_available=lambda: True),
         bfloat16=torch.bfloat16,
-        autocast=lambda device, **options: torch.autocast("cpu", **options),
+        float16=torch.float16,
+        autocast=lambda device, dtype=torch.float16, **options: torch.autocast("cpu", dtype=dtype, **options),
     )
     monkeypatch.setattr(precision, "torch", stand_in)
     monkeypatch.setattr(trainer, "_validate_precision", lambda *_: None)
@@ -76,3 +79,33 @@ def test_a_run_resumes_to_the_bit(tmp_path: Path) -> None:
     resumed = run(again, micro=5, steps=4, load_path=str(tmp_path / "ep0-ba2-rank0.pt"))
     np.testing.assert_array_equal(again.weights, whole.weights)
     assert torch.equal(parameters(resumed), parameters(expected))  # type: ignore[arg-type]
+
+
+def scaled_by(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "GradScaler", lambda: torch.amp.GradScaler("cpu", init_scale=factor))
+
+
+@pytest.mark.parametrize("micro", [12, 5])
+def test_the_scale_of_fp16_is_taken_off_the_gradient_again(micro: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    scaled_by(1024.0, monkeypatch)
+    seen = Gradients()
+    trained = run(DomainReweighting(constant()), precision="amp_fp16", micro=micro, steps=1, callbacks=[seen])
+    assert trained.state.scaler.get_scale() == 1024.0, "the scaler has to have been at work"  # type: ignore[attr-defined]
+    assert 1e-5 < distance(seen.steps[0], written_out(llama(), batch(padded=True))) < 5e-3
+
+
+def test_where_the_scaler_skips_a_step_its_losses_still_move_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    scaled_by(1e30, monkeypatch)  # gradients overflow until the scaler has come down
+    algorithm = DomainReweighting(doremi(), reference=llama(seed=1), on_nonfinite="skip")
+    before = flat(llama().parameters())
+    trained = run(algorithm, precision="amp_fp16", steps=2)
+    assert torch.equal(parameters(trained), before)  # type: ignore[arg-type]
+    assert trained.state.scaler.get_scale() == pytest.approx(1e30 / 4)  # type: ignore[attr-defined]
+    assert np.isfinite(algorithm.trajectory.loss).all() and np.ptp(algorithm.trajectory.weights, axis=0).max() > 0
+    assert algorithm.num_skipped_steps == 0 and not any(algorithm.num_nonfinite.values()), "nothing of ours was skipped"
+
+
+def test_gradients_of_domains_are_refused_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    scaled_by(1024.0, monkeypatch)
+    with pytest.raises(InputError, match="too small for float16"):
+        run(DomainReweighting(UPDATE_RULES["doge"]()), precision="amp_fp16")

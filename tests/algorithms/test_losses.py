@@ -298,7 +298,7 @@ def test_loss_mask_follows_the_labels() -> None:
 def test_a_plain_loop_needs_neither_composer_nor_transformers() -> None:
     code = (
         "import sys\n"
-        "from algorithms import DomainLosses, FrozenModel, HeldOutWindows, as_reference, doremi\n"
+        "from algorithms import DomainLosses, FrozenModel, HeldOutWindows, as_reference, doremi, warn_of_absences\n"
         "heavy = {'composer', 'transformers', 'streaming'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

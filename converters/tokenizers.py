@@ -124,8 +124,13 @@ def in_pieces(
     for text in texts:
         pieces = cuts(text, LONG_TEXT) if len(text) > LONG_TEXT else [(text, 0)]
         ids = [_small(encode([piece])[0][drop:]) for piece, drop in pieces]
-        parts.append(ids[0] if len(ids) == 1 else np.concatenate(ids))
-    return np.concatenate(parts), np.fromiter(map(len, parts), np.int64, len(parts))
+        parts.append(_joined_once(ids))
+    lengths = np.fromiter(map(len, parts), np.int64, len(parts))
+    return _joined_once(parts), lengths
+
+
+def _joined_once(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 class HuggingFaceEncoder:
@@ -223,7 +228,7 @@ class GigatokenEncoder:
                 )
 
 
-_MAX_GROWTH = 48 << 20
+_MAX_GROWTH = 40 << 20
 
 
 def resident_bytes() -> int:

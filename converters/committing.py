@@ -18,7 +18,7 @@ from converters.domains import domain_rule, mapped
 from converters.extending import fixed_splits, known_inputs, merged, save_inputs
 from converters.inspecting import read_index
 from converters.job import PACK, QUARANTINE, SCRATCH, TOKENIZER, Job, Progress
-from converters.locations import Location, UrlPath, write_file, write_whole
+from converters.locations import Location, UrlPath, read_range, size_of, write_file, write_whole
 from converters.locks import Lock
 from converters.packing import PackTask, check_accounting, pack_shard, pack_tasks, read_record
 from converters.readers import Piece
@@ -263,6 +263,9 @@ def _domain(plan: DomainPlan, staged: Staged, written: Mapping[tuple[str, str], 
     )
 
 
+_COPY_BYTES = 8 << 20
+
+
 def _publish_quarantine(job: Job, staged: Staged) -> dict[str, Any]:
     """Gather the quarantined records of all units, in input order, into one file; say where."""
     if job.stage_options.on_bad_record != "quarantine" or not staged.bad_records:
@@ -270,7 +273,9 @@ def _publish_quarantine(job: Job, staged: Staged) -> dict[str, Any]:
     name = QUARANTINE if job.base is None else f"quarantine.{len(job.extensions()) + 1}.jsonl"
     with tempfile.NamedTemporaryFile(prefix="mixer-") as file:
         for unit in job.plan.units:
-            file.write((unit_folder(job.stage, unit.number) / QUARANTINE).read_bytes())
+            source = unit_folder(job.stage, unit.number) / QUARANTINE
+            for start in range(0, size_of(source), _COPY_BYTES):
+                file.write(read_range(source, start, start + _COPY_BYTES))
         file.flush()
         write_file(job.out / name, Path(file.name))
     return {"quarantine": name}

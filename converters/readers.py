@@ -369,6 +369,9 @@ def read_warc(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
             offset += length
 
 
+_WARC_HEADER_BYTES = 1 << 20
+
+
 def _warc_headers(path: str, first: bytes, file: Any) -> tuple[dict[str, Any], int]:
     if not first.startswith(b"WARC/"):
         raise damaged(path, f"expected 'WARC/1.0', found {first[:40]!r}")
@@ -376,6 +379,8 @@ def _warc_headers(path: str, first: bytes, file: Any) -> tuple[dict[str, Any], i
     size = 0
     while (line := file.readline(1 << 16)).strip():
         size += len(line)
+        if size > _WARC_HEADER_BYTES:
+            raise damaged(path, f"a record's headers go on for {size:,} bytes")
         name, _, value = line.decode("utf-8", "replace").partition(":")
         headers[name.strip().lower()] = value.strip()
     try:

@@ -17,6 +17,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -160,6 +161,7 @@ def _imported_ray() -> Any:
 def _ray_started(ray: Any, workers: int, address: str) -> Iterator[None]:
     started = not ray.is_initialized()
     if started:
+        _require_answer(address)
         where: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
         ray.init(log_to_driver=False, logging_level="ERROR", **where)
     try:
@@ -167,6 +169,17 @@ def _ray_started(ray: Any, workers: int, address: str) -> Iterator[None]:
     finally:
         if started:
             ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Raise InputError if nothing listens at HOST:PORT, for which Ray itself would wait many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), 10).close()
+    except OSError as error:
+        raise InputError(f"no Ray cluster answers at {address} ({error.strerror or error}).") from error
 
 
 def _ray_results(ray: Any, function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:

@@ -57,6 +57,12 @@ def test_unknown_engine_is_refused(engine):
         run_tasks(engine, fail, [], 1)
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "//127.0.0.1:9", "nowhere.invalid:6379"])
+def test_cluster_that_does_not_answer_is_one_line(ray_engine, address):
+    with pytest.raises(InputError, match=r"no Ray cluster answers at .*:\d+ \(.+\)\."):
+        list(run_tasks(f"ray:{address}", fail, [1], 1))
+
+
 def test_ray_engine_without_ray_says_what_to_install(monkeypatch):
     import sys
 

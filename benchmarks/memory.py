@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import RESULTS
 from benchmarks.conversion import measured
@@ -304,19 +302,14 @@ def _of_file(
 @click.option("--size", default="256MB", show_default=True, help="Of a giant file or record.")
 @click.option("--only", multiple=True, help="Measure what has this in its group or name; may be repeated.")
 def main(size: str, only: tuple[str, ...]) -> None:
-    """Measure the peak memory of conversions."""
-    console = Console(width=80)
-    table = Table(box=None)
-    for title in ("", "", "peak MiB"):
-        table.add_column(title, no_wrap=True, justify="right" if title else "left")
+    """Measure the peak memory of conversions, in MiB."""
     found: dict[str, dict[str, float | str]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for group, name, measure in measurements(Path(scratch), size_in_bytes(size)):
             if only and not any(word in group or word in name for word in only):
                 continue
             found.setdefault(group, {})[name] = value = measure()
-            table.add_row(group, name, value if isinstance(value, str) else f"{value:.0f}")
-    console.print(table)
+            click.echo(f"{group:28} {name:28} {value if isinstance(value, str) else round(value):>8}")  # takes minutes
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "memory.json").write_text(json.dumps({"size": size, "peak_mib": found}, indent=2) + "\n")
 

@@ -17,11 +17,11 @@ def make_trainer(
     model: torch.nn.Module | None = None,
     loader: Any = None,
     steps: int = 3,
-    micro: int | None = None,
+    micro: int | str | None = None,
     lr: float = 0.1,
     **options: Any,
 ) -> Trainer:
-    """Return a CPU trainer for ``steps`` steps of plain SGD; anything else goes to ``Trainer``."""
+    """Return a trainer, on the CPU, for ``steps`` steps of plain SGD; anything else goes to ``Trainer``."""
     model = wrap(llama()) if model is None else model
     return Trainer(
         model=model,
@@ -29,7 +29,7 @@ def make_trainer(
         algorithms=list(algorithms),
         optimizers=options.pop("optimizers", None) or torch.optim.SGD(model.parameters(), lr=lr),
         max_duration=f"{steps}ba",
-        device="cpu",
+        device=options.pop("device", "cpu"),
         device_train_microbatch_size=micro,
         progress_bar=False,
         auto_log_hparams=False,

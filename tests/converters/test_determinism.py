@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,3 +121,17 @@ def test_every_way_to_get_there(made, request, workers, way, unit_size, backend,
 
 def test_packings_differ(made):
     assert len(set(made[1].values())) == len(PACKINGS)
+
+
+def test_another_machine_writes_the_same_bytes(tmp_path: Path) -> None:
+    """Neither where the inputs lie nor when they were written counts; the literal comes from another machine."""
+    here, there = tmp_path / "corpus", tmp_path / "mounted" / "deep" / "corpus"
+    shutil.copytree(write_corpus(here), there)
+    for path in there.rglob("*"):
+        os.utime(path, (1, 1))
+    given = {"tokenizer": "bytes", "seq_len": 64, "compression": None, "doc_starts": True, "sample_ids": True}
+    for corpus, name in ((here, "first"), (there, "second")):
+        convert(corpus, tmp_path / name, **given)
+    assert tree_hash(tmp_path / "first") == tree_hash(tmp_path / "second")
+    (tmp_path / "first" / "manifest.json").unlink()  # names the version of the converter
+    assert tree_hash(tmp_path / "first") == "9628dcc512959bcecd4394a8ad983ef2a17d266c6c24afc254a1deb8cb1c31e0"

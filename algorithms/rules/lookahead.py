@@ -23,8 +23,8 @@ import numpy as np
 
 from algorithms.rules.ascent import uniform
 from algorithms.rules.base import Domains, UpdateRule, as_domains
-from algorithms.rules.settings import number, whole
-from algorithms.rules.steps import Vector, exponentiated, field, hold, mean_into, mean_of, means, normalized, weights_of
+from algorithms.rules.settings import number
+from algorithms.rules.steps import Vector, field, hold, mean_into, mean_of, means, normalized, weights_of
 from algorithms.signals import Signals
 
 __all__ = ["LookaheadState", "gram_of", "look_ahead", "lookahead"]
@@ -42,13 +42,12 @@ class LookaheadState(NamedTuple):
     num_updates: int
 
 
-def lookahead(rate: float = 1e-3, tau: float = 0.1, iterations: int = 300) -> UpdateRule:
+def lookahead(rate: float = 1e-3, tau: float = 0.1) -> UpdateRule:
     """Return lookahead DRO.
 
     Args:
         rate: r, the learning rate of the step looked ahead at (a few steps' worth may be summed into it).
         tau: strength of the entropy; higher trains on more domains. Nats.
-        iterations: steps of the dual solver.
 
     Orthogonal gradients of norm 1: after a step of 1 by (0.6, 0.4) both losses are 0.6.
 
@@ -61,7 +60,6 @@ def lookahead(rate: float = 1e-3, tau: float = 0.1, iterations: int = 300) -> Up
     """
     settings = dict(locals())
     rate, tau = number(rate, "rate", low=0), number(tau, "tau", low=1e-9)
-    steps = whole(iterations, "iterations", low=1)
 
     def init(domains: Domains | Sequence[str]) -> LookaheadState:
         size = len(as_domains(domains).names)
@@ -73,7 +71,7 @@ def lookahead(rate: float = 1e-3, tau: float = 0.1, iterations: int = 300) -> Up
             return state, state.weights
         loss, seen = hold(fresh, present, state.loss, state.seen)
         products = gram_of(signals, state.products)
-        weights = look_ahead(loss, rate * products, tau, steps)
+        weights = look_ahead(loss, rate * products, tau)
         count = state.num_updates + 1
         return LookaheadState(loss, seen, weights, mean_into(state.average, weights, count), products, count), weights
 
@@ -95,33 +93,53 @@ def gram_of(signals: Signals, last: Vector) -> Vector:
     return np.where(counts > 0, means(field(signals, "gradient_products", size), counts), last)
 
 
-def look_ahead(losses: Vector, gains: Vector, tau: float, iterations: int = 300) -> Vector:
-    """Return argmin_q max_i [loss_i - (gains q)_i] - tau * entropy(q), by mirror ascent on the dual.
+def look_ahead(losses: Vector, gains: Vector, tau: float) -> Vector:
+    """Return argmin_q max_i [loss_i - (gains q)_i] - tau * entropy(q), by Newton steps on the dual.
 
-    The step doubles while the dual value rises and halves until it does, so that no scale has to be known. It ends
-    where no step that still changes the value raises it.
+    A barrier keeps p inside. It and the entropy start strong and fall together: at once, strong gains and a weak
+    entropy make the dual a function of kinks, on which no gradient step gets anywhere.
 
     Args:
         losses: (D,) nats.
         gains: (D, D), how much a unit of weight on column j lowers the loss of row i.
     """
+    scale = max(float(np.ptp(losses)), float(np.ptp(gains)), tau)
+    p, barrier, entropy, least = uniform(losses.size), scale, scale, _TOLERANCE * scale / losses.size
+    while True:
+        is_last = barrier <= least and entropy <= tau
+        p, q = _centred(p, losses, gains, barrier, entropy, to_the_end=is_last)
+        if is_last:
+            return q
+        barrier, entropy = max(0.1 * barrier, least), max(0.2 * entropy, tau)
 
-    def dual(log_p: Vector) -> tuple[float, Vector]:
-        p = weights_of(log_p)
-        z = gains.T @ p / tau
+
+def _centred(
+    p: Vector, losses: Vector, gains: Vector, barrier: float, entropy: float, to_the_end: bool
+) -> tuple[Vector, Vector]:
+    """Return p, near the top of p . l - entropy * logsumexp(gains^T p / entropy) + barrier * sum log p, and its q."""
+
+    def height(p: Vector) -> float:
+        z = gains.T @ p / entropy
         top = np.max(z)
-        return float(p @ losses - tau * (top + np.log(np.sum(np.exp(z - top))))), weights_of(z)
+        return float(p @ losses - entropy * (top + np.log(np.sum(np.exp(z - top)))) + barrier * np.sum(np.log(p)))
 
-    log_p = np.log(uniform(losses.size))
-    value, q = dual(log_p)
-    step = 1.0 / max(float(np.ptp(losses)), tau)
-    for _ in range(iterations):
-        moved = exponentiated(log_p, step * (losses - gains @ q))
-        new_value, new_q = dual(moved)
-        if new_value > value:
-            log_p, value, q, step = moved, new_value, new_q, 2.0 * step
-        else:
-            step *= 0.25
-            if step * float(np.ptp(losses - gains @ q)) < 1e-15:
-                break
-    return q
+    for _ in range(_MOST_STEPS):
+        q = weights_of(gains.T @ p / entropy)
+        left = losses - gains @ q
+        slope = left + barrier / p
+        spread = p[:, None] * (gains - (gains @ q)[:, None])
+        curvature = (spread * q) @ spread.T / entropy + barrier * np.eye(p.size)
+        free, of_sum = np.linalg.solve(curvature, np.stack([p * slope, p], axis=1)).T
+        move = p * (free - (p @ free) / (p @ of_sum) * of_sum)  # leaves the sum of p at 1
+        rise, lowest = float(slope @ move), float(np.min(move / p))
+        if (np.max(left) - p @ left <= 2 * barrier * p.size) if to_the_end else rise <= 0.1 * barrier:
+            break
+        step, here = min(1.0, -0.99 / lowest) if lowest < 0 else 1.0, height(p)
+        while step > 1e-9 and height(p + step * move) < here - 1e-14 * abs(here):
+            step *= 0.5
+        p = normalized(p + step * move)
+    return p, weights_of(gains.T @ p / entropy)
+
+
+_TOLERANCE = 1e-7  # of the optimum, in units of the largest difference between losses or gains
+_MOST_STEPS = 50  # per strength of the barrier; a few suffice

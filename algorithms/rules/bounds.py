@@ -65,7 +65,15 @@ def bounded(
     def capped(
         state: BoundedState, weights: Vector, left: Vector, of: float, names: Sequence[str] | None = None
     ) -> Vector:
-        caps = state.ceiling if max_epochs is None else np.minimum(state.ceiling, np.maximum(left, 0.0) / of)
+        if max_epochs is None:
+            caps = state.ceiling
+        else:
+            can_give = np.maximum(left, 0.0) / of
+            caps = np.minimum(state.ceiling, can_give)
+            if names is None and caps.sum() < 1.0:
+                # What was drawn strays from the weights by whole samples, so that bounds that just fitted at the start
+                # may come to leave no mixture. Then the ceilings give way: texts cannot.
+                caps = project(np.maximum(caps, 1e-300), 0.0, can_give)
         # A weight of exactly 0 could not take up what capped domains leave.
         return project(np.maximum(weights, 1e-300), np.minimum(state.floor, caps), caps, names=names)
 

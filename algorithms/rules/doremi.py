@@ -15,8 +15,8 @@ ranks other than 0 multiply by a_{t-1}.
 
 ``variant="recommended"`` is the paper's form with eta = 0.1 and c = 1e-4. With eta = 1 every domain's weight swings
 through values near 1; with eta = 0.1 the average comes out similar with a sixth of the movement per step (measured on
-small language models, tests/algorithms/test_rules_language_model.py). The pull to uniform depends on c / eta only, so c
-must shrink with eta to mean the same.
+small language models, tests/algorithms/test_rules_language_model.py). The pull to uniform depends on c / eta only: so c
+is eta / 1000 unless it is given. (In the official code it stays at 1e-3, and an eta of 0.1 pulls ten times harder.)
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from algorithms.rules.steps import Present, Vector, field, mean_of, means, norma
 from algorithms.signals import Signals
 from mixer.errors import InputError
 
-__all__ = ["doremi", "easiest", "excess", "hardest"]
+__all__ = ["doremi", "easiest", "excess", "hardest", "smoothing_for"]
 
-# variant: (eta, smoothing)
-PRESETS = {"paper": (1.0, 1e-3), "official": (1.0, 1e-3), "recommended": (0.1, 1e-4)}
+ETA = {"paper": 1.0, "official": 1.0, "recommended": 0.1}  # by variant
+SMOOTHING = 1e-3  # at eta = 1
 
 
 def doremi(
@@ -50,8 +50,8 @@ def doremi(
 
     Args:
         eta: step size; by default 1, and 0.1 for the recommended variant.
-        smoothing: c above; by default 1e-3, and 1e-4 for the recommended variant. Lowering eta without lowering it in
-            proportion pulls the weights harder to uniform.
+        smoothing: c above; by default eta / 1000, so that the pull to uniform does not depend on eta; always 1e-3 for
+            the official variant.
         clip: where excess below 0 counts as 0: per "token" (paper), after the "domain" mean (a domain on which proxy
             and reference merely disagree then scores nothing), "confident" (the same after ``confidence`` standard
             errors of the mean over sequences were taken off it, so that noise has to be exceeded), or "none".
@@ -67,10 +67,10 @@ def doremi(
     >>> weights.round(3).tolist()  # e / (e + 1)
     [0.731, 0.269]
     """
-    choice(variant, "variant", tuple(PRESETS))
+    choice(variant, "variant", tuple(ETA))
     choice(clip, "clip", ("token", "domain", "confident", "none"))
-    eta = number(PRESETS[variant][0] if eta is None else eta, "eta", low=0)
-    smoothing = number(PRESETS[variant][1] if smoothing is None else smoothing, "smoothing", low=0, high=1)
+    eta = number(ETA[variant] if eta is None else eta, "eta", low=0)
+    smoothing = smoothing_for(1.0 if variant == "official" else eta, smoothing)
     settings = {"eta": eta, "smoothing": smoothing, "clip": clip, "variant": variant, "vocab_size": vocab_size}
     confidence = number(confidence, "confidence", low=0)
     vocab_size = None if vocab_size is None else whole(vocab_size, "vocab_size", low=2)
@@ -85,7 +85,7 @@ def doremi(
     return ascent_rule("doremi", settings, score, eta, smoothing, frozenset({"reference"}))
 
 
-def hardest(eta: float = 1.0, smoothing: float = 1e-3) -> UpdateRule:
+def hardest(eta: float = 1.0, smoothing: float | None = None) -> UpdateRule:
     """Return DoReMi's ablation that scores by the proxy's loss alone: s[d] = mean loss of d.
 
     It goes to the domain of highest entropy, from which nothing can be learnt: worst and average log-perplexity 2.66
@@ -95,12 +95,13 @@ def hardest(eta: float = 1.0, smoothing: float = 1e-3) -> UpdateRule:
     >>> rule.update(rule.init(["a", "b"]), Signals(np.ones(2), np.array([np.log(3), 0.0])))[1].round(12).tolist()
     [0.75, 0.25]
     """
-    eta, smoothing = number(eta, "eta", low=0), number(smoothing, "smoothing", low=0, high=1)
+    eta = number(eta, "eta", low=0)
+    smoothing = smoothing_for(eta, smoothing)
     settings = {"eta": eta, "smoothing": smoothing}
     return ascent_rule("hardest", settings, lambda s, d: mean_of(s, "loss", "num_tokens", d), eta, smoothing)
 
 
-def easiest(eta: float = 1.0, smoothing: float = 1e-3) -> UpdateRule:
+def easiest(eta: float = 1.0, smoothing: float | None = None) -> UpdateRule:
     """Return DoReMi's ablation that scores by the reference alone: s[d] = -(mean reference loss of d).
 
     It goes to the domain of lowest entropy: worst and average log-perplexity 4.27 and 4.18 (arXiv:2305.10429, Table 7).
@@ -111,7 +112,8 @@ def easiest(eta: float = 1.0, smoothing: float = 1e-3) -> UpdateRule:
     >>> rule.update(rule.init(["a", "b"]), signals)[1].round(12).tolist()
     [0.25, 0.75]
     """
-    eta, smoothing = number(eta, "eta", low=0), number(smoothing, "smoothing", low=0, high=1)
+    eta = number(eta, "eta", low=0)
+    smoothing = smoothing_for(eta, smoothing)
     settings = {"eta": eta, "smoothing": smoothing}
 
     def score(signals: Signals, num_domains: int) -> tuple[Vector, Present]:
@@ -119,6 +121,16 @@ def easiest(eta: float = 1.0, smoothing: float = 1e-3) -> UpdateRule:
         return -reference, present
 
     return ascent_rule("easiest", settings, score, eta, smoothing, frozenset({"reference"}))
+
+
+def smoothing_for(eta: float, smoothing: float | None = None) -> float:
+    """Return c: the one given, or the paper's in proportion to eta, at most 1.
+
+    >>> smoothing_for(eta=0.5)
+    0.0005
+    """
+    given = min(1.0, SMOOTHING * eta) if smoothing is None else smoothing
+    return number(given, "smoothing", low=0, high=1)
 
 
 def excess(signals: Signals, num_domains: int, clip: str) -> tuple[Vector, Present]:

@@ -22,6 +22,7 @@ import numpy as np
 
 from algorithms.rules.ascent import AscentState, ascend, begin, uniform
 from algorithms.rules.base import Domains, UpdateRule, as_domains
+from algorithms.rules.doremi import smoothing_for
 from algorithms.rules.settings import by_name, flag, mapping, names_in, number, whole
 from algorithms.rules.steps import Vector, field, mean_of, means, normalized, weights_of
 from algorithms.signals import Signals
@@ -44,7 +45,7 @@ def modified_doremi(
     targets: Mapping[str, float],
     new: Sequence[str] = (),
     eta: float = 1.0,
-    smoothing: float = 1e-3,
+    smoothing: float | None = None,
     clip: bool = True,
     patience: int = 100,
     tolerance: float = 1e-6,
@@ -67,7 +68,8 @@ def modified_doremi(
     [0.75, 0.25]
     """
     settings = dict(locals())
-    eta, smoothing = number(eta, "eta", low=0), number(smoothing, "smoothing", low=0, high=1)
+    eta = number(eta, "eta", low=0)
+    share = smoothing_for(eta, smoothing)
     clip, patience = flag(clip, "clip"), whole(patience, "patience", low=1)
     tolerance = number(tolerance, "tolerance", low=0)
     without = sorted(set(names_in(new, "new")) - set(mapping(targets, "targets")))
@@ -91,7 +93,7 @@ def modified_doremi(
         score = np.where(present, np.maximum(excess, 0.0) if clip else excess, 0.0)
         num_idle = state.num_idle + 1 if present.any() and np.max(np.abs(score)) <= tolerance else 0
         _check_alive(num_idle, patience, tolerance)
-        ascent = ascend(state.ascent, score, present, eta, smoothing)
+        ascent = ascend(state.ascent, score, present, eta, share)
         return state._replace(ascent=ascent, num_idle=num_idle), weights_of(ascent.log_weights)
 
     return UpdateRule(

@@ -396,6 +396,22 @@ def test_epoch_caps_follow_what_is_left_of_each_domain():
     np.testing.assert_allclose(rule.result(state), [0.8, 0.2])  # of a run from the start: 2 * 100 / 1000
 
 
+@pytest.mark.parametrize("share", [0.4, 0.41])
+def test_ceilings_that_just_fit_beside_epoch_caps_do_not_end_a_run_in_its_middle(share):
+    """A ceiling of 0.6 for one domain, and texts for 0.4 of the budget in the other: what was drawn is never exact."""
+    budget, rng = 10_000.0, np.random.default_rng(0)
+    rule = bounded(UPDATE_RULES["on_demand"](), ceiling=0.6, max_epochs=2, budget=budget)
+    state = rule.init(as_domains(["big", "small"], num_tokens=[90_000, share * budget / 2]))
+    for _ in range(155):
+        drawn = rng.multinomial(64, rule.weights(state)).astype(np.float64)
+        ask_for_small = equal_signals(2)._replace(num_tokens=drawn, heldout_loss=np.array([0.0, 256.0]))
+        state, weights = rule.update(state, ask_for_small)
+        assert weights[0] < 0.75 and state.consumed[1] <= share * budget + 64
+    np.testing.assert_allclose(rule.result(state), [1 - share, share])
+    with pytest.raises(InputError, match="the ceilings leave no mixture"):
+        rule.init(as_domains(["big", "small"], num_tokens=[90_000, 0.39 * budget / 2]))
+
+
 def test_weights_of_nothing_are_refused():
     with pytest.raises(InputError, match="not all 0"):
         normalized(np.zeros(3))

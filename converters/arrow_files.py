@@ -20,7 +20,14 @@ from converters.files import compression_suffix, open_bytes, open_raw, status
 from converters.urls import is_url
 from mixer.errors import DataError
 
-__all__ = ["arrow_slices", "count_arrow_batches", "count_row_groups", "parquet_slices"]
+__all__ = [
+    "arrow_columns",
+    "arrow_slices",
+    "count_arrow_batches",
+    "count_row_groups",
+    "parquet_columns",
+    "parquet_slices",
+]
 
 _ROWS, _SLICE_BYTES = 128, 4 << 20  # of a batch at a time
 _PARQUET_ROWS = 16  # decoded at a time; fewer where they are large
@@ -39,21 +46,55 @@ def _slices(batch: Any) -> Iterator[tuple[int, Any]]:
     import pyarrow
 
     batch.validate()
-    nested = [n for n, column in enumerate(batch.columns) if not _is_flat(pyarrow, column.type)]
-    batch.select(nested).validate(full=True)
-    at = 0
+    for column in batch.columns:
+        if pyarrow.types.is_string_view(
+            column.type
+        ):  # a text that is no UTF-8 is one bad record, and not looked for here
+            column.cast(pyarrow.binary_view()).validate(full=True)
+        elif not _is_flat(pyarrow, column.type):
+            column.validate(full=True)
+    at, count = 0, _ROWS
     while at < batch.num_rows:
-        count = min(_ROWS, batch.num_rows - at)
+        count = min(2 * count, _ROWS, batch.num_rows - at)
         while count > 1 and batch.slice(at, count).nbytes > _SLICE_BYTES:
             count //= 2
-        yield at, batch.slice(at, count)
+        yield at, _dense(pyarrow, batch.slice(at, count))
         at += count
 
 
 def _is_flat(pyarrow: Any, kind: Any) -> bool:
     if pyarrow.types.is_struct(kind):
         return all(_is_flat(pyarrow, field.type) for field in kind)
-    return not (pyarrow.types.is_nested(kind) or pyarrow.types.is_dictionary(kind))
+    return not (pyarrow.types.is_nested(kind) or _is_shared(pyarrow, kind))
+
+
+def _is_shared(pyarrow: Any, kind: Any) -> bool:
+    """Return whether a column keeps its values beside its rows, so that a slice holds on to those of all rows."""
+    types = pyarrow.types
+    return types.is_dictionary(kind) or types.is_string_view(kind) or types.is_binary_view(kind)
+
+
+def _dense(pyarrow: Any, rows: Any) -> Any:
+    """Return rows that hold their own values only."""
+    kinds = [_dense_type(pyarrow, kind) for kind in rows.schema.types]
+    if kinds == rows.schema.types:
+        return rows
+    columns = [column if column.type == kind else column.cast(kind) for column, kind in zip(rows.columns, kinds)]
+    return pyarrow.RecordBatch.from_arrays(columns, names=rows.schema.names)
+
+
+def _dense_type(pyarrow: Any, kind: Any) -> Any:
+    types = pyarrow.types
+    if types.is_dictionary(kind):
+        return _dense_type(pyarrow, kind.value_type)
+    if types.is_string_view(kind) or types.is_binary_view(kind):
+        return pyarrow.large_string() if types.is_string_view(kind) else pyarrow.large_binary()
+    if types.is_struct(kind):
+        return pyarrow.struct([field.with_type(_dense_type(pyarrow, field.type)) for field in kind])
+    if types.is_list(kind) or types.is_large_list(kind):
+        make = pyarrow.list_ if types.is_list(kind) else pyarrow.large_list
+        return make(kind.value_field.with_type(_dense_type(pyarrow, kind.value_type)))
+    return kind
 
 
 # --- Arrow IPC -----------------------------------------------------------------------------------------------------
@@ -99,6 +140,14 @@ def count_arrow_batches(path: str) -> int:
         return sum(1 for _ in _messages(pyarrow, data, is_file))
 
 
+def arrow_columns(path: str) -> list[str]:
+    """Return the names of the columns of an Arrow file or stream."""
+    with _mapped(path) as mapped:
+        pyarrow, data, is_file = _opened(path, mapped)
+        opened = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
+        return opened(pyarrow.BufferReader(data)).schema.names
+
+
 def arrow_slices(
     path: str, start: int, stop: int | None, columns: frozenset[str], limit: int
 ) -> Iterator[tuple[int, Any]]:
@@ -110,7 +159,6 @@ def arrow_slices(
         pyarrow, data, is_file = _opened(path, mapped)
         opened = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
         schema = opened(pyarrow.BufferReader(data)).schema
-        names = [name for name in schema.names if name in columns]
         wanted = [n for n, name in enumerate(schema.names) if name in columns]
         options = pyarrow.ipc.IpcReadOptions(included_fields=wanted, use_threads=False)
         whole, chosen = opened(pyarrow.BufferReader(data)), opened(pyarrow.BufferReader(data), options=options)
@@ -127,7 +175,10 @@ def arrow_slices(
                 how = "buffers that are not compressed (compression=None), or in shorter batches"
                 raise _too_large(path, f"record batch {number}", size, limit, how)
             # The file format copies what it chooses from; that is no use but where it unpacks.
-            batch = (chosen if size else whole).get_batch(number).select(names) if is_file else chosen.read_next_batch()
+            if not is_file:
+                batch = chosen.read_next_batch()
+            else:
+                batch = chosen.get_batch(number) if size else whole.get_batch(number).select(wanted)
             for first, part in _slices(batch) if number >= start else ():
                 yield at + first, part
                 consumed += part.nbytes
@@ -208,6 +259,14 @@ def count_row_groups(path: str) -> int:
         return pyarrow.parquet.ParquetFile(file).num_row_groups
 
 
+def parquet_columns(path: str) -> list[str]:
+    """Return the names of the columns of a Parquet file."""
+    import pyarrow.parquet
+
+    with open_raw(path) as file:
+        return pyarrow.parquet.ParquetFile(file).schema_arrow.names
+
+
 def parquet_slices(
     path: str, start: int, stop: int | None, columns: frozenset[str], limit: int
 ) -> Iterator[tuple[int, Any]]:
@@ -224,7 +283,7 @@ def parquet_slices(
         at = 1 + sum(file.metadata.row_group(group).num_rows for group in range(start))
         for group in range(start, file.num_row_groups if stop is None else stop):
             for batch in _group_batches(file, pages, group, wanted):
-                for first, part in _slices(batch):
+                for first, part in _slices(_dense(pyarrow, batch)):
                     yield at + first, part
                 at += batch.num_rows
 

@@ -84,7 +84,8 @@ def convert(
 
     Args:
         inputs: files, folders, globs, URLs (``s3://``, ``gs://``, ``https://``); ``name=path`` gives all documents of a
-            path to one domain; ``@list.txt`` stands for the inputs listed in that file.
+            path to one domain; ``@list.txt`` stands for the inputs listed in that file. What lies in ``out`` or
+            ``stage`` is none.
         out: folder for the shards, of this machine or ``s3://bucket/folder``; new, empty, or an unfinished conversion
             by the same options.
         tokenizer: a ``tokenizer.json``, a folder that holds one, a SentencePiece ``.model``, ``tiktoken:cl100k_base``,
@@ -163,11 +164,11 @@ def convert(
     given = _given_tokenizer(tokenizer, eos, where, base)
     asked = given if tokenizer is not None else None
     known = None if base is None else known_inputs(where, base)
-    plan = make_plan(inputs, stage_options, _identity(asked, train_tokenizer), known)
+    staged = output_location(stage) if stage else where / STAGE
+    plan = make_plan(inputs, stage_options, _identity(asked, train_tokenizer), known, [str(where), str(staged)])
     run = functools.partial(run_tasks, engine, workers=workers)
     job = Job(
-        where, output_location(stage) if stage else where / STAGE, plan, stage_options, pack_options, given, backend,
-        run, progress or (lambda _: None), base,
+        where, staged, plan, stage_options, pack_options, given, backend, run, progress or (lambda _: None), base,
     )  # fmt: skip
     cleared = fresh and workplace.clear(job)
     manifest = workplace.finished(job, is_ours=cleared)

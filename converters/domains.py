@@ -2,7 +2,7 @@
 
     folder           the first folder below the input; a file directly in it takes the input's own name
     file             the file's name without its extensions
-    field:meta.set   a field of the record, by dotted path
+    field:meta.set   a field of the record, by dotted path: a text, or an integer such as the number of a cluster
     path:REGEX       the group ``domain`` (or the first) of a pattern searched in the path below the input
 
 A mapping of domains, given beside the rule, renames and merges them (``{"Pile-CC": "web", "C4": "web"}``) and drops
@@ -52,7 +52,8 @@ def _file(argument: str) -> Rule:
 def _field(argument: str) -> Rule:
     def rule(piece: Piece, fields: Mapping[str, Any]) -> str | None:
         value = field_value(fields, argument)
-        return value if isinstance(value, str) and value else None
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        return str(value) if is_number else value if isinstance(value, str) and value else None
 
     return rule
 

@@ -33,9 +33,11 @@ class Status(NamedTuple):
     version: str
 
 
-def open_raw(path: str, block_bytes: int = BLOCK_BYTES) -> IO[bytes]:
+def open_raw(path: str, block_bytes: int = BLOCK_BYTES) -> io.BufferedReader:
     """Open a file for reading, as it is; ``block_bytes`` is what a server is asked for at a time."""
-    return io.BufferedReader(UrlReader(path), block_bytes) if is_url(path) else open(path, "rb", 1 << 18)
+    if is_url(path):
+        return io.BufferedReader(UrlReader(path), block_bytes)
+    return io.BufferedReader(io.FileIO(path), 1 << 18)
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -79,8 +81,19 @@ def _find_folder(path: str, is_wanted_folder: Callable[[str], bool]) -> Iterator
         below = os.path.relpath(folder, path)
         prefix = "" if below == "." else below.replace(os.sep, "/") + "/"
         subfolders[:] = [name for name in subfolders if is_wanted_folder(prefix + name)]
+        for name in subfolders:
+            _check_no_loop(os.path.join(folder, name))
         for name in names:
             yield os.path.join(folder, name), prefix + name
+
+
+def _check_no_loop(folder: str) -> None:
+    if not os.path.islink(folder):
+        return
+    target = os.path.realpath(folder)
+    within = {os.path.realpath(parent) for parent in Path(folder).parents}  # by way of other links, too
+    if target in within or target in map(str, Path(os.path.realpath(os.path.dirname(folder))).parents):
+        raise InputError(f"{folder} is a link to a folder that it lies in. Remove it, or leave it out with --exclude.")
 
 
 def _raise_unreadable(error: OSError) -> None:
@@ -135,14 +148,15 @@ def _listed(url: str) -> tuple[list[str], str]:
 # --- compression ---------------------------------------------------------------------------------------------------
 
 
-class _ZstdFile(io.RawIOBase):
-    """Decompress zstd frames; unlike ``zstandard``'s own reader, an input that ends inside a frame is an error."""
+class _Frames(io.RawIOBase):
+    """Decompress the frames of a file (streams, as bz2 and xz call them) one after another.
 
-    def __init__(self, file: IO[bytes]) -> None:
-        import zstandard
+    Unlike what the libraries offer, an input that ends inside a frame is an error for zstd, and one that goes on with
+    something else than a frame is one for bz2 and xz, where all that follows would be lost. Zeros between are padding.
+    """
 
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
-        self._file = file
+    def __init__(self, file: IO[bytes], new_frame: Callable[[], Any], step: int, **limit: int) -> None:
+        self._file, self._new_frame, self._step, self._limit = file, new_frame, step, limit
         self._frame: Any = None
         self._packed = self._ready = memoryview(b"")
 
@@ -151,30 +165,39 @@ class _ZstdFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            if not self._packed:
-                self._packed = memoryview(self._file.read(1 << 18))
-            if self._frame is None or self._frame.eof:
-                if not self._packed:
-                    return 0
-                self._frame = self._new_frame()
-            elif not self._packed:
-                raise EOFError("the file ends inside a zstd frame")
-            some, self._packed = self._packed[:_ZSTD_BYTES], self._packed[_ZSTD_BYTES:]
-            self._ready = memoryview(self._frame.decompress(some))
-            if self._frame.eof and (unused := len(self._frame.unused_data)):
-                self._packed = memoryview(bytes(some[-unused:]) + bytes(self._packed))
+            if (self._frame is None or self._frame.eof) and not self._begin():
+                return 0
+            some = self._some() if getattr(self._frame, "needs_input", True) else b""
+            self._ready = memoryview(self._frame.decompress(some, **self._limit))
+            if self._frame.eof and (unused := self._frame.unused_data):
+                self._packed = memoryview(unused + bytes(self._packed))
         count = min(len(buffer), len(self._ready))
         buffer[:count] = self._ready[:count]
         self._ready = self._ready[count:]
         return count
 
+    def _begin(self) -> bool:
+        """Begin a frame if there is another."""
+        while self._packed or self._fill():
+            if self._packed[0]:
+                self._frame = self._new_frame()
+                return True
+            self._packed = memoryview(bytes(self._packed).lstrip(b"\0"))
+        return False
+
+    def _some(self) -> memoryview:
+        if not self._packed and not self._fill():
+            raise EOFError("the file ends inside a compressed frame")
+        some, self._packed = self._packed[: self._step], self._packed[self._step :]
+        return some
+
+    def _fill(self) -> int:
+        self._packed = memoryview(self._file.read(1 << 18))
+        return len(self._packed)
+
     def close(self) -> None:
         self._file.close()
         super().close()
-
-
-# All that they unpack to comes at once: a block of 128 KiB may take no more than four of them.
-_ZSTD_BYTES = 512
 
 
 class _Closing(io.BufferedReader):
@@ -192,19 +215,27 @@ class _Closing(io.BufferedReader):
 _MOST_MEMORY = 128 << 20  # that unpacking may take, as zstd has it; the levels that people use take 8 to 64 MiB
 
 
-def _open_xz(file: IO[bytes]) -> Any:
-    start = file.read(1 << 12)
-    file.seek(0)
-    with contextlib.suppress(EOFError):
-        lzma.LZMADecompressor(memlimit=_MOST_MEMORY).decompress(start, max_length=1)
-    return lzma.LZMAFile(file)
+def _open_zstd(file: IO[bytes]) -> _Frames:
+    import zstandard
+
+    # All that so many bytes unpack to comes at once: a block of 128 KiB may take no more than four of them.
+    return _Frames(file, zstandard.ZstdDecompressor().decompressobj, step=512)
+
+
+def _open_bz2(file: IO[bytes]) -> _Frames:
+    return _Frames(file, bz2.BZ2Decompressor, step=1 << 14, max_length=1 << 18)
+
+
+def _open_xz(file: IO[bytes]) -> _Frames:
+    new_frame = functools.partial(lzma.LZMADecompressor, memlimit=_MOST_MEMORY)
+    return _Frames(file, new_frame, step=1 << 14, max_length=1 << 18)
 
 
 COMPRESSIONS: dict[str, Callable[[IO[bytes]], Any]] = {
     ".gz": lambda file: gzip.GzipFile(fileobj=file),
-    ".zst": _ZstdFile,
-    ".zstd": _ZstdFile,
-    ".bz2": bz2.BZ2File,
+    ".zst": _open_zstd,
+    ".zstd": _open_zstd,
+    ".bz2": _open_bz2,
     ".xz": _open_xz,
 }
 
@@ -220,10 +251,16 @@ def compression_suffix(name: str) -> str:
 
 
 def open_bytes(path: str) -> IO[bytes]:
-    """Open a file for reading, decompressing by its suffix."""
+    """Open a file for reading, decompressing by its suffix. Raises: EOFError: if an archive has no bytes at all."""
     suffix = compression_suffix(path)
     file = open_raw(path)
-    return _Closing(COMPRESSIONS[suffix](file), file) if suffix else file
+    if not suffix:
+        return file
+    opened = _Closing(COMPRESSIONS[suffix](file), file)
+    if not file.peek(1):
+        opened.close()
+        raise EOFError("it is empty, which no archive is")
+    return opened
 
 
 def skip(file: IO[bytes], count: int) -> int:

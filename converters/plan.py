@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -18,7 +20,7 @@ from typing import Any, NamedTuple
 import orjson
 import xxhash
 
-from converters.files import Status, can_seek, compression_suffix, find, open_bytes, open_raw, status
+from converters.files import Status, can_seek, compression_suffix, find, naming, open_bytes, open_raw, status
 from converters.options import StageOptions
 from converters.readers import FORMATS, Piece
 from converters.texts import text_columns
@@ -67,21 +69,23 @@ def make_plan(
     options: StageOptions,
     tokenizer: Mapping[str, Any],
     known: Mapping[str, Mapping[str, Any]] | None = None,
+    outputs: Sequence[str] = (),
 ) -> Plan:
     """Find the files, fingerprint them and cut them into units.
 
     Args:
         known: rows of files that were converted before, by name; they are left out of the plan.
+        outputs: folders of shards and stage files: nothing in them is an input.
     Raises: InputError: if an input does not exist, nothing is left to convert, or a known file has changed.
     """
-    files = list(_files(inputs, options))
+    files = list(_files(inputs, options, outputs))
     if not files:
         raise InputError(
             f"nothing to convert in {[os.fspath(item) for item in inputs]}: no file left after include"
             f" {list(options.include)} and exclude {list(options.exclude)}."
         )
     with ThreadPoolExecutor(16) as threads:  # each waits for a disk or a server most of the time
-        rows = list(threads.map(_fingerprint, files))
+        rows = _told_apart(list(threads.map(_fingerprint, files)))
     if known:
         new = [number for number, row in enumerate(rows) if not _is_known(row, known)]
         files, rows = [files[number] for number in new], [rows[number] for number in new]
@@ -99,19 +103,31 @@ def _default_unit(total_bytes: int) -> int:
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def _files(inputs: Sequence[str | os.PathLike[str]], options: StageOptions) -> Iterator[Piece]:
+def _files(inputs: Sequence[str | os.PathLike[str]], options: StageOptions, outputs: Sequence[str]) -> Iterator[Piece]:
     seen: dict[str, str] = {}
+    ours = tuple(f"{_absolute(folder)}/" for folder in outputs)
     for item in _listed(inputs):
         root, path = _named_input(item)
+        if f"{_absolute(path)}/".startswith(ours):
+            raise InputError(
+                f"{path} lies where shards or stage files are written to; choose another --out or --stage."
+            )
         for file, name in _wanted_files(path, options):
-            if file in seen:
-                raise InputError(f"{file} comes in twice, by {seen[file]!r} and {item!r}; give it once.")
-            seen[file] = item
+            where = _absolute(file)
+            if where.startswith(ours):
+                continue
+            if where in seen:
+                raise InputError(f"{file} comes in twice, by {seen[where]!r} and {item!r}; give it once.")
+            seen[where] = item
             size, version = _status(file)
             piece = Piece(
                 file, name, root, _format(file, options), size, version, max_record_bytes=options.max_record_bytes
             )
             yield in_its_domain(piece, options)
+
+
+def _absolute(path: str) -> str:
+    return path.rstrip("/") if is_url(path) else os.path.abspath(path).rstrip("/")
 
 
 def _listed(inputs: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
@@ -122,16 +138,20 @@ def _listed(inputs: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
             yield text
             continue
         try:
-            lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
+            lines = Path(text[1:]).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read the list of inputs {text[1:]}: {error}.") from error
+            why = getattr(error, "strerror", None) or error
+            raise InputError(f"cannot read the list of inputs {text[1:]}: {why}.") from error
         yield from (line.strip() for line in lines if line.strip() and not line.startswith("#"))
 
 
 def _named_input(item: str) -> tuple[str, str]:
-    """Split ``name=path``; the root of a plain path is its own name. A path that exists as written goes first."""
+    """Split ``name=path``; the root of a plain path is its own name.
+
+    A path that exists as written goes first, and one with a ``=`` in a folder below, ``data/lang=*/``, is no name.
+    """
     name, equals, rest = item.partition("=")
-    if equals and name and not is_url(name) and not os.path.exists(item):
+    if equals and name and "/" not in name and not os.path.exists(item):
         return f"={name}", rest
     if is_url(item):
         return item.rstrip("/").rpartition("/")[2], item
@@ -147,6 +167,10 @@ def _wanted_files(path: str, options: StageOptions) -> Iterator[tuple[str, str]]
     for file, name in sorted(found, key=lambda pair: os.fsencode(pair[1])):
         if not alone and (_is_side_file(name, names) or not _wanted(name, options)):
             continue
+        if not is_url(file) and not _is_utf8(file):
+            raise InputError(
+                f"the name of {os.fsencode(file)!r} is not UTF-8. Rename it, or leave it out with --exclude."
+            )
         if not is_url(file) and not os.path.exists(file):
             raise InputError(f"cannot read {file}: it is a link to nothing. Repair it, or leave it out with --exclude.")
         if not is_url(file) and not os.path.isfile(file):
@@ -154,6 +178,14 @@ def _wanted_files(path: str, options: StageOptions) -> Iterator[tuple[str, str]]
                 f"cannot convert {file}: a pipe, socket or device is no file. Leave it out with --exclude."
             )
         yield file, name
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_side_file(name: str, names: set[str]) -> bool:
@@ -178,8 +210,10 @@ def _wanted(name: str, options: StageOptions) -> bool:
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """Return whether a path or its last name matches; ``build/`` is ``build``, and ``**/x`` also ``x`` at the top."""
     last = PurePosixPath(name).name
-    return any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(last, pattern) for pattern in patterns)
+    plain = [pattern.rstrip("/").removeprefix("**/") for pattern in patterns]
+    return any(fnmatch.fnmatchcase(text, pattern) for pattern in {*patterns, *plain} for text in (name, last))
 
 
 def _status(file: str) -> Status:
@@ -201,13 +235,39 @@ def _format(file: str, options: StageOptions) -> str:
 
 
 def _looks_like_jsonl(file: str, text_field: str) -> bool:
-    """Many corpora call JSON lines ``.json``: one is meant if the first line is an object with the text field."""
+    """Many corpora call JSON lines ``.json``: they are meant if the first line is an object with the text field, or if
+    the second is an object, too. Raises: InputError: if the file is an array of such objects."""
     try:
-        with open_bytes(file) as opened:
-            first = orjson.loads(opened.readline(1 << 24))
-    except (OSError, EOFError, ValueError):
+        with naming(file), open_bytes(file) as opened:
+            first = opened.readline(1 << 24)
+            second = opened.read(1 << 16) if first.lstrip()[:1] == b"[" else opened.readline(1 << 24)
+    except DataError:
+        return False  # the reader will say what is wrong with it
+    fields = _object(first)
+    if fields is None and first.lstrip()[:1] == b"[" and _array_of(first + second, text_columns(text_field)):
+        raise InputError(
+            f"{file} is one JSON array, which is not read; write one object per line (jq -c '.[]' a.json > a.jsonl),"
+            " leave it out with --exclude, or take files as texts with --format text."
+        )
+    return fields is not None and (bool(text_columns(text_field) & fields.keys()) or _object(second) is not None)
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = orjson.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _array_of(start: bytes, names: frozenset[str]) -> bool:
+    """Return whether these are the first lines of an array of objects with any of these fields."""
+    text = start.decode("utf-8", "replace").lstrip("[ \t\r\n")
+    try:
+        first, _ = json.JSONDecoder().raw_decode(text)
+    except ValueError:
         return False
-    return isinstance(first, dict) and bool(text_columns(text_field) & first.keys())
+    return isinstance(first, dict) and bool(names & first.keys())
 
 
 def _fingerprint(piece: Piece) -> dict[str, Any]:
@@ -225,6 +285,16 @@ def _fingerprint(piece: Piece) -> dict[str, Any]:
         ) from error
     name = f"{piece.root}/{piece.name}".lstrip("=")
     return {"name": name, "bytes": piece.size_bytes, "version": piece.version, "hash": digest.hexdigest()}
+
+
+def _told_apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Number files of the same name (``a/x.jsonl`` in two places), so that an extension can tell them apart."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        counts[row["name"]] += 1
+        if counts[row["name"]] > 1:
+            row["name"] += f" ({counts[row['name']]})"
+    return rows
 
 
 def _is_known(row: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> bool:

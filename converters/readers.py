@@ -14,13 +14,21 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
 import orjson
 
-from converters.arrow_files import arrow_slices, count_arrow_batches, count_row_groups, parquet_slices
+from converters.arrow_files import (
+    arrow_columns,
+    arrow_slices,
+    count_arrow_batches,
+    count_row_groups,
+    parquet_columns,
+    parquet_slices,
+)
 from converters.files import damaged, naming, open_bytes, skip
 from converters.mds_files import ShardFile
 from converters.separated import records
@@ -80,6 +88,7 @@ class Format:
         place: what ``at`` counts, for messages.
         is_text: rows hold the one field ``text``.
         count_groups: the number of row groups in a file, where ``unit`` is ``groups``.
+        columns: the names of all columns in a file, where rows hold only those that are wanted.
     """
 
     read: Reader
@@ -88,6 +97,7 @@ class Format:
     place: str = "line"
     is_text: bool = False
     count_groups: Callable[[str], int] | None = None
+    columns: Callable[[str], Iterable[str]] | None = None
 
 
 def oversized(limit: int, at: int, offset: int, raw: bytes) -> Bad:
@@ -266,7 +276,7 @@ def _arrow_errors(path: str) -> Iterator[None]:
     try:
         with naming(path):
             yield
-    except (pyarrow.ArrowException, UnicodeDecodeError, ValueError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, ValueError, IndexError, struct.error) as error:
         raise damaged(path, error) from error
 
 
@@ -296,7 +306,7 @@ def _arrow_rows(piece: Piece, slices: Iterator[tuple[int, Any]]) -> Iterator[Row
     with _arrow_errors(piece.path):
         for at, rows in slices:
             if rows.num_rows == 1 and rows.nbytes > piece.max_record_bytes:
-                yield oversized(piece.max_record_bytes, at, 0, b"")
+                yield oversized(piece.max_record_bytes, at, 0, repr(_raw_texts(rows, 4096)).encode())
             elif rows.nbytes <= _ARROW_BYTES and _is_valid(rows):
                 for number, fields in enumerate(rows.to_pylist()):
                     yield Row(fields, at + number)
@@ -322,19 +332,22 @@ def _is_valid(rows: Any) -> bool:
 
 
 def _arrow_row(row: Any, at: int) -> Row | Bad:
-    import pyarrow
 
     if _is_valid(row):
         return Row(row.to_pylist()[0], at)
-    texts = [(name, column) for name, column in zip(row.schema.names, row.columns) if _is_text(column.type)]
-    raw = {name: column.cast(pyarrow.large_binary()).to_pylist()[0] for name, column in texts}
-    return Bad("utf8", "not valid UTF-8", at, 0, repr(raw).encode())
+    return Bad("utf8", "not valid UTF-8", at, 0, repr(_raw_texts(row)).encode())
 
 
-def _is_text(kind: Any) -> bool:
+def _raw_texts(row: Any, most: int | None = None) -> dict[str, bytes | None]:
+    """Return the bytes of every text of one row, or the first of them, as they are no UTF-8 or too many."""
     import pyarrow
 
-    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+    texts = {}
+    for name, column in zip(row.schema.names, row.columns):
+        if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+            value = column.cast(pyarrow.large_binary())[0].as_buffer()
+            texts[name] = value if value is None else bytes(memoryview(value)[:most])
+    return texts
 
 
 # --- web archives --------------------------------------------------------------------------------------------------
@@ -383,10 +396,9 @@ def _warc_headers(path: str, first: bytes, file: Any) -> tuple[dict[str, Any], i
             raise damaged(path, f"a record's headers go on for {size:,} bytes")
         name, _, value = line.decode("utf-8", "replace").partition(":")
         headers[name.strip().lower()] = value.strip()
-    try:
-        headers["content-length"] = int(headers["content-length"])
-    except (KeyError, ValueError):
-        raise damaged(path, f"a record without a valid Content-Length: {headers}") from None
+    if not re.fullmatch("[0-9]{1,18}", headers.get("content-length", "")):
+        raise damaged(path, f"a record without a valid Content-Length: {headers}")
+    headers["content-length"] = int(headers["content-length"])
     return headers, size + len(line)
 
 
@@ -431,6 +443,12 @@ def read_mds(piece: Piece, columns: frozenset[str]) -> Iterator[Row | Bad]:
             del source, values, raw
 
 
+def shard_columns(path: str) -> list[str]:
+    """Return the names of the columns of an MDS shard."""
+    with naming(path), ShardFile(path) as shard:
+        return list(shard.columns)
+
+
 def _mds_values(
     shard: ShardFile, file: IO[bytes], size: int, columns: frozenset[str], limit: int
 ) -> dict[str, bytes] | None:
@@ -449,12 +467,14 @@ def _mds_values(
 
 FORMATS: dict[str, Format] = {
     "jsonl": Format(read_jsonl, (".jsonl", ".ndjson"), unit="bytes"),
-    "parquet": Format(read_parquet, (".parquet",), unit="groups", place="row", count_groups=count_groups),
-    "arrow": Format(read_arrow, (".arrow", ".feather"), unit="groups", place="row", count_groups=count_batches),
+    "parquet": Format(read_parquet, (".parquet",), "groups", "row", count_groups=count_groups, columns=parquet_columns),
+    "arrow": Format(
+        read_arrow, (".arrow", ".feather"), "groups", "row", count_groups=count_batches, columns=arrow_columns
+    ),
     "csv": Format(read_csv, (".csv",)),
     "tsv": Format(read_tsv, (".tsv",)),
     "warc": Format(read_warc, (".warc", ".wet"), place="record"),
-    "mds": Format(read_mds, (".mds",), place="sample"),
+    "mds": Format(read_mds, (".mds",), place="sample", columns=shard_columns),
     "text": Format(read_text, is_text=True),
     "text-lines": Format(read_text_lines, unit="bytes", is_text=True),
     "text-blocks": Format(read_text_blocks, is_text=True),

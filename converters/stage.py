@@ -18,7 +18,7 @@ import secrets
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ import orjson
 import xxhash
 from numpy.typing import NDArray
 
-from converters.domains import check_domain_name, domain_rule, mapped, rule_columns
+from converters.domains import check_domain_name, domain_rule, field_value, mapped, rule_columns
 from converters.files import status
 from converters.locations import Location, UrlPath, local_file, location, read_range, write_file, write_whole
 from converters.options import StageOptions
@@ -84,6 +84,12 @@ class StageTask(NamedTuple):
     tokenizer_file: str | None
     backend: str = "hf"
 
+    @property
+    def label(self) -> str:
+        """What it is called in messages."""
+        first, *others = [piece.path for piece in self.unit.pieces]
+        return f"unit {self.unit.number} ({first}{f' and {len(others)} more' if others else ''})"
+
 
 def unit_folder(stage: str | Location, number: int) -> Location:
     """Return where a unit's stage files lie."""
@@ -116,13 +122,13 @@ def documents_of(piece: Piece, options: StageOptions) -> Iterator[Document | Bad
             continue
         text, domain = text_of(row.fields), domain_of(piece, row.fields)
         if domain is None:
-            yield Bad("domain", f"no domain by the rule {options.domain!r}", row.at, row.offset, row.raw)
+            yield Bad("domain", _no_domain(piece, options, row.fields), row.at, row.offset, _raw(row))
         elif (name := mapped(domain, options.domain_map)) is None:
             yield Bad("dropped", f"domain {domain!r} is dropped", row.at)
         elif not isinstance(text, str):
-            yield _no_text(row, *text)
+            yield Bad("no_text", _no_text(piece, row.fields, *text), row.at, row.offset, _raw(row))
         elif _is_too_long(text, piece.max_record_bytes):
-            yield oversized(piece.max_record_bytes, row.at, row.offset, row.raw)
+            yield oversized(piece.max_record_bytes, row.at, row.offset, row.raw or text[:4096].encode())
         elif not text:
             yield Bad("empty", "empty text", row.at)
         else:
@@ -157,14 +163,40 @@ def _is_too_long(text: str, limit: int) -> bool:
     return len(text) > limit or (4 * len(text) > limit and len(text.encode("utf-8")) > limit)
 
 
-def _no_text(row: Row, text_field: str, value: Any) -> Bad:
-    if value is None and text_field in row.fields:
-        what = f"field {text_field!r} is null"
-    elif value is None:
-        what = f"no text field {text_field!r}; it has {sorted(row.fields)[:12]}: name it with --text-field"
-    else:
-        what = f"field {text_field!r} holds {type(value).__name__}, not text"
-    return Bad("no_text", what, row.at, row.offset, row.raw or repr(dict(row.fields)).encode())
+def _raw(row: Row) -> bytes:
+    """Return the bytes of a record; of one that has none of its own, what was read of it."""
+    return row.raw or repr(dict(row.fields)).encode()
+
+
+def _no_text(piece: Piece, fields: Mapping[str, Any], name: str, value: Any) -> str:
+    what = _what_is_there(piece, fields, name, value)
+    return f"no text field {what}: name it with --text-field" if what else f"field {name!r} {_holds(value)}, not text"
+
+
+def _no_domain(piece: Piece, options: StageOptions, fields: Mapping[str, Any]) -> str:
+    kind, _, argument = options.domain.partition(":")
+    if kind != "field":
+        return f"no domain by the rule {options.domain!r} in {piece.name!r}"
+    value = field_value(fields, argument)
+    what = _what_is_there(piece, fields, argument, value)
+    return f"no domain by the rule {options.domain!r}: " + (f"no field {what}" if what else f"it {_holds(value)}")
+
+
+def _what_is_there(piece: Piece, fields: Mapping[str, Any], name: str, value: Any) -> str:
+    """Return the name of a field and those that there are instead; nothing if it is there."""
+    if value is not None or name in fields:
+        return ""
+    return f"{name!r}; it has {sorted(_columns(piece) or fields)[:12]}"
+
+
+@functools.lru_cache(maxsize=1)
+def _columns(piece: Piece) -> tuple[str, ...]:
+    columns = FORMATS[piece.format].columns
+    return tuple(columns(piece.path)) if columns else ()
+
+
+def _holds(value: Any) -> str:
+    return "is null" if value is None else f"holds {'nothing' if value == '' else type(value).__name__}"
 
 
 def _check_unchanged(piece: Piece) -> None:

@@ -12,7 +12,7 @@ from converters.options import StageOptions
 from converters.plan import make_plan
 from converters.readers import Bad
 from converters.stage import documents_of
-from mixer.errors import DataError
+from mixer.errors import DataError, InputError
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -114,3 +114,87 @@ def test_row_beyond_the_limit_is_oversized(tmp_path, suffix):
     (unit,) = make_plan([path], options, {}).units
     rows = list(documents_of(unit.pieces[0], options))
     assert [row.reason if isinstance(row, Bad) else row.text for row in rows] == ["first", "oversized", "last"]
+
+
+SHARED = {
+    "view": lambda rows: pyarrow.array(rows, pyarrow.string_view()),
+    "dictionary": lambda rows: pyarrow.array(rows).dictionary_encode(),
+    "struct of views": lambda rows: pyarrow.array(
+        [{"t": row, "more": [row[:2]]} for row in rows],
+        pyarrow.struct([("t", pyarrow.string_view()), ("more", pyarrow.list_(pyarrow.string_view()))]),
+    ),
+}
+
+
+def write(path: Path, found: pyarrow.Table) -> None:
+    if path.suffix == ".arrow":
+        write_arrow(path, found, "file", None)
+    else:
+        parquet.write_table(found, path, write_batch_size=1, data_page_size=500, dictionary_pagesize_limit=900)
+
+
+def documents_in(path: Path, **options: object) -> list:
+    given = StageOptions(**options)  # type: ignore[arg-type]
+    (unit,) = make_plan([path], given, {}).units
+    return [row for piece in unit.pieces for row in documents_of(piece, given)]
+
+
+@pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.parametrize("suffix", ["arrow", "parquet"])
+def test_rows_count_with_their_own_text_where_it_is_kept_beside_them(tmp_path, kind, suffix):
+    """As Polars writes texts, and pandas categories: a slice holds on to the texts of all rows."""
+    if (kind, suffix) == ("struct of views", "parquet"):
+        pytest.skip("Parquet has no such lists")
+    rows, path = texts(), tmp_path / f"a.{suffix}"
+    found = pyarrow.table({"text": SHARED[kind](rows)})
+    write(path, found)
+    field = "text.t" if "struct" in kind else "text"
+    assert [getattr(row, "text", row) for row in documents_in(path, text_field=field, max_record_bytes=20_000)] == rows
+    if (kind, suffix) == ("dictionary", "parquet"):
+        return  # all of it is one page
+    bad = [row for row in documents_in(path, text_field=field, max_record_bytes=400) if isinstance(row, Bad)]
+    assert {row.reason for row in bad} == {"oversized"}
+    assert len(bad) == 60
+
+
+def test_text_among_views_that_is_no_utf8_is_one_bad_record(tmp_path):
+    raw = pyarrow.array([b"fine", b"caf\xe9 and more than twelve bytes", b"\xff", b"good"], pyarrow.binary_view())
+    views = pyarrow.Array.from_buffers(pyarrow.string_view(), len(raw), raw.buffers())
+    write(tmp_path / "a.arrow", pyarrow.table({"text": views}))
+    rows = documents_in(tmp_path / "a.arrow")
+    assert [row.reason if isinstance(row, Bad) else row.text for row in rows] == ["fine", "utf8", "utf8", "good"]
+
+
+def test_column_that_is_there_twice_is_no_crash(tmp_path):
+    write(tmp_path / "a.arrow", pyarrow.table([pyarrow.array(["one"]), pyarrow.array(["two"])], ["text", "text"]))
+    assert [row.text for row in documents_in(tmp_path / "a.arrow")] == ["two"]
+
+
+@pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_damaged_bytes_give_rows_or_one_named_error(tmp_path, kind, compression):
+    path = tmp_path / "a.arrow"
+    write_arrow(path, pyarrow.table({"text": SHARED[kind](texts(12))}), "file", compression)
+    raw = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(raw)
+        for at in rng.integers(0, len(raw), rng.integers(1, 5)):
+            damaged[at] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            documents_in(path, text_field="text.t" if "struct" in kind else "text")
+        except (DataError, InputError) as error:
+            assert path.name in str(error)
+
+
+@pytest.mark.parametrize("suffix", ["arrow", "parquet"])
+def test_quarantine_keeps_what_was_read_of_a_row(tmp_path, suffix):
+    found = pyarrow.table({"text": ["fine", "lost", "x" * 9000], "set": ["web", None, "web"]})
+    path = tmp_path / f"a.{suffix}"
+    write(path, found)
+    _, lost, large = documents_in(path, domain="field:set", max_record_bytes=5000)
+    assert (lost.reason, lost.raw) == ("domain", b"{'text': 'lost', 'set': None}")
+    assert large.reason == "oversized"
+    assert b"xxx" in large.raw
+    assert len(large.raw) < 5000

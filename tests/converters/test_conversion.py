@@ -255,6 +255,17 @@ def test_fresh_removes_only_what_a_conversion_left(tmp_path):
     assert (shards / "notes.txt").read_text() == "mine"
 
 
+def test_what_is_written_is_never_an_input(tmp_path):
+    corpus, out = write_corpus(tmp_path / "corpus"), tmp_path / "corpus" / "shards"
+    given: dict = {"tokenizer": "bytes", "seq_len": 64, "stage": tmp_path / "corpus" / "stage"}
+    first = convert([corpus], out, **given)
+    assert convert([corpus], out, **given) == first
+    assert convert([corpus], out, extend=True, **given) == first
+    assert first.names == ("book", "code", "web")
+    with pytest.raises(InputError, match=r"shards/web lies where shards or stage files are written to"):
+        convert([out / "web"], out, **given)
+
+
 def test_folder_with_other_files_is_not_written_into(tmp_path):
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "thesis.tex").write_text("...")

@@ -165,3 +165,13 @@ def rows_of(domain: str, loader, batches: int) -> np.ndarray:
     taken = [batch for _, batch in zip(range(batches), loader)]
     number = list(loader.mixer.names).index(domain)
     return np.concatenate([batch["input_ids"][batch["domain_ids"] == number] for batch in taken])
+
+
+def test_files_of_the_same_name_are_told_apart(tmp_path):
+    for number, place in enumerate(("one", "two", "three")):
+        write_jsonl(tmp_path / place / "web" / "a.jsonl", documents("web", 40 + number))
+    inputs = [tmp_path / place / "web" / "a.jsonl" for place in ("one", "two", "three")]
+    given: dict = {"tokenizer": "bytes", "seq_len": 64}
+    convert(inputs[:2], tmp_path / "out", **given)
+    manifest = convert(inputs, tmp_path / "out", extend=True, **given)
+    assert sum(split.num_documents for split in manifest.domains["web"].splits.values()) == 40 + 41 + 42

@@ -126,6 +126,20 @@ def test_lines_come_back_from_every_compression(tmp_path, suffix):
     assert texts_of(read(tmp_path / "in")) == texts
 
 
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_archive_that_goes_on_with_something_else_is_damaged(tmp_path, suffix):
+    packed = COMPRESS[suffix](b'{"text": "one"}\n')
+    path = tmp_path / f"a.jsonl.{suffix}"
+    path.write_bytes(packed + bytes(8) + packed)  # zeros are padding
+    assert texts_of(read(path)) == ["one", "one"]
+    broken = bytearray(packed)
+    broken[0] ^= 1  # the libraries for bz2 and xz take that for the end
+    for content in (packed + broken, packed + b"rubbish", b""):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"a.jsonl.{suffix} is truncated or damaged"):
+            read(path)
+
+
 @pytest.mark.parametrize("kind, group", [("parquet", 7), ("arrow", 7)])
 def test_row_groups_are_units_that_give_each_row_once(tmp_path, kind, group):
     texts = one_line(documents("web", 50))
@@ -166,10 +180,28 @@ def test_raw_web_responses_are_bad_records_not_silence(tmp_path):
     assert (row.reason, row.detail.startswith("a response of application/http")) == ("not_text", True)
 
 
+@pytest.mark.parametrize("length", ["-1", "-5", "1_0", "x", ""])
+def test_record_of_a_web_archive_without_a_length_is_damage(tmp_path, length):
+    head = f"WARC/1.0\r\nWARC-Type: conversion\r\nContent-Type: text/plain\r\nContent-Length: {length}\r\n\r\n"
+    (tmp_path / "a.wet").write_text(head + "a text of some length\r\n\r\n", newline="")
+    with pytest.raises(DataError, match=r"a.wet is truncated or damaged \(a record without a valid Content-Length"):
+        read(tmp_path / "a.wet")
+
+
 def test_json_files_with_one_object_per_line_are_lines_and_others_text(tmp_path):
     write_jsonl(tmp_path / "in" / "c4.00000.json", ["one", "two"])
     (tmp_path / "in" / "package.json").write_text('{\n  "name": "x"\n}')
     assert texts_of(read(tmp_path / "in")) == ["one", "two", '{\n  "name": "x"\n}']
+
+
+def test_json_that_holds_records_is_never_taken_for_one_text(tmp_path):
+    (tmp_path / "lines.json").write_text('{"body": "one"}\n{"body": "two"}\n')
+    rows = read(tmp_path / "lines.json")
+    assert [row.reason for row in rows if isinstance(row, Bad)] == ["no_text", "no_text"]
+    for indent in (None, 2):
+        (tmp_path / "array.json").write_text(json.dumps([{"text": "one"}, {"text": "two"}], indent=indent))
+        with pytest.raises(InputError, match=r"array.json is one JSON array, .*one object per line"):
+            read(tmp_path / "array.json")
 
 
 def test_text_is_joined_from_fields_or_made_by_a_template(tmp_path):
@@ -214,8 +246,66 @@ def test_globs_lists_and_named_inputs_are_found(tmp_path, monkeypatch):
     assert [row.domain for row in read("@list.txt")] == ["news", "a"]
     with pytest.raises(InputError, match=r"no input at c/\*"):
         read("c/*")
-    with pytest.raises(InputError, match="comes in twice"):
-        read(["a", "a/x.jsonl"])
+    for again in ("a/x.jsonl", "./a", str(tmp_path / "a" / "x.jsonl")):
+        with pytest.raises(InputError, match="comes in twice"):
+            read(["a", again])
+
+
+def test_globs_mean_what_they_mean_elsewhere(tmp_path, monkeypatch):
+    for name in ("top.py", "build/made.py", "src/deep/er.py", "lang=en/a.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert texts_of(read(tmp_path, include=("**/*.py",), exclude=("build/",))) == ["src/deep/er.py", "top.py"]
+    monkeypatch.chdir(tmp_path)
+    assert texts_of(read("./lang=*/a.txt")) == ["lang=en/a.txt"]  # no domain of that name
+    with pytest.raises(InputError, match=r"no input at src/x=1\."):
+        read("src/x=1")
+
+
+def test_list_of_inputs_may_come_from_another_system(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "ü" / "a.jsonl", ["one"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.txt").write_bytes("\ufeffü\r\n".encode())
+    assert texts_of(read("@list.txt")) == ["one"]
+
+
+def test_links_that_lead_round_in_a_circle_are_named(tmp_path):
+    write_jsonl(tmp_path / "in" / "a" / "x.jsonl", ["one"])
+    (tmp_path / "in" / "again").symlink_to(tmp_path / "in" / "a")
+    assert texts_of(read(tmp_path / "in")) == ["one", "one"]
+    (tmp_path / "in" / "a" / "round").symlink_to(tmp_path / "in")
+    with pytest.raises(InputError, match=r"in/(a|again)/round is a link to a folder that it lies in.*--exclude"):
+        read(tmp_path / "in")
+    assert texts_of(read(tmp_path / "in", exclude=("round",))) == ["one", "one"]
+
+
+def test_file_name_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).write_text('{"text": "one"}\n')
+    with pytest.raises(InputError, match=r"the name of b'.*caf.xe9.jsonl' is not UTF-8"):
+        read(tmp_path)
+
+
+def test_integers_are_domains_and_what_else_is_there_is_said(tmp_path):
+    rows = [{"text": "a", "meta": {"cluster": 7}}, {"text": "b", "meta": {"cluster": 0.5}}, {"text": "c"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, two, three = read(tmp_path / "a.jsonl", domain="field:meta.cluster")
+    assert isinstance(one, Document)
+    assert one.domain == "7"
+    assert isinstance(two, Bad)
+    assert two.detail == "no domain by the rule 'field:meta.cluster': it holds float"
+    assert isinstance(three, Bad)
+    assert three.detail == "no domain by the rule 'field:meta.cluster': no field 'meta.cluster'; it has ['text']"
+    (lost, *_) = read(tmp_path / "a.jsonl", domain="path:^(x)")
+    assert isinstance(lost, Bad)
+    assert lost.detail == "no domain by the rule 'path:^(x)' in 'a.jsonl'"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_columns_that_are_there_are_named_where_the_text_is_not(tmp_path, kind):
+    path, _ = written(tmp_path, kind, ["one"])
+    (row,) = read(path, text_field="body")
+    assert isinstance(row, Bad)
+    assert row.detail == "no text field 'body'; it has ['id', 'text']: name it with --text-field"
 
 
 def test_inputs_behind_a_url_give_the_same_documents(tmp_path):

@@ -16,7 +16,7 @@ from converters.stage import Document, documents_of
 
 names = st.text(st.sampled_from("abé %"), min_size=1, max_size=3).filter(lambda name: name.strip() == name)
 paths = st.lists(names, min_size=0, max_size=2).map(lambda folders: "/".join([*folders, "x.jsonl"]))
-records = st.lists(st.tuples(st.one_of(st.none(), st.just(7), names), st.integers(0, 99)), max_size=6)
+records = st.lists(st.tuples(st.one_of(st.none(), st.just(7), st.just(True), names), st.integers(0, 99)), max_size=6)
 corpora = st.dictionaries(paths, records, min_size=1, max_size=4)
 mappings = st.dictionaries(st.one_of(names, st.just("*")), st.one_of(st.none(), names), max_size=3)
 
@@ -30,7 +30,7 @@ def expected_domain(rule: str, root: str, name: str, field: object) -> str | Non
     if rule == "file":
         return "x"
     if rule == "field:meta.set":
-        return field if isinstance(field, str) else None
+        return None if field is None or field is True else str(field)
     return name[0] if name[0] in "aé" else None
 
 

@@ -104,7 +104,7 @@ def convert(inputs: tuple[str, ...], workers: int | None, **options: Any) -> Non
     options["hashes"] = tuple(sorted(name for name in options["hashes"].split(",") if name))
     if not options["exclude"]:
         del options["exclude"]
-    with _progress_bar() as progress:
+    with _ending_when_told(), _progress_bar() as progress:
         manifest = run(inputs, options.pop("out"), workers=_workers(workers), progress=progress, **options)
     _print_table(manifest)
     _print_bad_records(manifest)
@@ -275,6 +275,21 @@ def train_tokenizer(inputs: tuple[str, ...], out: str, vocab_size: int, sample_s
         del options["exclude"]
     path = run(inputs, out, vocab_size=vocab_size, sample_size=sample_size, **options)
     click.echo(f"Wrote {path}.")
+
+
+@contextmanager
+def _ending_when_told() -> Iterator[None]:
+    """Let SIGTERM, which schedulers send, end a run as Ctrl-C does: workers stop, and one line says what to do."""
+    import signal
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # --- printing ------------------------------------------------------------------------------------------------------

@@ -7,19 +7,23 @@
     ray:ADDRESS     on a running cluster: ray:auto, ray:10.0.0.1:6379, ray://head:10001. Inputs, stage and output must
                     be paths that every node sees
 
-Results come in any order; a task that raises stops the run, and so does a worker that dies. Text never passes between
-processes: a task reads its own input and writes its own files, and returns a few numbers.
+Results come in any order. A task that raises stops the run. One whose worker dies is done again, twice at most; then it
+is reported by name when all others are done. Text never passes between processes: a task reads its own input and writes
+its own files, and returns a few numbers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
 import multiprocessing
 import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
@@ -29,6 +33,7 @@ from mixer.errors import DataError, InputError
 
 __all__ = ["ENGINES", "check_engine", "kept_running", "run_tasks", "start_workers"]
 
+log = logging.getLogger(__name__)
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -41,42 +46,136 @@ def local(
     if min(workers, len(tasks)) <= 1:
         yield from map(function, tasks)
         return
-    with _pool(workers) as pool:
+    with _at_work(workers) as team:
+        yield from _results(team, function, tasks)
+
+
+_TRIES, _MOST_LOST = 3, 8
+
+
+def _results(team: _Team, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+    """Yield results as they come; a task whose worker dies goes to another one, and is given up at the third death."""
+    waiting, deaths, lost = deque(range(len(tasks))), Counter[int](), list[Task]()
+    at_hand: list[deque[tuple[Future[Result], int]]] = [deque() for _ in range(team.size)]
+    while (waiting or any(at_hand)) and len(lost) < _MOST_LOST:
+        for number, mine in [*enumerate(at_hand)] * 2:  # a second one to go on with at once, while there are many
+            if waiting and (not mine or (len(mine) == 1 and len(waiting) >= team.size)):
+                task = waiting.popleft()
+                mine.append((team.submit(number, function, tasks[task]), task))
+        wait([future for mine in at_hand for future, _ in mine], return_when=FIRST_COMPLETED)
+        for number, mine in enumerate(at_hand):
+            while mine and mine[0][0].done():
+                future, task = mine.popleft()
+                try:
+                    result = future.result()
+                except BrokenProcessPool as error:
+                    team.replace(number, error)
+                    waiting.extendleft(other for _, other in mine)
+                    mine.clear()
+                    deaths[task] += 1
+                    if deaths[task] < _TRIES:
+                        log.warning("a worker process died at %s; that is done again.", task_name(tasks[task]))
+                        waiting.append(task)
+                    else:
+                        lost.append(tasks[task])
+                else:
+                    yield result
+    if lost:
+        raise DataError(
+            f"a worker process died (killed, or out of memory?) {_TRIES} times at {_listed(lost)}. What is finished is"
+            " kept: run the same command again, with fewer workers if memory is short."
+        )
+
+
+def _listed(tasks: list[Task]) -> str:
+    more = f", and {len(tasks) - 3} more" if len(tasks) > 3 else ""
+    return ", ".join(map(task_name, tasks[:3])) + more
+
+
+def task_name(task: Any) -> str:
+    """Return what a task is called in messages: its ``label``, if it has one."""
+    return str(getattr(task, "label", f"task {task}"))
+
+
+class _Team:
+    """Processes, each in a pool of its own: so one that dies is of no matter to the others, and its task is known."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._pools: list[ProcessPoolExecutor | None] = [None] * size
+        self._started: list[Future[Any]] = [Future()] * size
+
+    def submit(self, number: int, function: Callable[[Task], Result], task: Task) -> Future[Result]:
+        """Give a task to one of the processes, which is started if need be."""
         try:
-            yield from _results(pool, function, tasks, 2 * workers)
-        except BrokenProcessPool as error:
+            return self.start(number).submit(function, task)
+        except BrokenProcessPool as error:  # it died with nothing to do
+            self.replace(number, error)
+            return self.start(number).submit(function, task)
+
+    def start(self, number: int, first: Callable[[], Any] = int) -> ProcessPoolExecutor:
+        """Return a running pool, a new one after it has called ``first``."""
+        pool = self._pools[number]
+        if pool is None:
+            pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_start_worker)
+            self._pools[number] = pool
+            with _signals_held_back():
+                self._started[number] = pool.submit(first)
+        return pool
+
+    def replace(self, number: int, error: BrokenProcessPool) -> None:
+        """Forget a process that died. Raises: DataError: if it never came to work."""
+        if self._started[number].exception() is not None:
             raise DataError(
-                "a worker process died (killed, or out of memory?). Finished work is kept: run the same command again,"
-                f" with fewer than {workers} workers if memory is short. In a script of your own, call convert() under"
+                "a worker process died while it started (killed, or out of memory?). Run the same command again, with"
+                f" fewer than {self.size} workers if memory is short. In a script of your own, call convert() under"
                 ' `if __name__ == "__main__":`.'
             ) from error
+        self._stop([self._pools[number]])
+        self._pools[number] = None
+
+    def stop(self) -> None:
+        """End the workers at once; what they were at is unfinished and will be done again."""
+        self._stop(self._pools)
+
+    @staticmethod
+    def _stop(pools: Iterable[ProcessPoolExecutor | None]) -> None:
+        some = [pool for pool in pools if pool is not None]
+        processes = [process for pool in some for process in (pool._processes or {}).values()]
+        for pool in some:
+            pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join(5)
 
 
-_kept: list[ProcessPoolExecutor | None] = []  # by ``kept_running``; None until there is work for it
+_kept: list[_Team | None] = []  # by ``kept_running``; None until there is work for it
 
 
 @contextlib.contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Yield a pool of processes: the one that is kept running, else one for this block."""
-    pool = _kept[-1] if _kept else None
-    if pool is None:
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+def _at_work(workers: int) -> Iterator[_Team]:
+    """Yield worker processes: those that are kept running, else some for this block."""
+    if _kept and _kept[-1] is not None:
+        yield _kept[-1]
+        return
+    team = _Team(workers)
     if _kept:
-        _kept[-1] = pool
-        yield pool
+        _kept[-1] = team
+        yield team
         return
     try:
-        yield pool
+        yield team
     finally:
-        _stop(pool)
+        team.stop()
 
 
 def start_workers(workers: int, tasks: int) -> None:
-    """Let the processes of the pool that is kept running start and import, while this one does something else."""
+    """Let the processes that are kept running start and import, while this one does something else."""
     if _kept and min(workers, tasks) > 1:
-        with _pool(workers) as pool:
-            for _ in range(min(workers, tasks)):
-                pool.submit(_import_work)
+        with _at_work(workers) as team:
+            for number in range(min(workers, tasks)):
+                team.start(number, _import_work)
 
 
 def _import_work() -> None:
@@ -84,28 +183,27 @@ def _import_work() -> None:
     import converters.stage  # noqa: F401
 
 
-def _results(
-    pool: ProcessPoolExecutor, function: Callable[[Task], Result], tasks: Iterable[Task], ahead: int
-) -> Iterator[Result]:
-    running: set[Future[Result]] = set()
-    for task in tasks:
-        running.add(pool.submit(function, task))
-        if len(running) >= ahead:
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in done)
-    while running:
-        done, running = wait(running, return_when=FIRST_COMPLETED)
-        yield from (future.result() for future in done)
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait till the block ends: a process that loses its parent while it starts is noisy.
 
-
-def _stop(pool: ProcessPoolExecutor) -> None:
-    """End the workers at once; what they were at is unfinished and will be done again."""
-    processes = list((pool._processes or {}).values())
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.join(5)
+    What is started in the block does not hear Ctrl-C at all.
+    """
+    caught: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if threading.current_thread() is not threading.main_thread() or None in before.values():
+        before = {}  # they are not ours to hold
+    for number in before:
+        signal.signal(number, lambda number, _: caught.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for each in caught:
+            os.kill(os.getpid(), each)
 
 
 def _start_worker() -> None:
@@ -141,9 +239,9 @@ def kept_running(engine: str, workers: int) -> Iterator[None]:
         try:
             yield
         finally:
-            pool = _kept.pop()
-            if pool is not None:
-                _stop(pool)
+            team = _kept.pop()
+            if team is not None:
+                team.stop()
         return
     with _ray_started(_imported_ray(), workers, f"ray:{address}" if address.startswith("//") else address):
         yield
@@ -163,7 +261,10 @@ def _ray_started(ray: Any, workers: int, address: str) -> Iterator[None]:
     if started:
         _require_answer(address)
         where: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         ray.init(log_to_driver=False, logging_level="ERROR", **where)
+        if on_sigterm is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in this place
     try:
         yield
     finally:
@@ -184,26 +285,33 @@ def _require_answer(address: str) -> None:
 
 def _ray_results(ray: Any, function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
     remote = ray.remote(num_cpus=1, max_retries=3)(_in_folder)
-    running: list[Any] = []
+    waiting, lost = iter(tasks), list[Task]()
+    running: dict[Any, Task] = {}
     try:
-        for task in tasks:
-            running.append(remote.remote(os.getcwd(), function, task))
-            if len(running) >= 2 * workers:
-                done, running = ray.wait(running)
-                yield from ray.get(done)
-        while running:
-            done, running = ray.wait(running)
-            yield from ray.get(done)
-    except ray.exceptions.RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, Exception) else error) from None
-    except ray.exceptions.RayError as error:
-        raise DataError(
-            f"Ray gave up on a task after three retries ({type(error).__name__}). Finished work is kept; run the same"
-            " command again."
-        ) from error
+        while len(lost) < _MOST_LOST:
+            for task in itertools.islice(waiting, 2 * workers - len(running)):
+                running[remote.remote(os.getcwd(), function, task)] = task
+            if not running:
+                break
+            for reference in ray.wait([*running])[0]:
+                task = running.pop(reference)
+                try:
+                    result = ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
+                    raise (error.cause if isinstance(error.cause, Exception) else error) from None
+                except ray.exceptions.RayError as error:
+                    lost.append(task)
+                    why = type(error).__name__
+                else:
+                    yield result
     finally:
-        for task_reference in running:
-            ray.cancel(task_reference, force=True)
+        for reference in running:
+            ray.cancel(reference, force=True)
+    if lost:
+        raise DataError(
+            f"Ray gave up after three retries ({why}) at {_listed(lost)}. What is finished is kept: run the same"
+            " command again."
+        )
 
 
 def _in_folder(folder: str, function: Callable[[Task], Result], task: Task) -> Result:

@@ -53,6 +53,11 @@ class PackTask(NamedTuple):
     eos_id: int
     options: PackOptions
 
+    @property
+    def label(self) -> str:
+        """What it is called in messages."""
+        return f"shard {self.number} of {self.folder}"
+
 
 def shard_columns(dtype: str, options: PackOptions) -> dict[str, str]:
     """Return name -> MDS encoding."""

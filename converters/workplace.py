@@ -105,10 +105,7 @@ def begin(job: Job) -> None:
 
     A request that led to no unit, or no shard, gives way to another one.
     """
-    if isinstance(job.stage, Path):
-        _remove_partial(job.stage, "*.tmp", "units/*.tmp")
-    if isinstance(job.out, Path):
-        _remove_partial(job.out, ".*.tmp", "*/.*.tmp", "*/*/.*.tmp")
+    _remove_half_written(job)
     staged = {**job.plan.facts, "inputs": job.plan.inputs}
     if not children(job.stage / "units") and _differs(job.stage / "plan.json", staged):
         for name in ("tokenizer.json", "plan.json"):
@@ -120,6 +117,14 @@ def begin(job: Job) -> None:
     _same_or_new(job.out / PACK / "request.json", {**job.request(), **extends}, job.out)
 
 
+def _remove_half_written(job: Job) -> None:
+    """Remove what a process left that died while it wrote."""
+    if isinstance(job.stage, Path):
+        _remove_partial(job.stage, "*.tmp", "units/*.tmp")
+    if isinstance(job.out, Path):
+        _remove_partial(job.out, ".*.tmp", "*/.*.tmp", "*/*/.*.tmp")
+
+
 def _remove_partial(folder: Path, *patterns: str) -> None:
     for path in (path for pattern in patterns for path in folder.glob(pattern)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -127,6 +132,7 @@ def _remove_partial(folder: Path, *patterns: str) -> None:
 
 def clean_up(job: Job, locks: list[Lock], keep_stage: bool) -> None:
     """Remove what only an unfinished conversion needs, and the list of inputs that an extension replaced."""
+    _remove_half_written(job)  # by workers that died in this very run
     named = load_manifest(job.out).converter.get("inputs")
     for name in _input_lists(job.out):
         if name != named:

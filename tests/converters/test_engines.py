@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from converters import convert
-from converters.engines import run_tasks
+from converters.engines import kept_running, run_tasks
 from mixer.errors import DataError, InputError
 from tests.converters.corpora import tree_hash, write_corpus
 
@@ -42,9 +46,41 @@ def test_error_of_a_task_comes_out_as_it_is(workers):
         list(run_tasks("local", fail, [3, 3, 3], workers))
 
 
-def test_killed_local_worker_is_a_clear_error_and_no_hang(tmp_path):
-    with pytest.raises(DataError, match=r"a worker process died.*fewer than 2 workers"):
-        list(run_tasks("local", kill_self_once, [str(tmp_path / name) for name in "ab"], 2))
+class Errand(NamedTuple):
+    label: str
+    notes: str
+
+
+def note_and_die_at_poison(errand: Errand) -> str:
+    with open(errand.notes, "a") as file:
+        file.write(f"{errand.label}\n")
+    if errand.label == "poison":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return errand.label
+
+
+def test_task_of_a_killed_worker_is_done_again(tmp_path, caplog):
+    tasks = [str(tmp_path / name) for name in "abc"]
+    assert sorted(run_tasks("local", kill_self_once, tasks, 2)) == tasks
+    assert [record.message.partition(" at ")[0] for record in caplog.records] == ["a worker process died"] * 3
+
+
+def test_task_at_which_three_workers_die_is_named_when_all_others_are_done(tmp_path):
+    errands = [Errand(name, str(tmp_path / "notes")) for name in ("a", "poison", "b", "c", "d")]
+    done = []
+    with pytest.raises(DataError, match=r"a worker process died .*3 times at poison\. .*same command again"):
+        for result in run_tasks("local", note_and_die_at_poison, errands, 2):
+            done.append(result)
+    assert sorted(done) == ["a", "b", "c", "d"]
+    assert sorted((tmp_path / "notes").read_text().split()) == ["a", "b", "c", "d", "poison", "poison", "poison"]
+
+
+def test_workers_that_never_start_are_one_clear_error(tmp_path):
+    script = tmp_path / "without_guard.py"
+    script.write_text("from converters.engines import run_tasks\nlist(run_tasks('local', abs, [1, 2, 3], 2))\n")
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert re.search(r'DataError: a worker process died while it started .*`if __name__ == "__main__":`', ended.stderr)
 
 
 def test_no_tasks_start_no_workers():
@@ -79,6 +115,13 @@ def test_ray_engine_writes_the_same_bytes(tmp_path, ray_engine, monkeypatch):
     assert tree_hash(tmp_path / "local") == tree_hash(tmp_path / "by-ray")
 
 
-def test_error_of_a_ray_task_comes_out_as_it_is(ray_engine):
-    with pytest.raises(DataError, match=r"task [34] is bad"):
-        list(run_tasks(ray_engine, fail, [3, 4], 2))
+def test_ray_tasks_fail_with_their_own_error_or_by_name(tmp_path, ray_engine):
+    errands, done = [Errand(name, str(tmp_path / "notes")) for name in ("poison", "a", "b")], []
+    with kept_running(ray_engine, 2):  # Ray takes seconds to start
+        with pytest.raises(DataError, match=r"task [34] is bad"):
+            list(run_tasks(ray_engine, fail, [3, 4], 2))
+        with pytest.raises(DataError, match=r"gave up after three retries \(\w+\) at poison\. "):
+            for result in run_tasks(ray_engine, note_and_die_at_poison, errands, 2):
+                done.append(result)
+    assert sorted(done) == ["a", "b"]
+    assert (tmp_path / "notes").read_text().count("poison") == 4

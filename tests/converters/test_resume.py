@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from converters import convert
+from converters import committing, convert, tokenizing
 from mixer.errors import InputError
 from tests.converters.corpora import tree_hash, write_corpus
 
@@ -110,17 +115,66 @@ def test_interruptions_at_any_step_resume_to_the_same_bytes(tmp_path, monkeypatc
     assert tree_hash(tmp_path / "shards") == expected
 
 
-def test_worker_that_is_killed_ends_the_run_with_one_clear_line(tmp_path, expected):
+def test_killed_worker_is_replaced_and_its_unit_done_again(tmp_path, expected):
     write_corpus(tmp_path / "corpus")
     process = start(tmp_path, workers=2)
     assert wait_until(process, lambda: finished_units(tmp_path / "shards") >= 2)
     os.kill(max(children(process.pid)), signal.SIGKILL)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 1
-    assert "Error: a worker process died" in errors
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert re.search(r"a worker process died at unit \d+ \(.*/corpus/\w+/.*\); that is done again", errors)
     assert "Traceback" not in errors
-    assert subprocess.run(command(tmp_path, 1), capture_output=True).returncode == 0
     assert tree_hash(tmp_path / "shards") == expected
+
+
+def killed_once_before_a_rename(note: str, function: Callable[[Any], Any], task: Any) -> Any:
+    """Die the first time that a file, written under another name, is to get its own."""
+    real = os.replace
+
+    def replace(source, target):
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(note, os.O_CREAT | os.O_EXCL))
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(source, target)
+
+    os.replace = replace
+    try:
+        return function(task)
+    finally:
+        os.replace = real
+
+
+def test_worker_killed_in_the_middle_of_a_file_leaves_nothing_of_it(tmp_path, monkeypatch, expected):
+    for module, name in ((tokenizing, "stage_unit"), (committing, "pack_shard")):
+        killed = functools.partial(killed_once_before_a_rename, str(tmp_path / name), getattr(module, name))
+        monkeypatch.setattr(module, name, killed)
+    write_corpus(tmp_path / "corpus")
+    convert([tmp_path / "corpus"], tmp_path / "shards", stage=tmp_path / "stage", workers=2, **OPTIONS)
+    assert (tmp_path / "stage_unit").exists()
+    assert (tmp_path / "pack_shard").exists()
+    assert not list((tmp_path / "stage").rglob("*.tmp"))
+    assert tree_hash(tmp_path / "shards") == expected
+
+
+def test_ctrl_c_while_workers_start_is_one_line(tmp_path):
+    write_corpus(tmp_path / "corpus")
+    process = start(tmp_path, workers=2)
+    assert wait_until(process, lambda: len(children(process.pid)) >= 2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path):
+    write_corpus(tmp_path / "corpus", scale=4)
+    process = start(tmp_path, workers=2)
+    assert wait_until(process, lambda: finished_units(tmp_path / "shards") >= 2)
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "continues where it stopped" in errors
+    assert "leaked" not in errors
 
 
 def test_workers_do_not_outlive_a_killed_parent(tmp_path):

@@ -149,7 +149,9 @@ def warn_of_its_own_reference(rule: UpdateRule | None, signals: Signals) -> None
     """
     if not _clips(rule) or signals.excess_squared is None or signals.num_sequences is None:
         return
-    apart = float(np.sqrt(signals.excess_squared.sum() / max(signals.num_sequences.sum(), 1.0)))
+    if not signals.num_sequences.any():
+        return
+    apart = float(np.sqrt(signals.excess_squared.sum() / signals.num_sequences.sum()))
     if apart < ALIKE:
         log.warning(
             "the losses of proxy and reference are %.1g nats apart, as if they were one model: %s", apart, _STARVES

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from algorithms.losses import (
     Normalization,
+    domain_ids_of,
     domain_sums,
     labels_of,
     loss_coefficients,
@@ -110,7 +111,7 @@ class DomainLosses:
         counts = torch.zeros(len(self.domains) + 1, dtype=torch.int64)
         for batch in batches:
             mask = loss_mask(labels_of(batch), shift=self.shift)
-            counts[:-1] += tokens_per_domain(mask, self._ids(batch), len(self.domains)).cpu()
+            counts[:-1] += tokens_per_domain(mask, domain_ids_of(batch), len(self.domains)).cpu()
             counts[-1] += len(mask)
         *tokens, rows = all_reduce(counts).tolist()
         self.num_tokens = np.array(tokens, dtype=np.float64)
@@ -144,8 +145,9 @@ class DomainLosses:
         labels = labels_of(batch).to(logits.device)
         mask = loss_mask(labels, shift=self.shift)
         loss = token_losses(logits, labels, shift=self.shift)
+        ids = domain_ids_of(batch)
+        batch = {**batch, "domain_ids": ids}
         reference_loss = None if self.reference is None else self.reference.token_losses(batch)
-        ids = self._ids(batch)
         self.add(loss, mask, ids, reference_loss)
         self._counted_by_call = by_call
         self._weights_digest = 0 if weights is None else xxhash.xxh3_64(np.asarray(weights).tobytes()).intdigest()
@@ -197,22 +199,21 @@ class DomainLosses:
             return signals
         if self.on_nonfinite == "fail":
             raise DataError(
-                f"{_describe(self.domains, bad, signals)}. Lower the learning rate, clip gradients, or look at the "
-                "last samples; in Python, on_nonfinite='skip' leaves such a domain out of the update instead."
+                f"{_describe(self.domains, bad, signals)}; on_nonfinite='skip' (--on-nonfinite skip) leaves such a "
+                "domain out of the update instead."
             )
         self.num_nonfinite = self.num_nonfinite + bad
         # Domains are the first axis of every field.
         return Signals(*(None if row is None else np.where(bad, 0.0, row.T).T for row in signals))  # type: ignore[arg-type]
 
-    def _ids(self, batch: Mapping[str, Any]) -> Tensor:
-        if "domain_ids" not in batch:
-            raise InputError(f"a batch needs 'domain_ids', the index of each sample's domain; it has {sorted(batch)}.")
-        return batch["domain_ids"]
-
 
 def _describe(domains: Sequence[str], bad: NDArray[np.bool_], signals: Signals) -> str:
+    """Say whose loss is not finite, and what to do about it."""
     names = [name for name, is_bad in zip(domains, bad) if is_bad]
-    who = "the reference's loss" if np.isfinite(signals.loss[bad]).all() else "the training loss"
-    values = signals.reference_loss if who != "the training loss" else signals.loss
-    found = "not finite" if values is None else str(values[bad][0])
-    return f"{who} of domain {names[0]!r} is {found}" if len(names) == 1 else f"{who} of domains {names} is {found}"
+    who, values = "the training loss", signals.loss
+    advice = "Lower the learning rate, clip gradients, or look at the last samples"
+    if signals.reference_loss is not None and np.isfinite(signals.loss[bad]).all():
+        who, values = "the reference's loss", signals.reference_loss
+        advice = "Look at the reference: it has diverged, or overflows in half precision"
+    what = f"domain {names[0]!r}" if len(names) == 1 else f"domains {names}"
+    return f"{who} of {what} is {values[~np.isfinite(values)][0]}. {advice}"

@@ -51,7 +51,7 @@ from algorithms.forward import (
 from algorithms.heldout import HeldOutWindows
 from algorithms.intervals import interval, is_due, samples_between
 from algorithms.loader_facts import domains_of, planned_samples, sampling_weights, shards_provenance
-from algorithms.losses import Normalization, labels_of, loss_mask, token_losses, weighted_loss
+from algorithms.losses import Normalization, domain_ids_of, labels_of, loss_mask, token_losses, weighted_loss
 from algorithms.micro_batch import MicroBatch, add_labels, auxiliary_loss, drop_broken_gradients, share_of_the_sum
 from algorithms.presence import warn_of_absences
 from algorithms.random_state import random_state, restore_random_state
@@ -331,6 +331,7 @@ class DomainReweighting(Algorithm):
             raise InputError(f"an encoder-decoder model needs 'labels' in the batch; it has {sorted(state.batch)}.")
         num_samples = None if self._needs_labels else planned_samples(self._loader, state.batch)
         add_labels(state)
+        state.batch = {**state.batch, "domain_ids": domain_ids_of(state.batch)}
         losses = self._step_losses()
         losses.start(state.batch, num_samples=num_samples)
         assert losses.num_tokens is not None
@@ -411,7 +412,7 @@ class DomainReweighting(Algorithm):
             signals = losses.signals(run.signature(self._drawn_by))
         except DataError as error:
             raise DataError(f"at step {step} {error}") from error
-        self._count_lost(signals, step)
+        self._count_lost(signals, step, any_skipped=bool((losses.num_nonfinite > before).any()))
         if step == 0 and dist.get_global_rank() == 0:
             warn_of_its_own_reference(self.rule, signals)
         if self.reference is not None:
@@ -445,13 +446,16 @@ class DomainReweighting(Algorithm):
             metrics |= {f"domain_heldout_loss/{name}": mean for name, mean in zip(run.names, means)}
         return metrics
 
-    def _count_lost(self, signals: Signals, step: int) -> None:
+    def _count_lost(self, signals: Signals, step: int, *, any_skipped: bool) -> None:
         self._lost_steps = 0 if signals.num_tokens.any() else self._lost_steps + 1
-        if self._lost_steps >= MAX_LOST_STEPS:
-            raise DataError(
-                f"no domain had a finite loss in the {MAX_LOST_STEPS} steps up to {step}: the model has diverged. "
-                "Start again with a lower learning rate."
-            )
+        if self._lost_steps < MAX_LOST_STEPS:
+            return
+        why = (
+            "the model has diverged, or its reference. Start again with a lower learning rate"
+            if any_skipped
+            else "no token bears one. Look at the labels, which are all -100, or at the attention_mask"
+        )
+        raise DataError(f"no domain had a finite loss in the {MAX_LOST_STEPS} steps up to {step}: {why}.")
 
     def _eval_batch_start(self, state: State, logger: Logger) -> None:
         add_labels(state)

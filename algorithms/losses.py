@@ -20,6 +20,7 @@ from mixer.errors import DataError, InputError
 __all__ = [
     "IGNORED",
     "Normalization",
+    "domain_ids_of",
     "domain_sums",
     "labels_of",
     "loss_coefficients",
@@ -47,6 +48,29 @@ def labels_of(batch: Mapping[str, Any]) -> Tensor:
     if "attention_mask" in batch:
         labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED)
     return labels
+
+
+def domain_ids_of(batch: Mapping[str, Any]) -> Tensor:
+    """Return the domain of each sample of a batch, int64 (B,), or of each of its labels, int64 (B, T).
+
+    Raises: InputError: if there are none, or they are no integers of one of these shapes (or (B, 1)).
+
+    >>> domain_ids_of({"input_ids": torch.zeros(2, 3), "domain_ids": torch.tensor([[1], [0]])})
+    tensor([1, 0])
+    """
+    if "domain_ids" not in batch:
+        raise InputError(f"a batch needs 'domain_ids', the index of each sample's domain; it has {sorted(batch)}.")
+    ids, (rows, length) = batch["domain_ids"], labels_of(batch).shape
+    if not isinstance(ids, Tensor) or ids.is_floating_point():
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise InputError(f"'domain_ids' have to be a tensor of integers that index the list of domains; got {kind}.")
+    if ids.shape not in ((rows,), (rows, 1), (rows, length)):
+        # A token's domain is read at its label, so of ids of another length some other would be taken.
+        raise InputError(
+            f"'domain_ids' have the shape {tuple(ids.shape)}: expected one per sample, ({rows},), or one per label, "
+            f"({rows}, {length})."
+        )
+    return ids.flatten().long() if ids.shape[1:] == (1,) else ids.long()
 
 
 def token_losses(logits: Tensor, labels: Tensor, *, shift: bool = True) -> Tensor:

@@ -487,8 +487,19 @@ def tokens_of_the_loader(steps: int) -> np.ndarray:
 
 
 def test_skipping_ends_when_nothing_finite_is_left() -> None:
-    with pytest.raises(DataError, match="no domain had a finite loss in the 10 steps up to 9"):
+    with pytest.raises(DataError, match="no domain had a finite loss in the 10 steps up to 9: the model has diverged"):
         fit(DomainReweighting(constant(), on_nonfinite="skip"), model=_ruined(), steps=20)
+
+
+class Unlabelled(Loader):
+    def __iter__(self) -> Any:
+        return ({**part, "labels": torch.full_like(part["input_ids"], -100)} for part in super().__iter__())
+
+
+def test_data_without_a_label_that_counts_is_named_as_such(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(DataError, match=r"no token bears one\. Look at the labels"):
+        fit(DomainReweighting(doremi(), reference=llama(seed=1)), loader=Unlabelled(), steps=20)
+    assert "as if they were one model" not in caplog.text
 
 
 def _ruined() -> HuggingFaceModel:
@@ -519,6 +530,12 @@ def test_batches_without_domains_or_of_the_wrong_kind_are_refused() -> None:
         def __iter__(self) -> Any:
             return ((part["input_ids"], part["domain_ids"]) for part in super().__iter__())
 
+    class OtherLength(Loader):
+        def __iter__(self) -> Any:
+            return ({**part, "domain_ids": part["domain_ids"][:, None].expand(-1, 20)} for part in super().__iter__())
+
+    with pytest.raises(InputError, match=r"have the shape \(12, 20\): expected one per sample"):
+        fit(DomainReweighting(constant()), loader=OtherLength())
     with pytest.raises(InputError, match="needs 'domain_ids'"):
         fit(DomainReweighting(constant()), loader=NoDomains())
     with pytest.raises(InputError, match="have to be mappings"):

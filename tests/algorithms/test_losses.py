@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 
 from algorithms.domain_losses import DomainLosses
 from algorithms.losses import (
+    domain_ids_of,
     domain_sums,
     labels_of,
     loss_coefficients,
@@ -303,3 +305,49 @@ def test_a_plain_loop_needs_neither_composer_nor_transformers() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["code", "web"], "a tensor of integers .* got list"),
+        (torch.zeros(2), "a tensor of integers .* got torch.float32"),
+        (
+            torch.zeros(3, dtype=torch.long),
+            r"shape \(3,\): expected one per sample, \(2,\), or one per label, \(2, 5\)",
+        ),
+        (torch.zeros(2, 4, dtype=torch.long), r"shape \(2, 4\): expected"),
+        (torch.zeros(2, 9, dtype=torch.long), r"shape \(2, 9\): expected"),
+    ],
+)
+def test_domain_ids_that_would_be_read_at_the_wrong_place_are_refused(ids: Any, message: str) -> None:
+    part = {"input_ids": torch.zeros(2, 9, dtype=torch.long), "labels": torch.zeros(2, 5, dtype=torch.long)}
+    with pytest.raises(InputError, match=message):
+        domain_ids_of({**part, "domain_ids": ids})
+    with pytest.raises(InputError, match="'domain_ids' have"):
+        DomainLosses(DOMAINS, shift=False).start({**part, "domain_ids": ids})
+
+
+@pytest.mark.parametrize(
+    "ids", [torch.tensor([1, 0]), torch.tensor([[1], [0]]), torch.tensor([1, 0], dtype=torch.int32)]
+)
+def test_domain_ids_may_have_any_integer_type_and_a_second_axis(ids: torch.Tensor) -> None:
+    assert domain_ids_of({"input_ids": torch.zeros(2, 4), "domain_ids": ids}).tolist() == [1, 0]
+    assert domain_ids_of({"input_ids": torch.zeros(2, 4), "domain_ids": ids}).dtype == torch.int64
+
+
+def test_a_reference_that_is_not_finite_is_told_from_a_model_that_is_not() -> None:
+    losses, part = DomainLosses(("code", "web")), {"input_ids": torch.zeros(2, 3, dtype=torch.long)}
+    mask, ids = torch.ones(2, 2, dtype=torch.bool), torch.tensor([0, 1])
+    for own, reference, message in (
+        (1.0, float("nan"), r"the reference's loss of domain 'web' is nan. Look at the reference"),
+        (float("inf"), 1.0, r"the training loss of domain 'web' is inf. Lower the learning rate"),
+        (float("inf"), float("nan"), r"the training loss of domain 'web' is inf. Lower the learning rate"),
+    ):
+        losses.start({**part, "domain_ids": ids})
+        values = torch.tensor([[1.0, 1.0], [1.0, 1.0]])
+        losses.add(
+            values.index_fill(0, torch.tensor([1]), own), mask, ids, values.index_fill(0, torch.tensor([1]), reference)
+        )
+        with pytest.raises(DataError, match=message):
+            losses.signals()

@@ -36,7 +36,7 @@ from algorithms.rules.base import Domains, UpdateRule, as_domains
 from algorithms.rules.bounds import bounded
 from algorithms.rules.diagnostics import hindsight
 from algorithms.rules.fixed import given
-from algorithms.rules.stopping import RoundVerdict, extrapolate, round_verdict, standard_error
+from algorithms.rules.stopping import RoundVerdict, drift, extrapolate, round_verdict, standard_error
 from algorithms.runs import begin_run, finish_run
 from algorithms.same_tokenizer import check_tokenizer
 from algorithms.training import TrainSettings, without_defaults
@@ -163,10 +163,12 @@ def find_mixture(
         )
     weights = _fixed_weights(settings.reference_mixture, search.manifest)
     verdicts: list[RoundVerdict] = []
+    before_errors = np.zeros(len(search.names))  # the first round starts from weights that were given
     for number in range(1, settings.rounds + 1):
         mixture, errors = search.round(weights, Path(out) / f"round-{number}")
         before, after = (np.array([values[name] for name in search.names]) for values in (weights, mixture.weights))
-        verdicts.append(round_verdict(before, after, errors * np.sqrt(2), settings.tolerance))
+        verdicts.append(round_verdict(before, after, np.hypot(before_errors, errors), settings.tolerance))
+        before_errors = errors
         weights = dict(mixture.weights)
         if settings.rounds > 1:
             console.print(_told(number, verdicts[-1]), markup=False, highlight=False)
@@ -222,19 +224,7 @@ class _Search:
         """
         settings = self.settings
         _fixed_weights(settings.reference_mixture, self.manifest)
-        every = interval(settings.every or ("20ba" if self.rule.needs & COSTLY else "1ba"))
-        if every.unit == TimeUnit.BATCH and every.value > settings.proxy.steps:
-            raise InputError(
-                f"no update would happen in {settings.proxy.steps} steps with one every {every.value}: take more "
-                "steps, or a shorter --every."
-            )
-        updates, needed = settings.proxy.steps // every.value, self.rule.first_move(len(self.names))
-        if every.unit == TimeUnit.BATCH and updates < needed:
-            raise InputError(
-                f"{settings.method!r} moves its weights at update {needed} for the first time, and "
-                f"{settings.proxy.steps} steps with one every {every.value} have {updates}: take more steps, a shorter "
-                f"--every, or other settings (`mixer methods {settings.method}`)."
-            )
+        self._check_updates()
         if settings.floor * len(self.names) > 1:
             raise InputError(f"a floor of {settings.floor} for {len(self.names)} domains is more than 1 in all.")
         if settings.ceiling * len(self.names) < 1:
@@ -244,6 +234,24 @@ class _Search:
         self._check_reference()
         if settings.extrapolate_to is not None:
             self._check_extrapolation(settings.extrapolate_to)
+
+    def _check_updates(self) -> None:
+        settings, method = self.settings, self.settings.method
+        every = interval(settings.every or ("20ba" if self.rule.needs & COSTLY else "1ba"))
+        steps, samples = settings.proxy.steps, settings.proxy.steps * settings.proxy.global_batch_size
+        length = {TimeUnit.BATCH: steps, TimeUnit.SAMPLE: samples, TimeUnit.TOKEN: samples * self.manifest.seq_len}
+        updates, needed = length[every.unit] // every.value, self.rule.first_move(len(self.names))  # type: ignore[index]
+        if updates == 0:
+            raise InputError(
+                f"no update would happen in {steps} steps with one every {every}: take more steps, or a shorter "
+                "--every."
+            )
+        if updates < needed:
+            raise InputError(
+                f"{method!r} moves its weights at update {needed} for the first time, and {steps} steps with one every "
+                f"{every} have {updates}: take more steps, a shorter --every, or other settings (`mixer methods "
+                f"{method}`)."
+            )
 
     def _check_reference(self) -> None:
         needs, reference, method = self.rule.needs, self.settings.reference, self.settings.method
@@ -282,9 +290,15 @@ class _Search:
         reference = self._reference(weights, folder)
         self._train_proxy(reference, folder)
         with np.load(folder / "proxy" / "trajectory.npz", allow_pickle=False) as saved:
-            history = saved["weights"]
+            history, steps = saved["weights"], int(saved["steps"].max(initial=-1)) + 1
+        if not steps:
+            raise InputError(
+                "the proxy was stopped before its first update: take a larger --patience, or a shorter --every."
+            )
         errors = standard_error(history, np.random.default_rng(self.settings.proxy.seed))
-        mixture = self._frozen(Mixture.load(folder / "proxy" / "mixture.json"), history, weights, folder.name)
+        found = Mixture.load(folder / "proxy" / "mixture.json")
+        values, facts = self._extrapolated(dict(found.weights), history, steps, folder.name)
+        mixture = Mixture(values, {**found.provenance, **self._facts(weights, folder.name), **facts})
         mixture.save(folder / "mixture.json")
         return mixture, errors
 
@@ -346,23 +360,40 @@ class _Search:
             heldout_samples=samples,
         )
 
-    def _frozen(self, found: Mixture, history: Any, weights: Mapping[str, float], round_name: str) -> Mixture:
-        """The proxy's mixture with the facts of this search; extrapolated to a longer run where that was asked."""
-        settings, values = self.settings, dict(found.weights)
-        if settings.extrapolate_to is not None:
-            total = len(history) * settings.extrapolate_to / settings.proxy.steps
-            # What was in force may exceed the caps of the result.
-            rule = _within_bounds(given(dict(zip(self.names, extrapolate(history, total).tolist()))), settings)
-            values = dict(zip(self.names, rule.result(rule.init(self.domains)).tolist()))
-        facts = {
-            **found.provenance,
+    def _extrapolated(
+        self, found: dict[str, float], history: Any, steps: int, round_name: str
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """Return the weights of a longer run where that was asked, else those found; and the facts about it.
+
+        Args:
+            history: weights (n, D) over the run, evenly spaced.
+            steps: that the proxy was trained, fewer than asked where it was stopped early.
+        """
+        settings, total = self.settings, self.settings.extrapolate_to
+        if total is None:
+            return found, {"extrapolated_to": None}
+        longer = extrapolate(history, len(history) * max(total / steps, 1.0))
+        # What was in force may exceed the caps of the result.
+        rule = _within_bounds(given(dict(zip(self.names, longer.tolist()))), settings)
+        moved = drift(history) if len(history) >= 3 else None
+        self.console.print(
+            f"{round_name}: weights of {steps} steps extrapolated to {total}; from the middle third to the last they "
+            f"still moved by {'an unknown amount' if moved is None else f'{moved:.4f}'}",
+            markup=False,
+            highlight=False,
+        )
+        values = dict(zip(self.names, rule.result(rule.init(self.domains)).tolist()))
+        return values, {"extrapolated_to": total, "extrapolated_from": steps, "drift": moved}
+
+    def _facts(self, weights: Mapping[str, float], round_name: str) -> dict[str, Any]:
+        """Return what there is to know of this search beside what the proxy's mixture says itself."""
+        settings, compares = self.settings, "reference" in self.rule.needs
+        return {
             "proxy": settings.proxy.to_dict(),
             "round": round_name,
-            "extrapolated_to": settings.extrapolate_to,
-            "reference_kind": settings.reference if "reference" in self.rule.needs else None,
-            "reference_weights": dict(weights) if "reference" in self.rule.needs else None,
+            "reference_kind": settings.reference if compares else None,
+            "reference_weights": dict(weights) if compares else None,
             "tokenizer": self.manifest.tokenizer.fingerprint,
             "seq_len": self.manifest.seq_len,
             "shards": fingerprints(self.manifest),
         }
-        return Mixture(values, facts)

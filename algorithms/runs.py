@@ -35,7 +35,7 @@ def begin_run(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> di
         raise InputError(f"{path} is not empty and holds no run; choose another --out.")
     if "run.json" in content:
         found = read_settings(path)
-        if found != asked and len(content) > 1:
+        if found != asked and _holds_work(path):
             raise InputError(
                 f"{path} holds a run with other settings: {_difference(found, asked)}. "
                 f"Choose another --out, or remove {path} to start anew."
@@ -53,6 +53,12 @@ def _content(path: Path) -> set[str]:
     if not path.is_dir():
         return set()
     return {child.name for child in path.iterdir() if child.name != ".lock" and not child.name.endswith(".tmp")}
+
+
+def _holds_work(path: Path) -> bool:
+    """Return whether a folder has more than claims, its own and those of runs inside it, as a failed start leaves."""
+    files = (child for child in path.rglob("*") if not child.is_dir())
+    return any(child.name not in ("run.json", ".lock") and child.suffix != ".tmp" for child in files)
 
 
 _LOCKS: dict[Path, FileLock] = {}

@@ -18,10 +18,13 @@ import torch
 from composer import Algorithm, Event, Logger, State
 from rich.console import Console
 
+from algorithms import training_run
+from algorithms.early_stopping import WorstDomainEarlyStopping
 from algorithms.evaluation import heldout_losses, heldout_samples
 from algorithms.models import build_model
 from algorithms.report import comparison_table, draw_search, write_report
 from algorithms.rounds import SearchSettings, find_mixture, make_rule
+from algorithms.rules.stopping import drift, extrapolate, standard_error
 from algorithms.training import TrainSettings
 from algorithms.training_run import train_on
 from mixer.cli import main as cli
@@ -81,6 +84,10 @@ def test_a_search_freezes_a_mixture_with_its_provenance(shards: Path, search: Pa
 def test_a_search_says_how_far_each_round_moved_beside_its_noise(search: Path, tmp_path: Path) -> None:
     result = json.loads((search / "result.json").read_text())
     assert len(result["largest_change"]) == len(result["noise"]) == result["rounds"]
+    with np.load(search / "round-1" / "proxy" / "trajectory.npz") as saved:
+        errors = standard_error(saved["weights"], np.random.default_rng(TINY.seed))
+    # What the first round is compared with was given, and has no error of its own.
+    assert any(result["noise"][0] == pytest.approx(2 * error) for error in errors)
     folders = [search / f"round-{number + 1}" for number in range(result["rounds"])]
     found = [np.array(list(Mixture.load(folder / "mixture.json").weights.values())) for folder in folders]
     before = [np.array([60, 30, 9]) / 99, *found]
@@ -111,6 +118,26 @@ def test_final_weights_keep_to_the_epoch_cap_also_extrapolated(steps: int | None
     mixture = find_mixture(shards, settings, tmp_path / "run", QUIET)
     assert mixture.weights["wiki"] == pytest.approx(9 / 40), "a third without the cap"
     assert not (tmp_path / "run" / "round-1" / "reference").exists()
+
+
+def test_a_proxy_that_stopped_early_is_extrapolated_from_where_it_stopped(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopping: dict[str, Any] = {"every": "2ba", "patience": 1, "min_delta": 9.0}  # nats, which no step wins
+    monkeypatch.setattr(
+        training_run, "_early_stopping", lambda folder, settings: [WorstDomainEarlyStopping(folder, **stopping)]
+    )
+    proxy = replace(TINY, steps=20, patience=1)
+    settings = SearchSettings(method="group_dro", proxy=proxy, rule={"eta": 1.0}, extrapolate_to=40)
+    mixture = find_mixture(shards, settings, tmp_path / "run", Console(stderr=True, width=200))
+    history = np.load(tmp_path / "run" / "round-1" / "proxy" / "trajectory.npz")["weights"]
+    assert len(history) == 4, "stopped at the second evaluation"
+    assert list(mixture.weights.values()) == pytest.approx(extrapolate(history, 40).tolist())
+    assert mixture.provenance["extrapolated_from"] == 4 and mixture.provenance["drift"] == drift(history) > 0
+    assert (
+        "weights of 4 steps extrapolated to 40; from the middle third to the last they still moved"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -288,6 +315,8 @@ def test_missing_validation_data_is_known_before_training(tmp_path: Path) -> Non
     [
         ({"every": "banana"}, "every='banana' is not a time"),
         ({"every": "20ba"}, "no update would happen in 6 steps"),
+        ({"every": "1Mtok"}, "no update would happen in 6 steps with one every 1000000tok"),
+        ({"every": f"{TINY.steps * TINY.global_batch_size + 1}sp"}, "no update would happen in 6 steps"),
         ({"method": "on_demand"}, "no update would happen in 6 steps"),
         ({"floor": 0.5}, "a floor of 0.5 for 3 domains is more than 1"),
         ({"ceiling": 0.3}, "a ceiling of 0.3 for 3 domains is less than 1"),

@@ -29,6 +29,7 @@ def test_a_finished_run_gives_its_result(tmp_path: Path) -> None:
 def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
     begin_run(tmp_path / "run", SETTINGS)
     (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "checkpoints" / "latest-rank0.pt").touch()
     with pytest.raises(InputError, match=r"mixture.web: 0.5 there, 0.4 asked.*Choose another --out"):
         begin_run(tmp_path / "run", {**SETTINGS, "mixture": {"code": 0.5, "web": 0.4}})
     with pytest.raises(InputError, match="made by `mixer train`, not by `mixer optimize`"):
@@ -41,6 +42,14 @@ def test_a_claim_under_which_nothing_was_done_gives_way(tmp_path: Path) -> None:
     begin_run(tmp_path / "run", {**SETTINGS, "model": "nanoo"})
     assert begin_run(tmp_path / "run", SETTINGS) is None
     assert json.loads((tmp_path / "run" / "run.json").read_text()) == SETTINGS
+
+
+def test_a_search_that_failed_at_its_first_run_gives_way(tmp_path: Path) -> None:
+    begin_run(tmp_path / "run", {**SETTINGS, "model": "nanoo"})
+    begin_run(tmp_path / "run" / "round-1" / "reference", {**SETTINGS, "model": "nanoo"})
+    for folder in (tmp_path / "run", tmp_path / "run" / "round-1" / "reference"):
+        assert begin_run(folder, SETTINGS) is None
+        assert json.loads((folder / "run.json").read_text()) == SETTINGS
 
 
 def test_what_a_killed_writer_leaves_blocks_nothing(tmp_path: Path) -> None:

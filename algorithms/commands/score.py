@@ -14,6 +14,7 @@ __all__ = ["score"]
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder; the same command continues it.")
 @click.option("--model", type=click.Path(), help="A Hugging Face model folder, or a Composer checkpoint.")
 @click.option("--bigram", is_flag=True, help="Count bigram tables by domain instead of running a model.")
+@click.option("--distances", is_flag=True, help="With --bigram: also write how far apart the domains are.")
 @click.option(
     "--per",
     type=click.Choice(["token", "sample"]),
@@ -25,24 +26,35 @@ __all__ = ["score"]
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Samples per forward pass.")
 @click.option("--half", is_flag=True, help="Run the model in bfloat16.")
 def score(
-    shards: Path, out: Path, model: str | None, bigram: bool, per: str, split: str, batch_size: int, half: bool
+    shards: Path,
+    out: Path,
+    model: str | None,
+    bigram: bool,
+    distances: bool,
+    per: str,
+    split: str,
+    batch_size: int,
+    half: bool,
 ) -> None:
     """Write the reference's losses of every sample to OUT, so that training needs no second model.
 
     Give OUT as --reference to `mixer optimize`. The losses are bound to these shards, their tokenizer and the model;
-    elsewhere they are refused. Ctrl-C keeps what is done; the same command continues.
+    elsewhere they are refused. Ctrl-C keeps what is done; the same command continues. With --distances,
+    OUT/distances.json is for `mixer optimize --method wasserstein --set distances=@OUT/distances.json`.
 
     \b
     Examples:
       mixer score shards --model run/round-1/reference/model --out scores
       mixer score shards --model reference --per sample --out scores
-      mixer score shards --bigram --out bigrams
+      mixer score shards --bigram --distances --out bigrams
     """
+    import json
+
     import torch
     from rich.console import Console
     from rich.progress import Progress
 
-    from algorithms.references import FrozenModel, count_bigrams
+    from algorithms.references import FrozenModel, bigram_distances, count_bigrams
     from algorithms.references import score as score_shards
     from algorithms.same_tokenizer import check_tokenizer
     from mixer.errors import InputError
@@ -50,6 +62,8 @@ def score(
 
     if (model is None) != bigram:
         raise InputError("give either --model PATH or --bigram.")
+    if distances and not bigram:
+        raise InputError("--distances are those of bigrams: give --bigram, too.")
     manifest = load_manifest(shards)
     if model is not None:
         check_tokenizer(model, shards, manifest)
@@ -74,4 +88,6 @@ def score(
                 batch_size=batch_size,
                 on_shard=advance,
             )
+    if distances:
+        (out / "distances.json").write_text(json.dumps(bigram_distances(out), indent=1) + "\n", encoding="utf-8")
     click.echo(f"{out}: {total:,} samples of {len(manifest.names)} domains. Use it as the reference: {out}")

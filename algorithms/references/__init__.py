@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from algorithms.references.base import Reference
-from algorithms.references.bigram import BigramLosses, count_bigrams
+from algorithms.references.bigram import BigramLosses, bigram_distances, count_bigrams
 from algorithms.references.cached import CachedLosses, LossesInBatch, score
 from algorithms.references.frozen import FrozenModel
 from algorithms.references.targets import BestSoFar, TargetLosses
@@ -31,6 +31,7 @@ __all__ = [
     "Reference",
     "TargetLosses",
     "as_reference",
+    "bigram_distances",
     "count_bigrams",
     "score",
 ]

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from algorithms import DomainReweighting, doremi, group_dro
+from algorithms.commands.score import score
 from algorithms.references import BestSoFar, BigramLosses, TargetLosses, as_reference, count_bigrams
 from algorithms.references.bigram import BigramTable
 from algorithms.rules import UPDATE_RULES
@@ -74,6 +76,33 @@ def test_bigram_tables_are_counted_per_domain_in_one_resumable_pass(shards: Path
     assert losses[1:].mean() < 1.5 < reference.token_losses(strange)[1:].mean()
     per_token = {**part, "domain_ids": part["domain_ids"][:, None].expand(12, 12)}
     assert torch.equal(reference.token_losses(per_token), losses)
+
+
+def test_bigram_distances_are_the_jensen_shannon_metric_that_wasserstein_takes(tmp_path: Path) -> None:
+    """b has one of a's two pairs half of the time and one of its own; c shares none."""
+    rows = {"a": [[0, 1, 2]], "b": [[0, 1, 3]], "c": [[4, 4, 4]], "d": [[1, 2, 9], [9, 0, 1]]}
+
+    def tokens_of(domain: str, sample: int, seq_len: int, dtype: str) -> Any:
+        return np.array(rows[domain][sample], dtype)
+
+    sizes = {name: len(ids) for name, ids in rows.items()}
+    shards = write_shards(tmp_path / "shards", sizes, seq_len=3, vocab_size=10, rows=tokens_of)
+    out = tmp_path / "bigrams"
+    CliRunner().invoke(score, [str(shards), "--bigram", "--distances", "--out", str(out)], catch_exceptions=False)
+    found = json.loads((out / "distances.json").read_text())
+    assert found["a"]["c"] == found["b"]["c"] == pytest.approx(math.sqrt(math.log(2)))
+    # p = (1/2, 1/2, 0), q = (1/2, 0, 1/2): half of both is in common.
+    assert found["a"]["b"] == pytest.approx(math.sqrt(0.5 * math.log(2)))
+    p, q = np.array([0.5, 0.5, 0, 0]), np.array([0.25, 0.25, 0.25, 0.25])
+    middle = (p + q) / 2
+    kl = [float(np.sum(x[x > 0] * np.log(x[x > 0] / middle[x > 0]))) for x in (p, q)]
+    assert found["a"]["d"] == pytest.approx(math.sqrt(sum(kl) / 2))
+    rule = UPDATE_RULES["wasserstein"](found, radius=0.1, smoothing=1.0)
+    weights = rule.update(rule.init("abcd"), Signals(np.ones(4), np.array([3.0, 1.0, 1.0, 1.0])))[1]
+    moved = 0.1 / found["a"]["d"]  # the radius takes part of d, the nearest to a, and nothing of the others
+    np.testing.assert_allclose(weights, [0.25 + moved, 0.25, 0.25, 0.25 - moved])
+    with pytest.raises(InputError, match="give --bigram, too"):
+        score.main([str(shards), "--model", "m", "--distances", "--out", str(out)], standalone_mode=False)
 
 
 def test_bigram_tables_train_dro_lm(shards: Path, tmp_path: Path) -> None:

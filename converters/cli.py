@@ -77,6 +77,10 @@ def _workers(asked: int | None) -> int:
 @click.option("--shard-size", default="64MiB", show_default=True, help="Before compression.")
 @click.option("--unit-size", help="Input bytes that a process takes at a time; default by corpus size.")
 @click.option("--seed", default=0, show_default=True, help="Of the sample that a tokenizer is trained on.")
+@click.option(
+    "--fingerprint", type=click.Choice(["ends", "full"]), default="ends", show_default=True,
+    help="Notice changed inputs by size, time and both ends, or by every byte.",
+)  # fmt: skip
 @click.option("--stage", help="Folder or URL for the tokenised documents, kept for packing again.")
 @click.option("--keep-stage", is_flag=True, help="Keep the tokenised documents inside --out.")
 @click.option("--extend", is_flag=True, help="Add what is new in the inputs to finished shards, in new shards.")

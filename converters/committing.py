@@ -59,7 +59,7 @@ def _packed(job: Job, staged: Staged, locks: Sequence[Lock], scratch: Path) -> M
     plans = _plan_splits(job, keep, scratch)
     _check_counts(job, staged, plans)
     warnings = [
-        *_about_trained(job, staged.tokenizer), *_require_documents(job, plans),
+        *job.plan.warnings, *_about_trained(job, staged.tokenizer), *_require_documents(job, plans),
         *require_samples(plans, job.pack_options),
     ]  # fmt: skip
     splits = [split for plan in plans for split in plan.splits if split.num_samples]

@@ -71,6 +71,7 @@ def convert(
     shard_size: str | int = "64MiB",
     unit_size: str | int | None = None,
     seed: int = 0,
+    fingerprint: str = "ends",
     stage: str | os.PathLike[str] | None = None,
     keep_stage: bool = False,
     fresh: bool = False,
@@ -126,6 +127,8 @@ def convert(
         hashes: names of the hashes in the index, sorted.
         shard_size, unit_size: bytes per shard before compression, and per unit of work.
         seed: of the sample for ``train_tokenizer``.
+        fingerprint: how changed inputs are noticed: by size, time and ``ends`` (the first and last MiB), or with
+            ``full`` by every byte, which reads them once more; times then do not matter.
         stage: folder or URL for the tokenised documents, kept for packing again; default: inside ``out``, removed at
             the end.
         keep_stage: keep it inside ``out``.
@@ -147,7 +150,7 @@ def convert(
     stage_options = StageOptions(
         format=format, include=tuple(include), exclude=tuple(exclude), domain=domain, text_field=text_field,
         on_bad_record=on_bad_record, max_bad=max_bad, seed=seed, train_tokenizer=train_tokenizer,
-        special_tokens=special_tokens, retokenize=retokenize,
+        special_tokens=special_tokens, retokenize=retokenize, fingerprint=fingerprint,
         tokens_from=None if tokens_from is None else describe(tokens_from, eos),
         domain_map={} if domain_map is None else load_mapping(domain_map),
         max_record_bytes=size_in_bytes(max_record, "max_record"),
@@ -207,7 +210,7 @@ def _naming_full_disk(out: Location) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise DataError(
             f"no space left while converting into {out} ({error}). Finished work is kept: free some space and run the"

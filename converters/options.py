@@ -23,6 +23,7 @@ __all__ = ["DEFAULT_EXCLUDE", "ON_BAD_RECORD", "PackOptions", "StageOptions", "s
 
 DEFAULT_EXCLUDE = (".*", "__pycache__")
 ON_BAD_RECORD = ("fail", "skip", "quarantine")
+FINGERPRINTS = ("ends", "full")
 PACKINGS = ("concat", "best_fit", "none")
 TAILS = ("drop", "pad")
 
@@ -66,12 +67,14 @@ class StageOptions:
     special_tokens: str = "text"
     tokens_from: TokenizerInfo | None = None
     retokenize: bool = False
+    fingerprint: str = "ends"
 
     def __post_init__(self) -> None:
         domain_rule(self.domain)
         text_rule(self.text_field)
         _one_of("format", self.format, ("auto", *FORMATS))
         _one_of("special_tokens", self.special_tokens, SPECIAL_TOKENS)
+        _one_of("fingerprint", self.fingerprint, FINGERPRINTS)
         _one_of("on_bad_record", self.on_bad_record, ON_BAD_RECORD)
         if not 0 <= self.max_bad <= 1:
             raise InputError(f"max_bad is a share of the documents, 0 to 1; got {self.max_bad}.")

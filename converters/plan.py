@@ -8,6 +8,7 @@ The plan is kept beside the stage files; a later run with other inputs or option
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import json
 import os
@@ -46,11 +47,13 @@ class Unit(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All units of a conversion; ``facts`` is what must not change between runs, ``inputs`` one row per file."""
+    """All units of a conversion; ``facts`` is what must not change between runs, ``inputs`` one row per file,
+    ``warnings`` what may be a mistake."""
 
     units: list[Unit]
     inputs: list[dict[str, Any]]
     facts: dict[str, Any]
+    warnings: Sequence[str] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -84,16 +87,19 @@ def make_plan(
             f"nothing to convert in {[os.fspath(item) for item in inputs]}: no file left after include"
             f" {list(options.include)} and exclude {list(options.exclude)}."
         )
+    fingerprint = functools.partial(_fingerprint, reads_all=options.fingerprint == "full")
     with ThreadPoolExecutor(16) as threads:  # each waits for a disk or a server most of the time
-        rows = _told_apart(list(threads.map(_fingerprint, files)))
+        rows = _told_apart(list(threads.map(fingerprint, files)))
+    warnings: list[str] = []
     if known:
         new = [number for number, row in enumerate(rows) if not _is_known(row, known)]
         files, rows = [files[number] for number in new], [rows[number] for number in new]
+        warnings = _copies_of_known(rows, known)
     unit_bytes = options.unit_bytes or _default_unit(sum(piece.size_bytes for piece in files))
     pieces = (part for piece in files for part in _cut(piece, unit_bytes))
     units = [Unit(number, tuple(group)) for number, group in enumerate(_grouped(pieces, unit_bytes))]
     facts = {**options.facts(), "unit_bytes": unit_bytes, "tokenizer": dict(tokenizer)}
-    return Plan(units, rows, facts)
+    return Plan(units, rows, facts, warnings)
 
 
 def _default_unit(total_bytes: int) -> int:
@@ -270,13 +276,19 @@ def _array_of(start: bytes, names: frozenset[str]) -> bool:
     return isinstance(first, dict) and bool(names & first.keys())
 
 
-def _fingerprint(piece: Piece) -> dict[str, Any]:
-    """Return name, size, version and a hash of the first and last MiB (the first, where a server gives no other)."""
+def _fingerprint(piece: Piece, reads_all: bool = False) -> dict[str, Any]:
+    """Return name, size, version and a hash of the first and last MiB (the first, where a server gives no other).
+
+    With ``reads_all`` the hash is of every byte, and a version is not needed.
+    """
     digest = xxhash.xxh3_128()
     try:
         with open_raw(piece.path, _HEAD_BYTES) as file:
             digest.update(file.read(_HEAD_BYTES))
-            if piece.size_bytes > _HEAD_BYTES and can_seek(piece.path):
+            if reads_all:
+                while more := file.read(_HEAD_BYTES):
+                    digest.update(more)
+            elif piece.size_bytes > _HEAD_BYTES and can_seek(piece.path):
                 file.seek(max(piece.size_bytes - _HEAD_BYTES, _HEAD_BYTES))
                 digest.update(file.read(_HEAD_BYTES))
     except OSError as error:
@@ -284,7 +296,8 @@ def _fingerprint(piece: Piece) -> dict[str, Any]:
             f"cannot read {piece.path}: {error.strerror or error}. Make it readable, or leave it out with --exclude."
         ) from error
     name = f"{piece.root}/{piece.name}".lstrip("=")
-    return {"name": name, "bytes": piece.size_bytes, "version": piece.version, "hash": digest.hexdigest()}
+    version = "" if reads_all else piece.version
+    return {"name": name, "bytes": piece.size_bytes, "version": version, "hash": digest.hexdigest()}
 
 
 def _told_apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -299,12 +312,31 @@ def _told_apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _is_known(row: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> bool:
     before = known.get(row["name"])
-    if before is not None and before["hash"] != row["hash"]:
+    if before is not None and (before["bytes"], before["hash"]) != (row["bytes"], row["hash"]):
         raise InputError(
             f"{row['name']} was converted before and has changed since ({before['bytes']:,} -> {row['bytes']:,} bytes)."
             " An extension only adds: give the new text as another file, or start over with --fresh."
         )
     return before is not None
+
+
+def _copies_of_known(rows: Sequence[Mapping[str, Any]], known: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a warning if some new files have the content of known ones. Raises: InputError: if all of them have."""
+    names = {(row["bytes"], row["hash"]): name for name, row in known.items() if row["bytes"]}
+    copies = [row for row in rows if (row["bytes"], row["hash"]) in names]
+    if not copies:
+        return []
+    first = copies[0]
+    what = (
+        f"{len(copies):,} of {len(rows):,} new files have the content of files that were converted before; the first is"
+        f" {first['name']}, as {names[first['bytes'], first['hash']]}"
+    )
+    if len(copies) == sum(row["bytes"] > 0 for row in rows):
+        raise InputError(
+            f"{what}. There is nothing new in them: give inputs by the folders of before, the last of which is a part"
+            " of their names."
+        )
+    return [f"{what}. Their text is in the shards more than once."]
 
 
 def inputs_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -379,12 +411,23 @@ def _input_difference(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[st
     lines = [f"inputs: {name} is gone" for name in before if name not in after]
     lines += [f"inputs: {name} is new" for name in after if name not in before]
     for name in before:
-        changed = [key for key in before[name] if name in after and before[name][key] != after[name][key]]
-        if changed:
-            lines.append(f"inputs: {name} has another {' and '.join(changed)}")
+        if name in after and (what := _changes(before[name], after[name])):
+            lines.append(f"inputs: {name} has {what}")
     if not lines and old != new:
         lines.append("inputs: the same files in another order")
     return lines
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Return what is another about a file, or nothing."""
+    what = []
+    if before["bytes"] != after["bytes"]:
+        what.append(f"{after['bytes']:,} bytes instead of {before['bytes']:,}")
+    if before["hash"] != after["hash"]:
+        what.append("other content")
+    if not what and before.get("version") != after.get("version"):
+        what.append("the same size and ends, but was written anew")
+    return " and ".join(what)
 
 
 def _short(value: Any) -> str:

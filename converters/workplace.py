@@ -170,7 +170,10 @@ def _refuse_difference(
     lines = difference(before, orjson.loads(orjson.dumps(now)))
     if lines:
         more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
-        only_new = all(line.startswith("inputs: ") and line.endswith(" is new") for line in lines)
+        only_new = all(
+            line.startswith("extensions: ") or (line.startswith("inputs: ") and line.endswith(" is new"))
+            for line in lines
+        )
         extend = " add what is new with --extend," if only_new and is_finished else ""
         raise InputError(
             f"{folder} holds a conversion with other inputs or options: {'; '.join(lines[:8])}{more}. Repeat those,"

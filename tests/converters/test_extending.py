@@ -128,6 +128,28 @@ def test_changed_input_or_option_is_refused(corpus, tmp_path):
         convert([corpus], tmp_path / "nowhere", extend=True, **OPTIONS)
 
 
+def test_text_put_into_the_middle_of_a_large_file_is_a_change(tmp_path):
+    large = {"seq_len": 4096, "shard_size": "64MiB"}
+    lines = [f'{{"text": "{number} {"x" * 1000}"}}\n' for number in range(3000)]
+    file = tmp_path / "corpus" / "web" / "a.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text("".join(lines))
+    convert([tmp_path / "corpus"], tmp_path / "shards", **{**OPTIONS, **large})
+    file.write_text("".join([*lines[:1500], lines[1500] * 2, *lines[1501:]]))  # equal first and last MiB
+    with pytest.raises(InputError, match=r"a.jsonl was converted before and has changed since \(3,[\d,]+ -> 3,"):
+        extend(tmp_path / "corpus", **large)
+
+
+def test_files_that_were_converted_under_another_name_are_no_extension(corpus, tmp_path):
+    with pytest.raises(InputError, match=r"2 of 2 new files have .* web/a.jsonl, as corpus/web/a.jsonl\. There"):
+        convert([corpus / "web"], tmp_path / "shards", extend=True, **OPTIONS)
+    write_jsonl(corpus / "web" / "new.jsonl", documents("more web", 200))
+    (corpus / "web" / "empty.jsonl").touch()
+    manifest = convert([corpus / "web"], tmp_path / "shards", extend=True, **OPTIONS)
+    (warning,) = manifest.converter["extensions"][0]["warnings"]
+    assert warning.startswith("2 of 4 new files have the content of files that were converted before")
+
+
 def test_extension_uses_the_tokenizer_that_was_trained_before(tmp_path):
     write_corpus(tmp_path / "corpus")
     options: dict = {**OPTIONS, "tokenizer": None, "train_tokenizer": 300}

@@ -19,7 +19,7 @@ import pytest
 
 from converters import committing, convert, tokenizing
 from mixer.errors import InputError
-from tests.converters.corpora import tree_hash, write_corpus
+from tests.converters.corpora import tree_hash, write_corpus, write_jsonl
 
 OPTIONS = {"tokenizer": None, "train_tokenizer": 300, "seq_len": 32, "unit_size": 1500, "shard_size": 4000}
 
@@ -258,6 +258,39 @@ def test_unfinished_conversion_refuses_other_options_and_inputs(tmp_path):
             convert([tmp_path / "corpus"], tmp_path / "shards", **{**OPTIONS, **change})
     (tmp_path / "corpus" / "web" / "b.jsonl").unlink()
     with pytest.raises(InputError, match=r"inputs: corpus/web/b.jsonl is gone"):
+        convert([tmp_path / "corpus"], tmp_path / "shards", **OPTIONS)
+
+
+def test_full_fingerprint_notices_every_byte_and_no_time(tmp_path):
+    file = tmp_path / "corpus" / "web" / "a.jsonl"
+    write_jsonl(file, [f"{number} {'x' * 1000}" for number in range(3000)])
+    options = {"tokenizer": "bytes", "seq_len": 512, "fingerprint": "full"}
+
+    def stop(event):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert([tmp_path / "corpus"], tmp_path / "shards", progress=stop, **options)
+    os.utime(file, (1, 1))
+    convert([tmp_path / "corpus"], tmp_path / "shards", **options)
+    with open(file, "r+b") as changed:
+        changed.seek(1_500_000)
+        changed.write(b"y")
+    with pytest.raises(InputError, match=r"inputs: corpus/web/a.jsonl has other content\. Repeat"):
+        convert([tmp_path / "corpus"], tmp_path / "shards", **options)
+
+
+def test_file_that_was_written_anew_is_refused_while_it_is_being_converted(tmp_path):
+    write_corpus(tmp_path / "corpus")
+
+    def stop(event):
+        if event.phase == "tokenize" and event.done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert([tmp_path / "corpus"], tmp_path / "shards", progress=stop, **OPTIONS)
+    os.utime(tmp_path / "corpus" / "web" / "a.jsonl", (1, 1))
+    with pytest.raises(InputError, match=r"a.jsonl has the same size and ends, but was written anew\. Repeat"):
         convert([tmp_path / "corpus"], tmp_path / "shards", **OPTIONS)
 
 

@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from converters.special_tokens import read_varint
 from mixer.errors import InputError
 
 __all__ = ["Cuts", "SideBySide", "cut_between_words", "find_cuts", "sentencepiece_cuts"]
@@ -256,21 +257,13 @@ def _fields(message: bytes) -> dict[int, list[Any]]:
     found: dict[int, list[Any]] = {}
     at = 0
     while at < len(message):
-        head, at = _varint(message, at)
+        head, at = read_varint(message, at)
         value: int | bytes
         if head & 7 == 0:
-            value, at = _varint(message, at)
+            value, at = read_varint(message, at)
         else:
-            length, at = _varint(message, at) if head & 7 == 2 else ({1: 8, 5: 4}[head & 7], at)
+            length, at = read_varint(message, at) if head & 7 == 2 else ({1: 8, 5: 4}[head & 7], at)
             value = message[at : at + length]
             at += length
         found.setdefault(head >> 3, []).append(value)
     return found
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while message[at] & 128:
-        value |= (message[at] & 127) << shift
-        at, shift = at + 1, shift + 7
-    return value | message[at] << shift, at + 1

@@ -255,7 +255,8 @@ class _UnitWriter:
     def __init__(self, folder: Path, task: StageTask) -> None:
         self._task = task
         file = task.tokenizer_file and local_file(task.tokenizer_file)
-        self._encoder = load_encoder(task.tokenizer.kind, file, task.backend, task.options.special_tokens)
+        made_by = task.tokenizer
+        self._encoder = load_encoder(made_by.kind, file, task.backend, task.options.special_tokens, made_by.eos_id)
         self._dtype = id_dtype(task.tokenizer.vocab_size)
         self._waiting: dict[str, list[Document]] = {}
         self._characters: Counter[str] = Counter()

@@ -29,6 +29,7 @@ import orjson
 from numpy.typing import NDArray
 
 from converters.cutting import Cuts, find_cuts, sentencepiece_cuts
+from converters.special_tokens import without_special_tokens, without_symbol
 from mixer.errors import InputError
 from mixer.manifest import TokenizerInfo
 
@@ -136,10 +137,13 @@ def _joined_once(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
 class HuggingFaceEncoder:
     """A ``tokenizer.json``."""
 
-    def __init__(self, file: str, special_tokens: str = "text") -> None:
+    def __init__(self, file: str, special_tokens: str = "text", eos_id: int | None = None) -> None:
         # One thread per worker process: the processes are the parallelism.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        self._tokenizer = load_tokenizer_json(file)
+        changed = _without_special_tokens(file, eos_id) if special_tokens == "text" else None
+        self._is_changed = changed is not None
+        self._tokenizer = load_tokenizer_json(file, changed)
+        del changed
         return_memory()  # twice what the tables take
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -158,7 +162,19 @@ class HuggingFaceEncoder:
         return _joined([each.ids for each in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return self._decoder.decode(list(ids), skip_special_tokens=False)
+
+    @functools.cached_property
+    def _decoder(self) -> Any:
+        return load_tokenizer_json(self._file) if self._is_changed else self._tokenizer
+
+
+def _without_special_tokens(file: str, eos_id: int | None) -> bytes | None:
+    try:
+        changed = without_special_tokens(orjson.loads(Path(file).read_bytes()), eos_id)
+    except (ValueError, KeyError, TypeError):  # the library will say what is wrong with it
+        return None
+    return None if changed is None else orjson.dumps(changed)
 
 
 def require_gigatoken() -> Any:
@@ -176,8 +192,8 @@ class GigatokenEncoder:
     It remembers every word it has seen, without end; it is loaded anew when that has taken some tens of megabytes.
     """
 
-    def __init__(self, file: str, special_tokens: str = "text") -> None:
-        self._file, self._special_tokens = file, special_tokens
+    def __init__(self, file: str, special_tokens: str = "text", eos_id: int | None = None) -> None:
+        self._file, self._special_tokens, self._eos_id = file, special_tokens, eos_id
         self._new = require_gigatoken().Tokenizer.from_json
         self._load()
 
@@ -187,6 +203,7 @@ class GigatokenEncoder:
         facts = orjson.loads(Path(self._file).read_bytes())
         self.cuts = find_cuts(facts, self._special_tokens == "text")
         if self._special_tokens == "text":  # gigatoken has no switch for it, so it is not told of special tokens
+            facts = without_special_tokens(facts, self._eos_id) or facts
             facts["added_tokens"] = [token for token in facts.get("added_tokens", []) if not token.get("special")]
         self._fast = self._new(orjson.dumps(facts))
         self._fast.encode_batch([""], parallel=False)  # makes its tables
@@ -197,7 +214,7 @@ class GigatokenEncoder:
     @property
     def exact(self) -> HuggingFaceEncoder:
         """The encoder that this one must agree with; workers have no need of it."""
-        return HuggingFaceEncoder(self._file, self._special_tokens)
+        return HuggingFaceEncoder(self._file, self._special_tokens, self._eos_id)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._decoder.decode(ids)
@@ -263,15 +280,20 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class SentencePieceEncoder:
-    """A SentencePiece model. ``special_tokens`` is about its control symbols; user-defined ones are always parsed."""
+    """A SentencePiece model. ``special_tokens`` is about its control symbols and the end of text; other symbols that
+    users defined are always parsed."""
 
-    def __init__(self, file: str, special_tokens: str = "text") -> None:
+    def __init__(self, file: str, special_tokens: str = "text", eos_id: int | None = None) -> None:
         try:
             import sentencepiece
         except ImportError as error:
             raise InputError(f"{file} needs the package sentencepiece: pip install sentencepiece.") from error
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_file=file)
+            self._eos_id = self.processor.eos_id() if eos_id is None else eos_id
+            if special_tokens == "text" and eos_id is not None and not self.processor.is_control(eos_id):
+                changed = without_symbol(self.processor.serialized_model_proto(), eos_id)
+                self.processor = sentencepiece.SentencePieceProcessor(model_proto=changed)
         except (OSError, RuntimeError) as error:
             raise InputError(f"{file} is not a SentencePiece model: {error}.") from error
         size = self.processor.get_piece_size() if special_tokens == "parse" else 0
@@ -298,7 +320,7 @@ class SentencePieceEncoder:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        eos = self.processor.eos_id()
+        eos = self._eos_id
         parts: list[list[int]] = [[]]
         for token in ids:
             if token == eos:
@@ -324,7 +346,7 @@ _END_OF_BYTES = "<|endoftext|>"
 class BytesEncoder:
     """The bytes of UTF-8."""
 
-    def __init__(self, file: str | None = None, special_tokens: str = "text") -> None:
+    def __init__(self, file: str | None = None, special_tokens: str = "text", eos_id: int | None = None) -> None:
         self._parse = special_tokens == "parse"
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -347,12 +369,12 @@ BACKENDS = ("hf", "gigatoken")
 BYTES = TokenizerInfo("bytes", "sha256:" + hashlib.sha256(b"utf-8 bytes, end of text 256").hexdigest(), 257, 256)
 
 
-def load_tokenizer_json(file: str | os.PathLike[str]) -> Any:
-    """Read a ``tokenizer.json``, or say why it cannot be used."""
+def load_tokenizer_json(file: str | os.PathLike[str], changed: bytes | None = None) -> Any:
+    """Read a ``tokenizer.json``, or its changed content, or say why it cannot be used."""
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(os.fspath(file))
+        return Tokenizer.from_file(os.fspath(file)) if changed is None else Tokenizer.from_buffer(changed)
     except Exception as error:  # the library raises bare Exception
         raise InputError(f"the installed tokenizers library cannot read {file}: {error}.") from error
 
@@ -437,10 +459,17 @@ def _configured_eos(file: Path) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else ()
 
 
-def load_encoder(kind: str, file: str | None, backend: str = "hf", special_tokens: str = "text") -> Encoder:
-    """Return the encoder, made once per process as long as its file stays the same."""
+def load_encoder(
+    kind: str, file: str | None, backend: str = "hf", special_tokens: str = "text", eos_id: int | None = None
+) -> Encoder:
+    """Return the encoder, made once per process as long as its file stays the same.
+
+    Args:
+        eos_id: the end of text, which is no text either where the tokenizer does not call it special.
+    """
     return_large_blocks()
-    return _loaded(kind, file, backend, special_tokens, "" if file is None else str(os.stat(file).st_mtime_ns))
+    version = "" if file is None else str(os.stat(file).st_mtime_ns)
+    return _loaded(kind, file, backend, special_tokens, eos_id, version)
 
 
 def forget_encoders() -> None:
@@ -452,9 +481,11 @@ def forget_encoders() -> None:
 
 
 @functools.lru_cache(maxsize=2)
-def _loaded(kind: str, file: str | None, backend: str, special_tokens: str, version: str) -> Encoder:
+def _loaded(
+    kind: str, file: str | None, backend: str, special_tokens: str, eos_id: int | None, version: str
+) -> Encoder:
     if backend == "gigatoken":
         if kind != "hf":
             raise InputError(f"the backend gigatoken reads a tokenizer.json; this tokenizer is of kind {kind!r}.")
-        return GigatokenEncoder(str(file), special_tokens)
-    return KINDS[kind](file, special_tokens)
+        return GigatokenEncoder(str(file), special_tokens, eos_id)
+    return KINDS[kind](file, special_tokens, eos_id)

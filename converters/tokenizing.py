@@ -85,7 +85,8 @@ def _check_encoder(job: Job, tokenizer: TokenizerInfo, file: str | None) -> None
         require_gigatoken()
         texts = _some_documents(job)  # before the tables of the encoders take memory, too
         return_memory()
-    encoder = load_encoder(tokenizer.kind, file and local_file(file), job.backend, job.stage_options.special_tokens)
+    file, special_tokens = file and local_file(file), job.stage_options.special_tokens
+    encoder = load_encoder(tokenizer.kind, file, job.backend, special_tokens, tokenizer.eos_id)
     if isinstance(encoder, GigatokenEncoder):
         encoder.check(texts)
         return_memory()

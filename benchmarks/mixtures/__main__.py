@@ -89,10 +89,14 @@ def _compare(corpus: str, runs: Runs, seeds: int, names: Sequence[str]) -> dict[
         try:
             found[name].append(outcome(name, runs, seed))
         except Missing:
-            console.print(f"{corpus}, seed {seed}: {name} is not finished", highlight=False, markup=False)
+            console.print(
+                f"{corpus}, seed {seed}: {name} is not finished", highlight=False, markup=False, soft_wrap=True
+            )
             continue
         average = np.mean(found[name][-1].result.test)
-        console.print(f"{corpus}, seed {seed}: {name}: average {average:.3f}", highlight=False, markup=False)
+        console.print(
+            f"{corpus}, seed {seed}: {name}: average {average:.3f}", highlight=False, markup=False, soft_wrap=True
+        )
     plain = [one.seconds for one in found["uniform"]]
     rows = {
         name: {

@@ -1,11 +1,13 @@
 """Per-domain losses of one optimiser step, and a loss that weighs domains: the same for every training loop.
 
     losses = DomainLosses(loader, reference=reference)
-    state = rule.init(loader.domains)
+    state = rule.init(loader)
     for batch in loader:
         losses(model(input_ids=batch["input_ids"]).logits, batch, rule.weights(state)).backward()
         optimizer.step(), optimizer.zero_grad()
         state, weights = rule.update(state, losses.signals())
+
+Under a rule that samples the loss takes no weights, ``losses(logits, batch)``, and ``loader.set_weights`` takes them.
 
 Tokens per domain are counted over the whole batch of all ranks before the first forward, so every micro-batch of every
 rank contributes its exact part of the weighted loss: the gradient does not depend on how the batch is split. A mean per

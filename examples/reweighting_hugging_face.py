@@ -36,7 +36,7 @@ class ReweightingTrainer(Trainer):
         self.loader, self.rule = loader, rule
         source = None if reference is None else as_reference(reference).to(self.args.device)
         self.losses = DomainLosses(loader, reference=source, normalization=rule.normalization)
-        self.rule_state = rule.init(loader.domains)
+        self.rule_state = rule.init(loader)
         warn_of_absences(rule, loader, loader.global_batch_size * self.args.gradient_accumulation_steps)
         self.add_callback(_UpdateWeights(self))
 

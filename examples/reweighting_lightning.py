@@ -44,7 +44,7 @@ class Reweighting(pl.Callback):
         self.loader, self.rule = loader, rule
         source = None if reference is None else as_reference(reference)
         self.losses = DomainLosses(loader, reference=source, normalization=rule.normalization)
-        self.rule_state = rule.init(loader.domains)
+        self.rule_state = rule.init(loader)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.accumulate_grad_batches != 1:

@@ -7,6 +7,7 @@ torchrun --nproc-per-node 2 examples/reweighting_plain_loop.py shards --referenc
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,18 @@ def train(
     reference: Any,
     *,
     method: str = "doremi",
+    settings: Mapping[str, Any] | None = None,
     steps: int = 100,
     micro_batch_size: int = 4,
     lr: float = 1e-3,
     checkpoint: Path | None = None,
 ) -> dict[str, float]:
     """Train ``model`` and return the weights found; go on from ``checkpoint`` where there is one."""
-    rule = UPDATE_RULES[method]()
+    rule = UPDATE_RULES[method](**(settings or {}))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    losses = DomainLosses(loader, reference=as_reference(reference), normalization=rule.normalization)
-    state = rule.init(loader.domains)
+    source = None if reference is None else as_reference(reference)
+    losses = DomainLosses(loader, reference=source, normalization=rule.normalization)
+    state = rule.init(loader)
     warn_of_absences(rule, loader)
     if checkpoint is not None and checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
@@ -47,9 +50,10 @@ def train(
         state = state_from_dict(state, saved["rule"])
     network = DistributedDataParallel(model) if torch.distributed.is_initialized() else model
     for batch in itertools.islice(loader, max(steps - loader.step, 0)):
+        weights = rule.weights(state) if rule.applies == "loss" else None
         losses.start(batch)  # tokens per domain over all ranks: what makes micro-batches exact
         for part in split(batch, micro_batch_size):
-            losses(network(input_ids=part["input_ids"]).logits, part, rule.weights(state)).backward()
+            losses(network(input_ids=part["input_ids"]).logits, part, weights).backward()
         optimizer.step()
         optimizer.zero_grad()
         state, weights = rule.update(state, losses.signals())

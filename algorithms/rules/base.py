@@ -39,11 +39,22 @@ class Domains(NamedTuple):
 
 
 def as_domains(
-    domains: Domains | Sequence[str], num_tokens: Sequence[float] | None = None, prior: Sequence[float] | None = None
+    domains: Domains | Sequence[str] | Any,
+    num_tokens: Sequence[float] | None = None,
+    prior: Sequence[float] | None = None,
 ) -> Domains:
-    """Return ``Domains`` from names alone: sizes default to 1 each, the prior to uniform."""
+    """Return ``Domains`` from names alone: sizes default to 1 each, the prior to uniform; or from a loader.
+
+    Args:
+        domains: names, or a loader with ``domains``, such as ``MixtureLoader``: then sizes are its shards', and the
+            prior is what it draws by.
+    """
     if isinstance(domains, Domains):
         return domains
+    if hasattr(domains, "domains"):
+        from algorithms.loader_facts import domains_of  # which makes Domains, too
+
+        return domains_of(None, domains)
     names = tuple(domains)
     if not names or len(set(names)) != len(names):
         raise InputError(f"an update rule needs at least one domain and no name twice; got {list(names)}.")
@@ -61,7 +72,7 @@ class UpdateRule(NamedTuple):
     Attributes:
         name: row in ``UPDATE_RULES``.
         settings: keyword arguments it was made with, JSON-like, for provenance and checkpoints.
-        init: ``Domains -> state``.
+        init: ``Domains -> state``; also from names alone, or from a loader, see ``as_domains``.
         update: ``(state, Signals) -> (state, weights (D,))``; the returned weights are those to use from now on.
         weights: ``state -> (D,)``, the weights in force (the first ones right after ``init``).
         result: ``state -> (D,)``, the weights to freeze into a mixture (an average where the method says so).
@@ -76,7 +87,7 @@ class UpdateRule(NamedTuple):
 
     name: str
     settings: Mapping[str, Any]
-    init: Callable[[Domains | Sequence[str]], Any]
+    init: Callable[[Any], Any]
     update: Callable[[Any, Signals], tuple[Any, Vector]]
     weights: Callable[[Any], Vector]
     result: Callable[[Any], Vector]

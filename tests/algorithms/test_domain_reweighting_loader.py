@@ -12,14 +12,14 @@ from composer import Evaluator, Trainer
 from composer.metrics import LanguageCrossEntropy
 from composer.models import HuggingFaceModel
 
-from algorithms import DomainReweighting, doremi, group_dro
+from algorithms import DomainLosses, DomainReweighting, HeldOutWindows, doremi, group_dro, token_losses
 from algorithms.loader_facts import domains_of
 from algorithms.rules import UPDATE_RULES
 from mixer import Manifest, Mixture
 from mixer.dataloader import MixtureLoader
 from mixer.errors import InputError
 from tests.algorithms.tiny import VOCAB, gpt2, llama, wrap
-from tests.algorithms.training_helpers import Metrics, fit, make_trainer, parameters
+from tests.algorithms.training_helpers import Metrics, fit, flat, make_trainer, parameters
 from tests.helpers import write_shards
 
 
@@ -162,6 +162,29 @@ def test_rules_may_read_heldout_losses_from_the_validation_split(shards: Path) -
     fit(algorithm, loader=make_loader(shards), steps=4)
     history = algorithm.trajectory
     assert history.steps.tolist() == [1, 3] and np.isfinite(history.heldout_loss).all()
+
+
+def test_a_plain_loop_on_heldout_losses_finds_the_weights_that_composer_finds(shards: Path) -> None:
+    rule = UPDATE_RULES["on_demand"]()
+    algorithm = DomainReweighting(rule, heldout=shards, every=1)
+    trainer = fit(algorithm, loader=make_loader(shards), steps=3, micro=12)
+    loader, model, windows = make_loader(shards), llama(), HeldOutWindows(shards)
+    losses, optimizer = DomainLosses(loader), torch.optim.SGD(model.parameters(), lr=0.1)
+    state = rule.init(loader)
+
+    def token_loss(part: dict[str, torch.Tensor]) -> torch.Tensor:
+        return token_losses(model(input_ids=part["input_ids"]).logits, part["labels"])
+
+    for _, part in zip(range(3), loader):
+        losses(model(input_ids=part["input_ids"]).logits, part).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        held, tokens = windows.evaluate(token_loss, rank=0, world_size=1)
+        signals = losses.signals()._replace(heldout_loss=held, heldout_tokens=tokens)
+        state, weights = rule.update(state, signals)
+        loader.set_weights(weights)
+    np.testing.assert_allclose(weights, algorithm.weights, rtol=1e-9)
+    assert torch.allclose(flat(model.parameters()), parameters(trainer), atol=1e-7)
 
 
 # What rows need beside their defaults.

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from algorithms import DomainReweighting, doremi, group_dro
+from algorithms.rules.best_response import divergence_ball
 from mixer.dataloader import MixtureLoader
 from tests.algorithms.test_domain_reweighting_loader import row
 from tests.algorithms.tiny import VOCAB, llama
-from tests.algorithms.training_helpers import fit
+from tests.algorithms.training_helpers import fit, flat, parameters
 from tests.helpers import write_shards
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -53,6 +54,18 @@ def test_the_plain_loop_finds_them_and_continues(shards: Path, expected: np.ndar
     whole = example.train(llama(), make_loader(shards), llama(seed=1), steps=52, lr=0.1, checkpoint=kept)
     again = example.train(llama(seed=5), make_loader(shards), llama(seed=1), steps=52, lr=0.1, checkpoint=kept)
     assert again == whole
+
+
+def test_the_plain_loop_knows_sizes_and_leaves_the_loss_to_rules_that_weigh_it(shards: Path) -> None:
+    example = load("reweighting_plain_loop")
+    found = example.train(llama(), make_loader(shards), None, method="erm", steps=1)
+    assert found == pytest.approx({"books": 7 / 147, "code": 50 / 147, "web": 90 / 147})
+    composer, loop, model = make_loader(shards), make_loader(shards), llama()
+    trainer = fit(DomainReweighting(divergence_ball(radius=0.5)), loader=composer, steps=4, micro=4)
+    example.train(model, loop, None, method="divergence_ball", settings={"radius": 0.5}, steps=4, lr=0.1)
+    assert list(loop.weights.values()) == pytest.approx(list(composer.weights.values()), rel=1e-6)
+    assert np.ptp(list(loop.weights.values())) > 0.1, "weights that would show in the loss"
+    assert torch.allclose(flat(model.parameters()), parameters(trainer), atol=1e-6)
 
 
 def test_the_plain_loop_runs_as_a_program(shards: Path, tmp_path: Path) -> None:

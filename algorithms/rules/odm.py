@@ -74,7 +74,7 @@ def odm(smoothing: float = 0.9, variant: str = "paper") -> UpdateRule:
         count = state.num_updates + 1
         exploration = min(1.0 / size, np.sqrt(np.log(size) / (size * count)))
         if variant == "official":
-            gain = np.exp(loss)
+            gain = np.exp(np.minimum(loss, 700.0))  # beyond that a float64 ends
         else:
             drawn_by = state.weights if signals.behaviour is None else normalized(field(signals, "behaviour", size))
             gain = means(loss, drawn_by)

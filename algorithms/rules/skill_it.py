@@ -99,5 +99,8 @@ def _edges(graph: Mapping[str, Mapping[str, float]], names: tuple[str, ...]) -> 
     unknown = sorted((set(graph) | {inner for row in graph.values() for inner in row}) - set(names))
     if unknown:
         raise InputError(f"the graph names unknown domains {unknown}; the domains are {list(names)}.")
-    rows = [[number(graph.get(a, {}).get(b, float(a == b)), f"graph[{a!r}][{b!r}]") for b in names] for a in names]
-    return np.array(rows)
+    edges, place = np.eye(len(names)), {name: index for index, name in enumerate(names)}
+    for a, row in graph.items():
+        for b, weight in row.items():
+            edges[place[a], place[b]] = number(weight, f"graph[{a!r}][{b!r}]")
+    return edges

@@ -118,6 +118,54 @@ def test_the_papers_summary_follows_from_its_per_domain_table():
     assert np.all(table[:, 1:] < table[:, :1])  # better on 22 of 22 domains with every proxy
 
 
+# Table 5: exact match of the 8B models, in per cent: baseline, and DoReMi with 1B, 280M, 150M and 70M proxies.
+TABLE_5 = {
+    "LAMBADA": (20.10, 22.55, 29.19, 20.59, 26.20),
+    "NaturalQuestions": (4.35, 6.01, 7.73, 6.26, 5.10),
+    "SQuADv2": (44.43, 42.22, 51.89, 46.53, 40.99),
+    "TriviaQA": (24.55, 32.25, 34.86, 30.01, 26.30),
+    "WebQuestions": (6.74, 8.71, 9.15, 9.15, 6.99),
+}
+
+
+def test_every_proxy_helps_downstream_on_average_and_the_middle_one_most():
+    average = np.mean(list(TABLE_5.values()), axis=0)
+    np.testing.assert_allclose(average, [20.03, 22.35, 26.56, 22.51, 21.11], atol=0.011)
+    assert np.all(average[1:] > average[0]) and np.argmax(average) == 2
+
+
+# Tables 6 and 7: worst and average log-perplexity, and how many of 22 domains beat the baseline.
+TABLE_6 = {
+    "280M": ((2.39, 2.32), (2.19, 2.13, 22), (2.33, 2.27, 19)),
+    "510M": ((2.14, 2.08), (2.14, 2.06, 15), (2.23, 2.18, 0)),
+    "760M": ((2.05, 1.97), (2.00, 1.94, 17), (2.15, 2.10, 0)),
+    "1B": ((1.94, 1.87), (1.92, 1.83, 19), (2.11, 2.02, 0)),
+}
+TABLE_7 = {"hardest": (2.66, 2.62), "easiest": (4.27, 4.18)}
+
+
+def test_the_proxy_is_worse_than_a_model_on_its_weights_and_the_gap_grows_with_size():
+    gaps = [proxy[1] - main[1] for _, main, proxy in TABLE_6.values()]
+    assert min(gaps) > 0 and np.argsort(gaps)[-1] == 3 and gaps[0] < gaps[-1]
+    assert all(main[1] < base[1] and main[0] <= base[0] for base, main, _ in TABLE_6.values())
+    assert [proxy[1] < base[1] for base, _, proxy in TABLE_6.values()] == [True, False, False, False]
+
+
+def test_the_ablations_are_worse_than_the_baseline_and_easiest_is_worst():
+    baseline = TABLE_6["280M"][0]
+    assert TABLE_7["easiest"] > TABLE_7["hardest"] > baseline > TABLE_6["280M"][1][:2]
+
+
+def test_doremis_own_mixture_repeats_small_domains_beyond_four_epochs():
+    """200k steps of 512 x 1024 tokens, 4 bytes each, over raw sizes in GiB: a ceiling would have bound."""
+    sizes = {"YoutubeSubtitles": 3.73, "PhilPapers": 2.38, "Wikipedia (en)": 6.38, "Enron Emails": 0.88}
+    budget = 200_000 * 512 * 1024
+    weights = published_weights("pile-doremi-280m")
+    epochs = {name: weights[name] * budget * 4 / (size * 2**30) for name, size in sizes.items()}
+    assert [name for name, times in epochs.items() if times > 4] == list(sizes)[:3]
+    np.testing.assert_allclose(list(epochs.values()), [5.3, 4.5, 4.3, 3.1], atol=0.06)
+
+
 def test_names_match_whatever_their_case_and_punctuation():
     rule = preset("redpajama-baseline", names={"cc": "common_crawl", "wiki": "wikipedia", "c4-rp": "c4"})
     domains = ["ArXiv", "Book", "C4-RP", "GitHub", "StackExchange", "cc", "wiki"]

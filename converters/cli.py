@@ -166,7 +166,8 @@ def verify(shards: str, deep: bool, workers: int | None) -> int:
 
     from converters.verifying import verify as run
 
-    with Bar(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("verify")
         findings = run(
             shards, deep=deep, workers=_workers(workers),
@@ -230,6 +231,7 @@ def stats(shards: str, split: str, max_tokens: str, plot: str | None, as_json: b
 
     from converters.options import size_in_bytes
     from converters.statistics import check_picture, domain_statistics, plot_statistics
+    from mixer.units import short
 
     if plot:
         check_picture(plot)
@@ -245,13 +247,15 @@ def stats(shards: str, split: str, max_tokens: str, plot: str | None, as_json: b
     columns = ("domain", "tokens", "docs", "p10", "p50", "p90", "B/tok", "copies", "H1", "H2")
     cells = [
         (
-            row.domain, _short(row.tokens), f"{row.documents:,}",
-            *(_short(length) if row.documents else "" for length in row.quantiles),
+            row.domain, short(row.tokens), f"{row.documents:,}",
+            *(short(length) if row.documents else "" for length in row.quantiles),
             f"{row.bytes_per_token:.2f}", f"{row.duplicates:.1%}", f"{row.h1:.1f}", f"{row.h2:.1f}",
         )
         for row in rows
     ]  # fmt: skip
     _print_columns(f"{split} split", columns, cells)
+    if plot:
+        click.echo(f"Wrote {plot}")
 
 
 @click.command("train-tokenizer")
@@ -306,14 +310,15 @@ def _progress_bar() -> Iterator[Callable[[Progress], None]]:
 
     from rich.console import Console
     from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+
+    from mixer.progress import LoggedProgress
 
     columns = (
         TextColumn("{task.description:<16}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
         TextColumn("{task.fields[rates]}"), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     tasks: dict[str, tuple[TaskID, float, int]] = {}
-    with Bar(*columns, console=Console(stderr=True)) as bar:
+    with LoggedProgress(*columns, console=Console(stderr=True)) as bar:
 
         def update(event: Progress) -> None:
             if event.phase not in tasks:
@@ -334,6 +339,7 @@ def _rates(event: Progress, seconds: float, done: int) -> str:
 
 def _print_table(manifest: Manifest, only: tuple[str, ...] = ()) -> None:
     from converters.inspecting import domain_rows
+    from mixer.units import short
 
     title = f"{manifest.seq_len} tokens per sample, {manifest.dtype}, {manifest.tokenizer.vocab_size:,} token ids"
     columns = ("domain", "docs", "train", "valid", "tokens", "share", "size", "held out")
@@ -341,14 +347,14 @@ def _print_table(manifest: Manifest, only: tuple[str, ...] = ()) -> None:
     cells = [
         (
             row.domain, f"{row.documents:,}", f"{row.train_samples:,}", f"{row.validation_samples:,}",
-            _count(row.train_tokens), f"{row.share:.2%}", _size(row.size_bytes), row.held_out,
+            short(row.train_tokens), f"{row.share:.2%}", f"{short(row.size_bytes)}B", row.held_out,
         )
         for row in rows
     ]  # fmt: skip
     total = (
         "total", *(f"{sum(values):,}" for values in zip(*(row[1:4] for row in rows))),
-        _count(sum(row.train_tokens for row in rows)), f"{sum(row.share for row in rows):.2%}",
-        _size(sum(row.size_bytes for row in rows)), "",
+        short(sum(row.train_tokens for row in rows)), f"{sum(row.share for row in rows):.2%}",
+        f"{short(sum(row.size_bytes for row in rows))}B", "",
     )  # fmt: skip
     _print_columns(title, columns, cells, total)
 
@@ -400,22 +406,6 @@ def _print_columns(
     if kept < len(columns):
         table.caption = f"no room for {', '.join(columns[kept:])}: widen the terminal, or use --json"
     console.print(table, width=width)
-
-
-def _count(number: float) -> str:
-    for unit in ("", "k", "M", "G"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} T"
-
-
-def _short(number: float) -> str:
-    return _count(number).replace(" ", "")
-
-
-def _size(size: float) -> str:
-    return _count(size) + "B"
 
 
 def _print_bad_records(manifest: Manifest) -> None:

@@ -132,7 +132,7 @@ def _collect(
             values[domain] = _array(source, path, sizes.get(domain))
             given[domain][:] = True
         else:
-            for rows in _batched(_rows(path, domain, name)):
+            for rows in _batched(_rows(path, domain, name, fill is not None)):
                 if not _put_at_once(rows, values, given, sizes, dtype):
                     for at, domain_, sample, value in rows:  # to name the row that does not fit
                         _put(f"{path}, {at}", values, given, sizes, dtype, domain_, sample, value)
@@ -170,8 +170,8 @@ def _array(source: str, path: str, size: int | None) -> NDArray[Any]:
 _TableRow = tuple[str, Any, Any, Any]  # place, domain, sample number, value
 
 
-def _rows(path: str, domain: str, name: str) -> Iterator[_TableRow]:
-    """Yield place, domain, sample number and value of every row of a table."""
+def _rows(path: str, domain: str, name: str, may_be_null: bool) -> Iterator[_TableRow]:
+    """Yield place, domain, sample number and value of every row of a table, or of those that have a value."""
     plain = path.lower().removesuffix(compression_suffix(path.lower()))
     kind = next((kind for kind in _TABLES if plain.endswith(FORMATS[kind].extensions)), None)
     if kind is None:
@@ -184,6 +184,8 @@ def _rows(path: str, domain: str, name: str) -> Iterator[_TableRow]:
         where = place(piece, row.at)
         if isinstance(row, Bad):
             raise DataError(f"{path}, {where}: {row.detail}.")
+        if may_be_null and row.fields.get(name, 0) is None:
+            continue
         yield where, *_fields(row, domain, name, f"{path}, {where}")
 
 

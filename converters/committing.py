@@ -16,7 +16,7 @@ from typing import Any
 import mixer
 from converters.domains import domain_rule, mapped
 from converters.extending import fixed_splits, known_inputs, merged, save_inputs
-from converters.inspecting import read_index
+from converters.inspecting import manifest_digest, read_index
 from converters.job import PACK, QUARANTINE, SCRATCH, TOKENIZER, Job, Progress
 from converters.locations import Location, UrlPath, read_range, size_of, write_file, write_whole
 from converters.locks import Lock
@@ -247,6 +247,7 @@ def _commit(
     manifest = Manifest(
         dict(sorted(domains.items())), seq_len, dtype, tokenizer, converter=facts, variable_length=varies
     )
+    manifest = dataclasses.replace(manifest, converter={**facts, "digest": manifest_digest(manifest)})
     write_whole(job.out / FILE_NAME, manifest.to_json().encode("utf-8"))
     return manifest
 

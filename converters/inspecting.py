@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ __all__ = [
     "decoded_documents",
     "decoded_samples",
     "domain_rows",
+    "manifest_digest",
     "read_index",
     "read_samples",
     "require_split",
@@ -84,6 +87,13 @@ def require_split(manifest: Manifest, split: str) -> None:
     if not any(split in domain.splits for domain in manifest.domains.values()):
         found = sorted({name for domain in manifest.domains.values() for name in domain.splits})
         raise InputError(f"no domain has a split {split!r}; there are {found}.")
+
+
+def manifest_digest(manifest: Manifest) -> str:
+    """Return the digest of a manifest without its ``converter.digest``, which holds it."""
+    facts = {name: value for name, value in manifest.converter.items() if name != "digest"}
+    whole = dataclasses.replace(manifest, converter=facts)
+    return "sha256:" + hashlib.sha256(whole.to_json().encode("utf-8")).hexdigest()
 
 
 def read_index(folder: str | os.PathLike[str] | Location) -> list[dict[str, Any]]:

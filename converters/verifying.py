@@ -1,7 +1,7 @@
 """Check finished shards against their manifest: quickly by structure, or deeply by every byte.
 
-    fast   manifest, tokenizer, list of inputs and index files by digest; every shard present with its size; the
-           accounting; columns beside the shards present and bound to them
+    fast   manifest, tokenizer, list of inputs and index files by digest; every shard present with its size, and none
+           more; the accounting; columns beside the shards present and bound to them
     deep   also every shard's hashes and header, every token id below the vocabulary size
 
 Every finding is reported, not only the first, each with the file and what to do.
@@ -17,16 +17,20 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from converters.engines import run_tasks
-from converters.inspecting import raw_shard, read_index, shard_rows
-from converters.locations import Location, load_manifest, location, size_of
+from converters.inspecting import manifest_digest, raw_shard, read_index, shard_rows
+from converters.job import PACK
+from converters.locations import Location, children, load_manifest, location, size_of
 from mixer.errors import DataError, InputError
-from mixer.manifest import Domain, Manifest, Split
+from mixer.manifest import FILE_NAME, Domain, Manifest, Split
 from mixer.mds import hash_hex
 from mixer.side_columns import SideColumn, file_digest, find_columns
 
 __all__ = ["Finding", "verify"]
 
 _REPAIR = "restore it from a copy, or convert elsewhere by the same options and copy this file (equal bytes come out)"
+
+
+_CONTINUE = "run the same `mixer convert` again: it was stopped while it committed, and goes on"
 
 
 class Finding(NamedTuple):
@@ -71,9 +75,10 @@ def verify(
     folder = location(shards)
     manifest = load_manifest(folder)
     findings = [
-        *_check_tokenizer(folder, manifest), *_check_lists(folder, manifest),
+        *_check_manifest(folder, manifest), *_check_tokenizer(folder, manifest), *_check_lists(folder, manifest),
         *_check_columns(str(folder), manifest, deep),
     ]  # fmt: skip
+    is_growing = PACK in children(folder)
     checks: list[_ShardCheck] = []
     for name in manifest.names:
         domain = manifest.domains[name]
@@ -85,18 +90,22 @@ def verify(
                 index = f"{folder / split.path}/index.json"
                 findings.append(Finding(index, str(error).removeprefix(f"{index} ").partition(". ")[0], _REPAIR))
                 continue
-            findings += _check_index(folder, split, entries)
+            wrong = list(_check_index(folder, split, entries, _CONTINUE if is_growing else _REPAIR))
+            findings += wrong
+            if not wrong and not is_growing:  # else it may well be a shard that belongs here
+                findings += _check_others(folder, split, entries)
             where = str(folder / split.path)
             checks += [
                 _ShardCheck(where, entry, manifest.column, manifest.tokenizer.vocab_size, deep) for entry in entries
             ]
     counted: dict[str, list[int | None]] = {}
+    in_shards: list[Finding] = []
     for done, shard in enumerate(run_tasks("local", _check_shard, checks, workers if deep else 1), start=1):
-        findings += shard.findings
+        in_shards += shard.findings
         counted.setdefault(shard.folder, []).append(shard.tokens)
         if progress:
             progress(done, len(checks))
-    return [*findings, *_check_tokens(folder, manifest, counted)]
+    return [*findings, *sorted(in_shards), *_check_tokens(folder, manifest, counted)]
 
 
 def _check_tokens(
@@ -109,6 +118,12 @@ def _check_tokens(
             if len(tokens) == split.num_shards and None not in tokens and sum(filter(None, tokens)) != split.num_tokens:
                 what = f"says {split.num_tokens:,} tokens, its shards hold {sum(filter(None, tokens)):,}"
                 yield Finding(f"manifest.json, domain {name!r}, {key}", what, "restore the manifest, or convert again")
+
+
+def _check_manifest(folder: Location, manifest: Manifest) -> Iterator[Finding]:
+    """Check that the manifest is as it was written; others than ``mixer convert`` do not note its digest."""
+    if manifest.converter.get("digest", manifest_digest(manifest)) != manifest_digest(manifest):
+        yield Finding(str(folder / FILE_NAME), "was changed: it does not have the digest that it notes", _REPAIR)
 
 
 def _check_tokenizer(folder: Location, manifest: Manifest) -> Iterator[Finding]:
@@ -175,17 +190,28 @@ def _check_accounting(name: str, key: str, domain: Domain, split: Split) -> Iter
         yield Finding(where, what, "restore the manifest, or convert again")
 
 
-def _check_index(folder: Location, split: Split, entries: list[dict[str, Any]]) -> Iterator[Finding]:
+def _check_index(folder: Location, split: Split, entries: Sequence[dict[str, Any]], repair: str) -> Iterator[Finding]:
     index = folder / split.path / "index.json"
     if _digest(index) != split.fingerprint:
-        yield Finding(str(index), "is not the index that the manifest names", _REPAIR)
+        yield Finding(str(index), "is not the index that the manifest names", repair)
     try:
         samples = sum(entry["samples"] for entry in entries)
+        size = sum((entry.get("zip_data") or entry["raw_data"])["bytes"] for entry in entries)
     except (KeyError, TypeError):
         return
-    if (len(entries), samples) != (split.num_shards, split.num_samples):
-        what = f"lists {len(entries):,} shards of {samples:,} samples, the manifest says"
-        yield Finding(str(index), f"{what} {split.num_shards:,} of {split.num_samples:,}", _REPAIR)
+    found, expected = (len(entries), samples, size), (split.num_shards, split.num_samples, split.size_bytes)
+    if found != expected:
+        lists, says = ("{:,} shards of {:,} samples in {:,} bytes".format(*sizes) for sizes in (found, expected))
+        yield Finding(str(index), f"lists {lists}, the manifest says {says}", repair)
+
+
+def _check_others(folder: Location, split: Split, entries: Sequence[dict[str, Any]]) -> Iterator[Finding]:
+    """Name shards that no index lists; an unpacked shard beside its own is what readers leave."""
+    listed = {data["basename"] for entry in entries for data in (entry.get("zip_data"), entry["raw_data"]) if data}
+    for name in children(folder / split.path):
+        if name.startswith("shard.") and name not in listed:
+            path = folder / split.path / name
+            yield Finding(str(path), "is a shard that its index does not list", "remove it; nothing reads it")
 
 
 def _check_shard(check: _ShardCheck) -> _Checked:

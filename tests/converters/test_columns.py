@@ -155,7 +155,10 @@ def test_missing_and_double_values_are_refused_unless_there_is_one_for_them(shar
         add_column(shards, "quality", [table])
     with pytest.raises(InputError, match=r"a second value for sample \d+"):
         add_column(shards, "quality", [table, table])
-    folder = add_column(shards, "quality", [table], fill=-1)
+    nulls = write_table(tmp_path / "nulls.jsonl", [*rows[:-3], rows[-3] | {"quality": None}])
+    with pytest.raises(InputError, match="no value for"):
+        add_column(shards, "quality", [nulls])
+    folder = add_column(shards, "quality", [nulls], fill=-1)
     for row in rows[-3:]:
         assert SideColumn(folder).read(row["domain"], np.array([row["sample_id"]])).tolist() == [-1]
     with pytest.raises(InputError, match=r"there is a column 'quality' beside train.*--replace"):

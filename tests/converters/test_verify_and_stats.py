@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from converters import cli, convert
+from converters.locations import write_whole
 from converters.statistics import domain_statistics
 from converters.training import train_tokenizer
 from converters.verifying import verify
@@ -49,6 +50,8 @@ def test_good_shards_have_no_findings(shards):
         (lambda s: flip(s / "tokenizer" / "tokenizer.json"), False, "has sha256"),
         (lambda s: (s / "tokenizer" / "tokenizer.json").unlink(), False, "is missing"),
         (lambda s: edit_manifest(s), False, "tokens came in, but"),
+        (lambda s: edit_manifest(s, "text_bytes"), False, "was changed: it does not have the digest"),
+        (lambda s: (s / "web" / "train" / "shard.00099.mds").touch(), False, "is a shard that its index does not list"),
     ],
 )
 def test_every_damage_is_found_and_names_its_file(shards, damage, is_deep, message):
@@ -82,6 +85,30 @@ def test_repair_that_is_named_repairs(shards, tmp_path, damage):
     assert tree_hash(shards) == whole
 
 
+def test_extension_that_was_killed_while_it_committed_is_to_be_continued(shards, tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "corpus" / "web" / "new.jsonl", documents("more web", 100))
+    options: dict = {"train_tokenizer": 300, "seq_len": 64, "shard_size": 8000, "extend": True}
+
+    def killed(file, data):
+        if file.name == "manifest.json":
+            raise KeyboardInterrupt
+        write_whole(file, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("converters.committing.write_whole", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert([tmp_path / "corpus"], tmp_path / "shards", **options)
+    assert {finding.repair.partition(":")[0] for finding in verify(shards)} == {"run the same `mixer convert` again"}
+    convert([tmp_path / "corpus"], tmp_path / "shards", **options)
+    assert verify(shards, deep=True) == []
+
+
+def test_shards_unpacked_beside_their_own_are_no_finding(shards):
+    for packed in shards.rglob("*.mds.zstd"):
+        packed.with_suffix("").touch()
+    assert verify(shards) == []
+
+
 def test_findings_are_counted_and_end_with_one_dot(shards):
     assert "No findings (" in CliRunner().invoke(cli.verify, [str(shards)]).output
     (shards / "web" / "train" / "index.json").unlink()
@@ -105,9 +132,10 @@ def edit_index(shards):
     path.write_text(json.dumps(index))
 
 
-def edit_manifest(shards):
+def edit_manifest(shards, what="dropped_tokens"):
     raw = json.loads((shards / "manifest.json").read_text())
-    raw["domains"]["web"]["dropped_tokens"]["train"] += 1
+    web = raw["domains"]["web"]
+    web[what] = web[what] + 1 if isinstance(web[what], int) else {**web[what], "train": web[what]["train"] + 1}
     (shards / "manifest.json").write_text(json.dumps(raw))
 
 
@@ -119,6 +147,7 @@ def test_tokens_that_do_not_add_up_are_found(tmp_path):
     domain = raw["domains"]["web"]
     domain["splits"]["train"]["num_tokens"] += 1
     domain["tokens_in"]["train"] += 1  # so that the manifest agrees with itself
+    del raw["converter"]["digest"]
     (folder / "manifest.json").write_text(json.dumps(raw))
     assert verify(folder) == []
     (finding,) = verify(folder, deep=True)

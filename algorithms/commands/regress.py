@@ -38,6 +38,8 @@ Vector = NDArray[np.float64]
 )
 @click.option("--floor", type=float, default=0.0, help="Give every domain at least this share.")
 @click.option("--ceiling", type=float, default=1.0, help="Give no domain more than this share.")
+@click.option("--pull", type=click.FloatRange(0), default=0.0, help="Stay near --prior: 0.05 to 0.1 nats, say.")
+@click.option("--prior", type=click.Path(path_type=Path), help="A mixture file.  [default: the uniform mixture]")
 @click.option("--shards", type=click.Path(path_type=Path), help="Sizes of the domains, for --max-epochs.")
 @click.option("--max-epochs", type=float, help="Read no domain more often; needs --shards and --budget.")
 @click.option("--budget", help="Tokens of the main run, such as 50M.")
@@ -47,31 +49,39 @@ def regress(mixtures: Path, losses: Path, out: Path, shards: Path | None, budget
     """Fit losses as a function of weights over finished runs, and write the mixture that the fit says is best.
 
     MIXTURES and LOSSES are CSV files with a header and one row per run, in the same order; the first column names the
-    run, the others are domains and metrics.
+    run, the others are domains and metrics. A law knows least where no run was: --pull keeps the mixture near a prior,
+    which the kernel law searches around anyway.
 
     \b
     Examples:
       mixer regress mixtures.csv losses.csv --out mixture.json
       mixer regress mixtures.csv losses.csv --objective worst --floor 0.002 --out mixture.json
       mixer regress mixtures.csv losses.csv --objective goals.json --out mixture.json
+      mixer regress mixtures.csv losses.csv --pull 0.05 --prior by-size.json --out mixture.json
       mixer regress mixtures.csv losses.csv --shards shards --budget 50M --max-epochs 4 --out mixture.json
     """
     runs, strip = read_runs(mixtures, losses), options.pop("strip")
     runs = runs._replace(domains=tuple(name.removeprefix(strip) for name in runs.domains))
     caps = _caps(runs, shards, options.pop("max_epochs"), budget)
-    weights, facts = propose(runs, upper=np.minimum(options.pop("ceiling"), caps), **options)
+    prior_file = options.pop("prior")
+    if prior_file is not None and options["law"] == "log-linear" and not options["pull"]:
+        raise InputError(f"the prior {prior_file} would be ignored: say with --pull how strongly to stay near it.")
+    prior = _prior(runs, prior_file)
+    weights, facts = propose(runs, upper=np.minimum(options.pop("ceiling"), caps), prior=prior, **options)
     Mixture(dict(zip(runs.domains, weights.tolist())), {"method": "regress", **facts}).save(out)
     Console().print(_table(runs, weights, facts))
     click.echo(
-        f"Rank correlation of predicted and real losses, runs left out in turn: {facts['rank_correlation']:.3f}. "
+        f"Rank correlation of predicted and real losses, runs left out in turn: {facts['rank_correlation']:.3f}.\n"
         f"Frozen: {out}"
     )
 
 
 def propose(
-    runs: Runs, law: str, objective: str, floor: float, upper: Vector, seed: int
+    runs: Runs, law: str, objective: str, floor: float, upper: Vector, seed: int, prior: Vector, pull: float
 ) -> tuple[Vector, dict[str, Any]]:
     """Return the proposed mixture (D,), and what there is to know about how good it is."""
+    if law == "kernel" and pull:
+        raise InputError("--pull is for the log-linear law; the kernel law is searched around --prior.")
     source = "uniform" if objective in ("average", "worst") else objective
     by_name = objective_weights(source, dict.fromkeys(runs.metrics, 1.0))
     importance = np.array([by_name[name] for name in runs.metrics])
@@ -82,13 +92,15 @@ def propose(
     fitted = fit(runs.mixtures, runs.losses)
     if law == "log-linear":
         kind: Literal["average", "worst"] = "worst" if objective == "worst" else "average"
-        weights = descend(fitted, kind, lower=floor, upper=upper, importance=importance)
+        weights = descend(fitted, kind, lower=floor, upper=upper, prior=prior, pull=pull, importance=importance)
     else:
         rng = np.random.default_rng(seed)
-        weights = search(fitted, uniform, rng, lower=floor, upper=upper, objective=lambda losses: losses @ importance)
+        weights = search(fitted, prior, rng, lower=floor, upper=upper, objective=lambda losses: losses @ importance)
     return weights, {
         "law": law,
         "objective": objective if source == "uniform" else by_name,
+        "pull": pull,
+        "prior": dict(zip(runs.domains, prior.tolist())),
         "runs": len(runs.mixtures),
         "metrics": list(runs.metrics),
         "rank_correlation": cross_validated(fit, runs),
@@ -97,6 +109,18 @@ def propose(
         "predicted_mean_loss": float((fitted(weights[None]) @ importance)[0]),
         "predicted_mean_loss_of_uniform": float((fitted(uniform[None]) @ importance)[0]),
     }
+
+
+def _prior(runs: Runs, path: Path | None) -> Vector:
+    if path is None:
+        return np.full(len(runs.domains), 1.0 / len(runs.domains))
+    weights = Mixture.load(path).weights
+    if set(weights) != set(runs.domains):
+        raise InputError(
+            f"the prior {path} has the domains {sorted(weights)}, the table {sorted(runs.domains)}: they must agree; "
+            "--strip a prefix?"
+        )
+    return np.array([weights[name] for name in runs.domains])
 
 
 def _caps(runs: Runs, shards: Path | None, max_epochs: float | None, budget: str | None) -> Vector:

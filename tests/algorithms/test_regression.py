@@ -224,6 +224,29 @@ def test_the_command_minimises_the_average_by_given_weights(law, tmp_path):
         assert mixture.weights["code"] == pytest.approx(1, abs=1e-3)
 
 
+def test_the_command_stays_near_a_prior_that_it_is_pulled_to(tmp_path):
+    law = LogLinearLaw(np.log([1.0, 1.0]), np.array([[-2.0, -2.0], [0.0, 0.0], [0.0, 0.0]]))
+    arguments = write_runs(tmp_path, law)
+    Mixture({"code": 1, "law": 2, "web": 7}).save(tmp_path / "prior.json")
+    pulled = [*arguments, "--prior", str(tmp_path / "prior.json"), "--pull"]
+    found = []
+    for pull in ("1e-6", "0.3", "1000"):
+        CliRunner().invoke(regress, [*pulled, pull], catch_exceptions=False)
+        found.append(list(Mixture.load(tmp_path / "m.json").weights.values()))
+    assert found[0][0] > 0.99 > found[1][0] > 0.15
+    np.testing.assert_allclose(found[2], [0.1, 0.2, 0.7], atol=1e-3)
+    assert Mixture.load(tmp_path / "m.json").provenance["prior"]["web"] == pytest.approx(0.7)
+    # The kernel law is searched around it.
+    CliRunner().invoke(regress, [*pulled[:-1], "--law", "kernel"], catch_exceptions=False)
+    with pytest.raises(InputError, match="would be ignored: say with --pull"):
+        CliRunner().invoke(regress, pulled[:-1], catch_exceptions=False)
+    with pytest.raises(InputError, match="--pull is for the log-linear law"):
+        CliRunner().invoke(regress, [*pulled, "1", "--law", "kernel"], catch_exceptions=False)
+    Mixture({"code": 1, "web": 7}).save(tmp_path / "prior.json")
+    with pytest.raises(InputError, match=r"has the domains \['code', 'web'\], the table \['code', 'law', 'web'\]"):
+        CliRunner().invoke(regress, [*pulled, "1"], catch_exceptions=False)
+
+
 def test_the_worst_loss_needs_the_law_whose_least_is_known(tmp_path):
     law = LogLinearLaw(np.log([1.0, 1.0]), np.array([[-1.0, 0.0], [0.0, -1.0], [1.0, 1.0]]))
     with pytest.raises(InputError, match="--objective worst needs the log-linear law"):

@@ -26,13 +26,14 @@ from composer.algorithms import GradientClipping
 from composer.models import HuggingFaceModel
 from composer.optim import CosineAnnealingWithWarmupScheduler, DecoupledAdamW
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from algorithms.domain_losses import OnNonfinite
 from algorithms.models import samples_per_forward
 from algorithms.ranks import all_reduce, world_size
 from mixer.dataloader import MixtureLoader
 from mixer.errors import ExhaustedError, InputError
+from mixer.progress import LoggedProgress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -216,7 +217,7 @@ class _ProgressBar(Callback):
     def __init__(self, label: str, steps: int, loader: MixtureLoader, console: Console | None) -> None:
         self._label, self._steps = label, steps
         self._loader = loader
-        self._bar = Progress(
+        self._bar = LoggedProgress(
             TextColumn("{task.description:<24}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),

@@ -52,13 +52,14 @@ def score(
 
     import torch
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from algorithms.references import FrozenModel, bigram_distances, count_bigrams
     from algorithms.references import score as score_shards
     from algorithms.same_tokenizer import check_tokenizer
     from mixer.errors import InputError
     from mixer.folders import load_manifest
+    from mixer.progress import LoggedProgress
 
     if (model is None) != bigram:
         raise InputError("give either --model PATH or --bigram.")
@@ -69,11 +70,14 @@ def score(
         check_tokenizer(model, shards, manifest)
     reference = None if model is None else FrozenModel(model, dtype=torch.bfloat16 if half else None)
     total = sum(manifest.split(name, split).num_samples for name in manifest.names)
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("counting" if bigram else "scoring", total=total)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"))
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with LoggedProgress(*columns, *times, console=Console(stderr=True)) as progress:
+        task = progress.add_task("counting" if bigram else "scoring", total=total, rate="")
 
         def advance(domain: str, num_samples: int) -> None:
-            progress.update(task, advance=num_samples)
+            speed = progress.tasks[task].speed  # of the last shards
+            progress.update(task, advance=num_samples, rate=f"{speed:,.0f} samples/s" if speed else "")
 
         if reference is None:
             count_bigrams(shards, out, split=split, on_domain=advance)
@@ -90,4 +94,4 @@ def score(
             )
     if distances:
         (out / "distances.json").write_text(json.dumps(bigram_distances(out), indent=1) + "\n", encoding="utf-8")
-    click.echo(f"{out}: {total:,} samples of {len(manifest.names)} domains. Use it as the reference: {out}")
+    click.echo(f"{out}: {total:,} samples of {len(manifest.names)} domains. Give it to training by --reference {out}")

@@ -124,3 +124,7 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"cannot use {error.filename}: {error.strerror}."
     return f"{type(error).__name__}: {text} (run `mixer --debug ...` for the traceback)"
+
+
+if __name__ == "__main__":
+    main()

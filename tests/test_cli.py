@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -74,3 +76,9 @@ def test_a_missing_folder_is_one_clear_line(
     assert code == 2
     assert error.startswith("Error: no folder of shards at nowhere")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_package_runs_as_a_module() -> None:
+    for module in ("mixer", "mixer.cli"):
+        shown = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
+        assert shown.stdout == f"mixer, version {mixer.__version__}\n"

@@ -16,9 +16,10 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,9 +81,17 @@ def upsample(
     if manifest.tokenizer.file:
         shutil.copytree((Path(shards) / manifest.tokenizer.file).parent, folder / Path(manifest.tokenizer.file).parent)
     facts = {"upweight": copies, "share": share, "baseline": baseline, "reference": losses.fingerprint}
-    made = replace(manifest, domains=domains, converter={**manifest.converter, "upsampled": facts})
+    made = replace(manifest, domains=domains, converter={**_without_files(manifest.converter), "upsampled": facts})
     made.save(folder)
     return {name: len(rows) for name, rows in bad.items()}
+
+
+def _without_files(converter: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is on record of a conversion, but for the files that stay beside its shards."""
+    kept = {name: value for name, value in converter.items() if name not in ("inputs", "quarantine", "digest")}
+    if "extensions" in kept:
+        kept["extensions"] = [_without_files(each) for each in kept["extensions"]]
+    return kept
 
 
 class _Read:

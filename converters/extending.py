@@ -38,6 +38,8 @@ def input_row(row: Mapping[str, Any]) -> dict[str, Any]:
 def known_inputs(out: Location, manifest: Manifest) -> dict[str, dict[str, Any]]:
     """Return the rows of all inputs that finished shards were made from, by name."""
     name = manifest.converter.get("inputs")
+    if name is None:
+        raise InputError(f"cannot extend {out}: it records no inputs. Extend the shards that it was made from.")
     try:
         rows = [orjson.loads(line) for line in (out / str(name)).read_bytes().splitlines()]
     except (OSError, ValueError) as error:

@@ -49,4 +49,5 @@ def upsample(shards: Path, scores: Path, out: Path, upweight: int, share: float,
 
     counts = just_train_twice.upsample(shards, scores, out, upweight=upweight, share=share, baseline=baseline)
     found = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    click.echo(f"{out}: {sum(counts.values()):,} samples are there {upweight} times ({found}). Train on it: {out}")
+    click.echo(f"{out}: {sum(counts.values()):,} samples are there {upweight} times ({found}).")
+    click.echo(f"Train on it by `mixer train {out} --mixture proportional`.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,9 @@ from algorithms.references import FrozenModel, score
 from algorithms.rules.jtt import error_set
 from algorithms.training import TrainSettings
 from algorithms.training_run import train_on
+from converters.extending import known_inputs
+from converters.locations import location
+from converters.verifying import verify
 from mixer.cli import cli
 from mixer.errors import InputError
 from mixer.manifest import Domain, Manifest, Split, domain_folder
@@ -131,6 +135,21 @@ def test_the_command_does_it(shards: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, [str(word) for word in words], catch_exceptions=False)
     assert "15 samples are there 3 times (books " in result.output
     assert sum(Manifest.load(tmp_path / "again").split(name, "train").num_samples for name in SIZES) == 150 + 2 * 15
+
+
+def test_files_beside_the_old_shards_are_not_missed_beside_the_new(shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "shards")
+    beside = {"inputs": "inputs.0.jsonl", "quarantine": "quarantine.0.jsonl"}
+    converter = {"name": "domain-mixer", **beside, "extensions": [{"documents_read": 3, **beside}]}
+    replace(Manifest.load(shards), converter=converter).save(tmp_path / "shards")
+    score(shards, FrozenModel(llama()), tmp_path / "scores", per="sample")
+    upsample(tmp_path / "shards", tmp_path / "scores", tmp_path / "again")
+    made = Manifest.load(tmp_path / "again").converter
+    assert made.pop("upsampled")["upweight"] == 5
+    assert made == {"name": "domain-mixer", "extensions": [{"documents_read": 3}]}
+    assert list(verify(tmp_path / "again")) == []
+    with pytest.raises(InputError, match=r"again: it records no inputs\. Extend the shards that it was made from"):
+        known_inputs(location(tmp_path / "again"), Manifest.load(tmp_path / "again"))
 
 
 def test_the_second_model_trains_on_them(shards: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from algorithms.runs import begin_run, finish_run
 from algorithms.same_tokenizer import check_tokenizer
 from algorithms.training import TrainSettings, train
 from mixer.dataloader import MixtureLoader
+from mixer.errors import InputError
 from mixer.manifest import Manifest
 from mixer.mixture import Mixture
 
@@ -80,6 +81,8 @@ def train_on(
         force="forced" in mixture.provenance,
         **loader_options,
     )
+    if algorithm.rule is None and curriculum is None and settings.patience is None:
+        _check_lasts(loader, settings.steps)
     model = build_model(
         settings.model, vocab_size=manifest.tokenizer.vocab_size, seq_len=manifest.seq_len, seed=settings.seed
     )
@@ -96,6 +99,21 @@ def train_on(
     if rank() == 0:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
+
+
+def _check_lasts(loader: MixtureLoader, steps: int) -> None:
+    """Refuse a run that fixed weights would end with an error at ``max_epochs``, before hours of training."""
+    if loader.mixer.on_exhausted != "repeat" or loader.variable_length:
+        return
+    batch_tokens = loader.mixer.batch_size * loader.manifest.seq_len
+    plan = loader.plan(steps * batch_tokens)
+    lasts = int(plan.budget // batch_tokens)
+    if lasts < steps - 1:  # the last batch may just be filled: the mixer counts in whole samples
+        raise InputError(
+            f"{plan.names[int(plan.capped.argmax())]!r} would be used up after about {lasts:,} of {steps:,} steps. Let"
+            " it leave the mixture (--on-exhausted drop), end the run there (--on-exhausted stop), allow more epochs"
+            " (--max-epochs), or take weights that keep within them (`mixer weigh --method unimax`)."
+        )
 
 
 def _end(

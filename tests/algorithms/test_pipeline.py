@@ -269,6 +269,14 @@ def test_stop_ends_the_run_early_with_a_result(shards: Path, tmp_path: Path) -> 
     assert (tmp_path / "run" / "model" / "config.json").exists()
 
 
+def test_a_run_that_fixed_weights_end_at_their_epochs_is_refused_before_it_starts(shards: Path, tmp_path: Path) -> None:
+    mixture = Mixture({"code": 0.1, "web": 0.1, "wiki": 0.8})
+    with pytest.raises(InputError, match=r"'wiki' would be used up after about 1 of 6 steps\. Let it leave .*--on-exh"):
+        train_on(shards, mixture, TINY, tmp_path / "run", label="short", console=QUIET, max_epochs=1)
+    even = Mixture({"code": 60 / 99, "web": 30 / 99, "wiki": 9 / 99})
+    train_on(shards, even, TINY, tmp_path / "run", label="whole", console=QUIET, max_epochs=1)
+
+
 def test_a_mixture_of_stages_is_trained_stage_by_stage(shards: Path, tmp_path: Path) -> None:
     stages = [
         {"from_step": 0, "weights": {"code": 1, "web": 0, "wiki": 0}},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import re
+import textwrap
 from typing import Any
 
 import click
@@ -54,7 +56,8 @@ def methods(name: str | None, as_json: bool) -> None:
         console.print(_table(console.width))
         console.print(
             "acts on: what the weights multiply or drive (--apply). needs: beside training losses; NAME= with --set.\n"
-            "cost: per update; D domains. Papers by arXiv number. `mixer methods NAME`: equations and settings.",
+            "cost: per update; D domains. Papers by arXiv number.\n"
+            "`mixer methods NAME`: what it optimises, equations, settings.",
             style="dim",
             highlight=False,
         )
@@ -77,7 +80,7 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def _table(width: int) -> Table:
-    """Return a line per method; with what it optimises where the terminal has room for it."""
+    """Return a line per method; what it optimises beside it, or below it where the terminal is narrow."""
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
     for title in ("method", "acts on", "needs", "cost", "paper"):
         table.add_column(title, no_wrap=True, style="bold" if title == "method" else "")
@@ -105,14 +108,59 @@ def _paper(source: str) -> str:
 
 def _print_one(name: str) -> None:
     row, factory = describe(name), UPDATE_RULES[name]
-    about = (inspect.getdoc(inspect.getmodule(factory)) or "", (inspect.getdoc(factory) or "").split(">>>")[0].strip())
-    settings = [f"  --set {setting}=..." for setting in row["required"]]
-    settings += [f"  --set {setting}={value}" for setting, value in row["settings"].items()]
     facts = {
         "acts on": f"the {row['applies']}",
         "needs": _needs(row) or "training losses only",
         "cost": COSTS[row["cost"]],
         "paper": row["paper"],
     }
-    lines = "\n".join(f"  {title:<8} {text}" for title, text in facts.items())
-    click.echo("\n\n".join([f"{name}: {row['optimises']}", lines, *about, "\n".join(["settings", *settings])]))
+    width = min(Console().width, 120)
+    page = click.HelpFormatter(width=width)
+    page.write(f"{name}: {row['optimises']}\n\n")
+    page.indent()
+    page.write_dl([*facts.items()])
+    page.dedent()
+    notes, settings = _documented(inspect.getdoc(factory) or "")
+    for text in filter(None, (inspect.getdoc(inspect.getmodule(factory)), notes)):
+        page.write(f"\n{_wrapped(text, width)}\n")
+    if lines := _settings(row, settings):
+        page.write("\nsettings (--set NAME=VALUE)\n")
+        page.indent()
+        page.write_dl(lines)
+    click.echo(page.getvalue().rstrip())
+
+
+def _documented(doc: str) -> tuple[str, dict[str, str]]:
+    """Return what a rule's docstring says beside its arguments, and of each argument (or several, ``a, b``)."""
+    text = doc.split(">>>")[0].strip()
+    paragraphs = re.split(r"\n\s*\n", text)
+    notes = [each for each in paragraphs if not each.startswith(("Args:", "Raises:"))]
+    if re.fullmatch(r"Return (\S+ ?){1,8}", notes[0]):
+        del notes[0]  # says no more than the rule's name
+    entries: dict[str, str] = {}
+    for each in paragraphs:
+        if each.startswith("Args:"):
+            body = each.removeprefix("Args:").split("\nRaises:")[0]
+            for names, about in re.findall(r"\n    (\w[\w, ]*): ((?:.|\n(?=        ))*)", body):
+                entries[names] = " ".join(about.split())
+    return "\n\n".join(notes), entries
+
+
+def _settings(row: dict[str, Any], documented: dict[str, str]) -> list[tuple[str, str]]:
+    """Return a line per setting, in the rule's order: its name, its default or "required", and what it does."""
+    about = {name: text for names, text in documented.items() for name in names.split(", ")}
+    lines = [(f"{name}=...", f"{about.get(name, '')} Required.".strip()) for name in row["required"]]
+    for name, default in row["settings"].items():
+        lines.append((f"{name}=" if default is None else f"{name}={default}", about.get(name, "")))
+    return lines
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Return a text with its paragraphs filled to the terminal's width, and what is indented, equations, as it is."""
+    parts = []
+    for indented, lines in itertools.groupby(text.splitlines(), lambda line: line[:1].isspace() or not line):
+        if indented:  # of a line that is too long, the gap before its remark is narrowed
+            parts += [line if len(line) <= width else re.sub(r"(?<=\S) {3,}", "   ", line) for line in lines]
+        else:
+            parts.append(textwrap.fill(" ".join(" ".join(lines).split()), width))
+    return "\n".join(parts)

@@ -102,6 +102,9 @@ def dro_lm(alpha: float = 0.2, smoothing: float = 0.1, prior_share: float = 0.0)
 
     The difference is not clipped: a trained model is far below its bigram baseline, and every clipped score would be 0.
 
+    Args:
+        alpha, smoothing, prior_share: as for ``topic_cvar``.
+
     >>> rule = dro_lm(alpha=0.5)
     >>> signals = Signals(np.ones(2), np.array([4.0, 3.0]), reference_loss=np.array([6.0, 4.0]))
     >>> rule.update(rule.init(["noise", "text"]), signals)[1].tolist()  # noise is 2 nats below its baseline, text 1
@@ -123,6 +126,8 @@ def wasserstein(
             the reverse pair. Units are yours: the radius is in the same. `mixer score --bigram --distances` writes
             those of bigrams, between 0 and 0.83.
         radius: largest total cost.
+        smoothing: share of the newest loss in the moving average; 1 forgets earlier updates.
+        baseline: "none", "reference" (subtract the reference's loss, not clipped) or nats per token by name.
 
     Raises: InputError: at ``init``, if a pair is missing both ways, or a distance is negative.
 

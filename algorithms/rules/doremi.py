@@ -91,6 +91,9 @@ def hardest(eta: float = 1.0, smoothing: float | None = None) -> UpdateRule:
     It goes to the domain of highest entropy, from which nothing can be learnt: worst and average log-perplexity 2.66
     and 2.62 against the baseline's 2.39 and 2.32 (arXiv:2305.10429, Table 7). For comparison, not for use.
 
+    Args:
+        eta, smoothing: as for ``doremi``.
+
     >>> rule = hardest(smoothing=0)
     >>> rule.update(rule.init(["a", "b"]), Signals(np.ones(2), np.array([np.log(3), 0.0])))[1].round(12).tolist()
     [0.75, 0.25]
@@ -106,6 +109,9 @@ def easiest(eta: float = 1.0, smoothing: float | None = None) -> UpdateRule:
 
     It goes to the domain of lowest entropy: worst and average log-perplexity 4.27 and 4.18 (arXiv:2305.10429, Table 7).
     The paper's shift that keeps the scores positive changes no weight. For comparison, not for use.
+
+    Args:
+        eta, smoothing: as for ``doremi``.
 
     >>> rule = easiest(smoothing=0)
     >>> signals = Signals(np.ones(2), np.zeros(2), reference_loss=np.array([np.log(3), 0.0]))

@@ -57,7 +57,8 @@ def uniform() -> UpdateRule:
 def temperature(tau: float = 2.0) -> UpdateRule:
     """Return weights proportional to size^(1/tau): 1 is size-proportional, large is uniform.
 
-    In use: 1.43 (mBERT), 2 (XLM), 3.33 (XLM-R, mT5), by arXiv:2304.09151, Table 1.
+    Args:
+        tau: the temperature. In use: 1.43 (mBERT), 2 (XLM), 3.33 (XLM-R, mT5), by arXiv:2304.09151, Table 1.
 
     >>> rule = temperature(tau=2)
     >>> rule.weights(rule.init(as_domains(["a", "b"], num_tokens=[900, 100]))).round(12).tolist()
@@ -123,6 +124,9 @@ def preset(name: str, names: Mapping[str, str] | None = None, partial: bool = Fa
 
 def given(weights: Mapping[str, float]) -> UpdateRule:
     """Return weights by name, normalised.
+
+    Args:
+        weights: a number for every domain, such as {'code': 1, 'web': 3}, or @FILE to read them from JSON.
 
     >>> rule = given({"a": 3, "b": 1})
     >>> rule.weights(rule.init(["a", "b"])).tolist()

@@ -40,8 +40,17 @@ def test_every_cost_is_explained():
 @pytest.mark.parametrize("name", list(UPDATE_RULES))
 def test_one_method_shows_its_equations_paper_and_settings(name):
     output = run(name).output
-    assert all(f"--set {setting}=" in output for setting in inspect.signature(UPDATE_RULES[name]).parameters)
-    assert ">>>" not in output
+    settings = output.partition("\nsettings (--set NAME=VALUE)\n")[2].splitlines()
+    shown = dict(re.findall(r"  (\w+)=\S* *(.*)", line)[0] for line in settings if re.match(r"  \w+=", line))
+    assert set(shown) == set(inspect.signature(UPDATE_RULES[name]).parameters)
+    assert all(shown.values()), "each is explained"
+    assert ">>>" not in output and "Args:" not in output and "Raises:" not in output
+
+
+def test_one_method_fits_a_terminal_of_80_columns_but_for_equations(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in UPDATE_RULES:
+        assert [line for line in run(name).output.splitlines() if len(line) > 80 and not line.startswith("  ")] == []
 
 
 @pytest.mark.parametrize("name", list(UPDATE_RULES))

@@ -50,6 +50,7 @@ def plot_trajectory(
     unit: str,
     baseline: float | None = None,
     smooth: int = 0,
+    result: NDArray[Any] | None = None,
 ) -> Path:
     """Draw one line per domain over the steps and save it as PNG.
 
@@ -60,6 +61,7 @@ def plot_trajectory(
         steps, values: (N,) and (N, D); NaN where a domain was absent.
         baseline: a thin horizontal line, e.g. the uniform weight.
         smooth: centred running mean over so many rows, a twentieth of all at most, drawn bold over the raw line.
+        result: (D,) what comes of the lines, such as their averages: a diamond each at the right end.
     """
     with plt.rc_context(_RC):
         figure, axes = plt.subplots(figsize=(8, min(4.2 + 0.1 * max(len(names) - 7, 0), 7.0)))
@@ -75,6 +77,10 @@ def plot_trajectory(
             axes.plot(steps, line, color=colour, linestyle=style, linewidth=1.8)
         if baseline is not None:
             axes.axhline(baseline, color="#999999", linewidth=0.8, linestyle=(0, (1, 2)))
+        if result is not None:
+            for index in named:
+                mark: Any = {"color": _look(index)[0], "markersize": 5, "clip_on": False}
+                axes.plot(steps[-1:], result[index : index + 1], "D", **mark)
         rest = len(names) - len(named)
         axes.set(title=plot_label(title), xlabel=f"step (grey: {rest} other domains)" if rest else "step", ylabel=unit)
         axes.margins(x=0.01)

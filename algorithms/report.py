@@ -39,15 +39,18 @@ def draw_search(out: str | os.PathLike[str]) -> list[Path]:
         steps, weights, loss = saved["steps"], saved["weights"], saved["loss"]
         excess = saved["excess"] if "excess" in saved.files else None
     rule = read_settings(folder)["rule"]
+    found = Mixture.load(Path(out) / "mixture.json").weights
+    moved = max(abs(found[name] - last) for name, last in zip(names, weights[-1].tolist())) > 0.01
     files = [
         plot_trajectory(
             Path(out) / "weights.png",
             names,
             steps,
             weights,
-            title=f"{rule}: domain weights",
+            title=f"{rule}: domain weights" + (" (diamonds: the mixture found)" if moved else ""),
             unit="weight",
             baseline=1 / len(names),
+            result=np.array([found[name] for name in names]) if moved else None,
         )
     ]
     if excess is not None and np.isfinite(excess).any():
@@ -82,9 +85,8 @@ def search_table(shards: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     manifest, mixture = Manifest.load(shards), Mixture.load(Path(out) / "mixture.json")
     tokens = {name: manifest.split(name, "train").num_tokens for name in manifest.names}
     total = sum(tokens.values())
-    table = Table(
-        "domain", title=f"Weights found by {mixture.provenance.get('rule', 'the search')}", title_justify="left"
-    )
+    title = f"Weights found by {mixture.provenance.get('rule', 'the search')}"
+    table = Table("domain", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("tokens", "by size", "found", "found / size"):
         table.add_column(column, justify="right")
     for name in sorted(tokens, key=lambda name: -tokens[name]):

@@ -22,6 +22,7 @@ from converters.locations import Location, load_manifest, location
 from mixer.errors import InputError
 from mixer.manifest import Manifest
 from mixer.names import plot_label
+from mixer.units import short
 
 __all__ = ["DomainStatistics", "check_picture", "domain_statistics", "entropies", "plot_statistics"]
 
@@ -174,8 +175,10 @@ def plot_statistics(rows: list[DomainStatistics], path: str | os.PathLike[str]) 
         places = np.concatenate((ordered[:1], ordered))
         left.step(places, shares, where="post", color=color, label=plot_label(row.domain))
     left.set(xscale="log", xlabel="tokens per document", ylabel="share of documents up to this length", ylim=(0, 1.02))
-    left.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    left.xaxis.set_major_formatter(ticker.FuncFormatter(lambda length, _: f"{length:,g}"))
+    first, last = left.get_xlim()
+    between = (1, 2, 5) if last < 200 * first else (1, 3) if last < 1e5 * first else (1,)  # room for so many numbers
+    left.xaxis.set_major_locator(ticker.LogLocator(subs=between))
+    left.xaxis.set_major_formatter(ticker.FuncFormatter(lambda length, _: short(length)))
     left.xaxis.set_minor_formatter(ticker.NullFormatter())
     left.set_title("Document lengths", loc="left")
     left.grid(alpha=0.25)

@@ -75,13 +75,25 @@ def draw_plot(run: Simulation, path: str, num_samples: NDArray[np.int64]) -> Non
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
+    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")
+    epochs = run.drawn / np.maximum(num_samples, 1)
     for i, name in enumerate(run.names):
-        above.plot(run.steps, run.weights[:, i], label=plot_label(name))
-        below.plot(run.steps, run.drawn[:, i] / max(num_samples[i], 1))
-    above.set(ylabel="weight", title="weights in force")
-    below.set(ylabel="epochs", xlabel="batches", yscale="symlog", title="times each domain has been read")
+        # Names of the cycle, so that more than ten domains can be told apart by the style of their lines, too.
+        look = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4]}
+        above.plot(run.steps, run.weights[:, i], label=plot_label(name), **look)
+        below.plot(run.steps, epochs[:, i], **look)
+    above.set_title("weights in force", loc="left")
+    above.set(ylabel="weight", ylim=(0, 1.05 * max(run.weights.max(), 1e-9)))
+    below.set_title("times each domain has been read", loc="left")
+    below.set(ylabel="epochs", xlabel="batches")
+    read = epochs[-1][epochs[-1] > 0]
+    if len(read) and read.max() > 20 * read.min():  # of very unequal domains the slow ones would lie on the axis
+        below.set(yscale="log", ylim=(min(read.min(), 0.5) / 2, 2 * read.max()))
+        below.yaxis.set_major_formatter("{x:g}")
     if len(run.names) <= 24:
-        above.legend(fontsize="small", ncols=2)
+        figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -58,6 +58,16 @@ def test_of_many_domains_the_largest_and_the_most_moved_are_named_and_the_rest_g
     assert colours.count(GREY) == 40 - MAX_NAMED
 
 
+def test_what_comes_of_the_weights_is_marked_beside_where_they_ended(tmp_path, figures):
+    values, result = np.linspace([0.9, 0.1], [0.3, 0.7], 20), np.array([0.6, 0.4])
+    plot_trajectory(tmp_path / "t.png", ["a", "b"], np.arange(20), values, title="w", unit="weight", result=result)
+    (figure,) = figures
+    lines = figure.axes[0].lines
+    marks = [line for line in lines if line.get_marker() == "D"]
+    assert [mark.get_ydata().tolist() for mark in marks] == [[0.6], [0.4]]
+    assert [mark.get_color() for mark in marks] == [line.get_color() for line in lines[:2]]
+
+
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(0.001, 0.2))
 def test_places_keep_order_gap_and_bounds(places, gap):
     moved = spread(np.sort(places), gap)

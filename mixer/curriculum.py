@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixer.errors import InputError
-from mixer.mixture import Mixture
+from mixer.mixture import Mixture, check_schema
 from mixer.units import parse_count
 
 __all__ = ["CurriculumStage", "load_curriculum"]
@@ -49,6 +49,7 @@ def load_curriculum(path: str | os.PathLike[str]) -> list[CurriculumStage]:
         return [CurriculumStage(Mixture.load(source), 0, 0, False)]  # says what is wrong with it
     if not isinstance(raw, dict) or "stages" not in raw:
         return [CurriculumStage(Mixture.load(source), 0, 0, False)]
+    check_schema(source, raw)
     if not isinstance(raw["stages"], list) or not raw["stages"]:
         raise InputError(f"{source} has no stages: expected a list of {{'from_tokens': …, 'weights': …}}.")
     stages = [_stage(source, number, entry) for number, entry in enumerate(raw["stages"])]

@@ -144,6 +144,8 @@ class MixtureLoader(DataLoader[Any]):
         self.reader: MixtureDataset = dataset
         self._ended, self._generation = "", 0
         self._last: tuple[torch.Tensor | None, np.ndarray] = (None, np.zeros(0, np.int64))
+        if num_workers < 0:
+            raise InputError(f"num_workers must be 0 or more; got {num_workers}.")
         # Reading takes no processes: they would only be slower. The user's own code is what they are for.
         processes = num_workers if transform is not None or collate is not None else 0
         self.read_ahead = (_READ_AHEAD if processes else 0) if read_ahead is None else read_ahead
@@ -442,7 +444,9 @@ def _rank_and_world(rank: int | None, world_size: int | None) -> tuple[int, int]
 
 
 def _share(global_batch_size: int, world_size: int) -> int:
-    if global_batch_size < 1 or global_batch_size % world_size:
+    if global_batch_size < 1:
+        raise InputError(f"global_batch_size must be at least 1 sample; got {global_batch_size}.")
+    if global_batch_size % world_size:
         near = max(world_size, round(global_batch_size / world_size) * world_size)
         raise InputError(
             f"global_batch_size {global_batch_size} does not divide by world_size {world_size}; use for example {near}."

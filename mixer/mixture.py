@@ -22,7 +22,7 @@ from typing import Any
 from mixer.errors import InputError
 from mixer.manifest import Manifest
 
-__all__ = ["Mixture"]
+__all__ = ["Mixture", "check_schema"]
 
 SCHEMA = 1
 
@@ -87,6 +87,7 @@ class Mixture:
             raise InputError(f"{path} is not a mixture file: {error}.") from error
         if not isinstance(raw, dict) or not isinstance(raw.get("weights"), dict):
             raise InputError(f'{path} is not a mixture file: expected {{"weights": {{domain: share, …}}}}.')
+        check_schema(path, raw)
         provenance = raw.get("provenance", {})
         if not isinstance(provenance, dict):
             raise InputError(
@@ -123,6 +124,15 @@ class Mixture:
             )
         weights = {name: self.weights.get(name, 0.0) for name in manifest.names}
         return Mixture(weights, {**self.provenance, "forced": differences})
+
+
+def check_schema(path: str | os.PathLike[str], raw: Mapping[str, Any]) -> None:
+    """Refuse a mixture file of another version; one written by hand needs to name none."""
+    if raw.get("schema", SCHEMA) != SCHEMA:
+        raise InputError(
+            f"{path} has schema {raw['schema']!r}, this version of domain-mixer reads {SCHEMA}. "
+            "Update domain-mixer, or write the file anew."
+        )
 
 
 def _is_weight(weight: object) -> bool:

@@ -107,7 +107,7 @@ def train_table(out: str | os.PathLike[str], objective: str | Mapping[str, float
 
 
 def comparison_table(runs: Sequence[Path], objective: str | Mapping[str, float] | None = None) -> Table:
-    """Return a table of main runs: per domain its size and, under each mixture, weight and held-out log-perplexity.
+    """Return a table of main runs: per domain its share and, under each mixture, weight and held-out log-perplexity.
 
     Args:
         objective: weights by domain, or how to find them (``objective_weights``), of one more average.
@@ -120,13 +120,15 @@ def comparison_table(runs: Sequence[Path], objective: str | Mapping[str, float] 
     best = {name: min(result["heldout"][name]["loss"] for result in results.values()) for name in sizes}
     title = "Held-out log-perplexity (nats per token) under each mixture"
     table = Table("domain", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(unit, justify="right")
+    alone = len(results) == 1  # of several runs there is room for either size or names
+    if alone:
+        table.add_column(unit, justify="right")
     table.add_column("share", justify="right")
     for name in _titles(list(results)):
         table.add_column(f"{escape(name)}\nweight", justify="right")
         table.add_column("\nloss", justify="right")
     for domain in sorted(sizes, key=lambda name: -sizes[name]):
-        cells = [f"{sizes[domain]:,}", f"{sizes[domain] / total:.2%}"]
+        cells = [f"{sizes[domain]:,}"] * alone + [f"{sizes[domain] / total:.2%}"]
         for result in results.values():
             loss = result["heldout"][domain]["loss"]
             mark = "bold green" if len(results) > 1 and loss == best[domain] else "default"
@@ -138,7 +140,7 @@ def comparison_table(runs: Sequence[Path], objective: str | Mapping[str, float] 
         for value in values:
             mark = "bold green" if len(results) > 1 and value == min(values) else "bold"
             cells += ["", f"[{mark}]{value:.3f}[/{mark}]"]
-        table.add_row(f"[bold]{key}[/bold]", "", "", *cells)
+        table.add_row(f"[bold]{key}[/bold]", *[""] * alone, "", *cells)
     if _unequal(runs):
         table.caption = f"[yellow]{_unequal(runs)}[/yellow]"
     return table

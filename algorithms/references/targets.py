@@ -25,13 +25,18 @@ from mixer.errors import InputError
 __all__ = ["BestSoFar", "TargetLosses"]
 
 
+def _is_loss(value: Any) -> bool:
+    is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value >= 0
+
+
 class _PerDomain(Reference):
     """A reference that is one number per domain, in nats per token."""
 
     per_token = False
 
     def __init__(self, losses: Mapping[str, float]) -> None:
-        bad = {name: loss for name, loss in losses.items() if not (math.isfinite(loss) and loss >= 0)}
+        bad = {name: loss for name, loss in losses.items() if not _is_loss(loss)}
         if bad or not losses:
             raise InputError(
                 f"target losses must be finite numbers >= 0, in nats per token, by domain; got {bad or 'none'}."
@@ -69,9 +74,10 @@ class TargetLosses(_PerDomain):
         try:
             losses = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls(losses)
-        except (OSError, json.JSONDecodeError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, AttributeError) as error:
+            reason = str(error).rstrip(".")
             raise InputError(
-                f'{path} holds no target losses ({error}): expected {{"domain": nats per token, ...}}.'
+                f'{path} holds no target losses ({reason}): expected {{"domain": nats per token, ...}}.'
             ) from error
 
     @classmethod

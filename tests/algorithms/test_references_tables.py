@@ -158,6 +158,12 @@ def test_targets_that_miss_a_domain_or_make_no_sense_are_refused(tmp_path: Path)
     (tmp_path / "bad.json").write_text("[1]")
     with pytest.raises(InputError, match=r"bad.json holds no target losses"):
         as_reference(tmp_path / "bad.json")
+    for content in ('{"a": "2"}', '{"a": null}', '{"a": true}', '{"a": -1}', "[1]", "3"):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(InputError, match=r"bad.json holds no target losses"):
+            as_reference(str(tmp_path / "bad.json"))
+    with pytest.raises(InputError, match=r"finite numbers >= 0, in nats per token, by domain; got \{'a': 'x'\}"):
+        as_reference({"a": "x", "b": 1.0})
 
 
 def test_targets_are_read_off_scaling_curves() -> None:

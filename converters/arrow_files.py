@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import mmap
 import shutil
 import struct
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 from converters.files import compression_suffix, open_bytes, open_raw, status
+from converters.thrift import read_struct
 from converters.urls import is_url
 from mixer.errors import DataError
 
@@ -38,7 +40,7 @@ def most_unpacked(max_record_bytes: int) -> int:
     return 4 * max_record_bytes
 
 
-def _slices(batch: Any) -> Iterator[tuple[int, Any]]:
+def _slices(batch: Any, limit: int) -> Iterator[tuple[int, Any]]:
     """Yield (first row, slice) of a batch: of a few rows and few bytes, and one row that is larger.
 
     Nothing is touched that was not checked: damaged offsets would make Arrow read outside its memory.
@@ -58,8 +60,18 @@ def _slices(batch: Any) -> Iterator[tuple[int, Any]]:
         count = min(2 * count, _ROWS, batch.num_rows - at)
         while count > 1 and batch.slice(at, count).nbytes > _SLICE_BYTES:
             count //= 2
-        yield at, _dense(pyarrow, batch.slice(at, count))
+        part = batch.slice(at, count)
+        is_too_long = count == 1 and any(_view_bytes(pyarrow, column) > limit for column in part.columns)
+        yield at, part if is_too_long else _dense(pyarrow, part)  # a copy, which such a text is not worth
         at += count
+
+
+def _view_bytes(pyarrow: Any, column: Any) -> int:
+    """Return the bytes of the text in a column of views of one row; 0 for other columns."""
+    is_view = pyarrow.types.is_string_view(column.type) or pyarrow.types.is_binary_view(column.type)
+    if not is_view or column.null_count:
+        return 0
+    return int.from_bytes(column.buffers()[1].slice(16 * column.offset, 4).to_pybytes(), "little", signed=True)
 
 
 def _is_flat(pyarrow: Any, kind: Any) -> bool:
@@ -179,7 +191,7 @@ def arrow_slices(
                 batch = chosen.read_next_batch()
             else:
                 batch = chosen.get_batch(number) if size else whole.get_batch(number).select(wanted)
-            for first, part in _slices(batch) if number >= start else ():
+            for first, part in _slices(batch, limit) if number >= start else ():
                 yield at + first, part
                 consumed += part.nbytes
                 if consumed > 2 * _SLICE_BYTES:
@@ -277,22 +289,57 @@ def parquet_slices(
     import pyarrow.parquet
 
     with open_raw(path) as raw:
+        chunks = _chunks(path, status(path).version)
         pages = _WatchedPages(raw, path, limit)
         file = pyarrow.parquet.ParquetFile(pages, buffer_size=1 << 20)  # else a column of a row group is read at once
         wanted = [name for name in file.schema_arrow.names if name in columns]
         at = 1 + sum(file.metadata.row_group(group).num_rows for group in range(start))
         for group in range(start, file.num_row_groups if stop is None else stop):
-            for batch in _group_batches(file, pages, group, wanted):
-                for first, part in _slices(_dense(pyarrow, batch)):
+            watched = [chunk for chunk in chunks[group] if chunk.path[0] in wanted]
+            for batch in _group_batches(file, pages, group, wanted, watched):
+                for first, part in _slices(_dense(pyarrow, batch), limit):
                     yield at + first, part
                 at += batch.num_rows
 
 
-def _group_batches(file: Any, pages: _WatchedPages, group: int, wanted: list[str]) -> Iterator[Any]:
+class _ChunkFacts(NamedTuple):
+    """Where a column of a row group lies in the file, and its names from the outermost on."""
+
+    path: tuple[str, ...]
+    start: int
+    end: int
+
+
+@functools.lru_cache(maxsize=1)
+def _chunks(path: str, version: str) -> list[list[_ChunkFacts]]:
+    """Return the columns of every row group of a Parquet file.
+
+    Read from the footer here, because the library ends the process where what it says of a column is damaged.
+    """
+    with open_raw(path) as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(size - 8, 0))
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(max(size - 8 - length, 0))
+        footer = file.read(length)
+    groups: list[list[_ChunkFacts]] = []
+    try:
+        read_struct(footer, 0, {4: lambda group: groups.append([_chunk_facts(column[3]) for column in group[1]])})
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"its footer makes no sense: {error!r}") from error
+    return groups
+
+
+def _chunk_facts(facts: Mapping[int, Any]) -> _ChunkFacts:
+    first, data = facts.get(11), int(facts[9])
+    start = first if first and first < data else data
+    return _ChunkFacts(tuple(name.decode("utf-8") for name in facts[3]), start, start + int(facts[7]))
+
+
+def _group_batches(
+    file: Any, pages: _WatchedPages, group: int, wanted: list[str], watched: Sequence[_ChunkFacts]
+) -> Iterator[Any]:
     """Yield the rows of a row group, fewer at a time once its pages are found to hold large ones."""
-    facts = file.metadata.row_group(group)
-    columns = [facts.column(number) for number in range(facts.num_columns)]
-    watched = [column for column in columns if column.path_in_schema.partition(".")[0] in wanted]
     rows, done = _PARQUET_ROWS, 0
     while True:
         pages.watch(group, watched, rows)
@@ -320,11 +367,9 @@ class _LargeRows(Exception):
 class _Chunk:
     """A column of a row group: where its next page begins, and where it ends."""
 
-    def __init__(self, facts: Any) -> None:
-        self.name = facts.path_in_schema
-        first = facts.dictionary_page_offset
-        self.next = first if first and first < facts.data_page_offset else facts.data_page_offset
-        self.end = self.next + facts.total_compressed_size
+    def __init__(self, facts: _ChunkFacts) -> None:
+        self.name = ".".join(facts.path)
+        self.next, self.end = facts.start, facts.end
 
 
 class _WatchedPages:
@@ -348,7 +393,7 @@ class _WatchedPages:
     def flush(self) -> None:
         pass
 
-    def watch(self, group: int, columns: Sequence[Any], rows: int) -> None:
+    def watch(self, group: int, columns: Sequence[_ChunkFacts], rows: int) -> None:
         """Look at these columns of a row group, of which so many rows are read at a time."""
         self._group, self._rows = group, rows
         self._chunks = [_Chunk(facts) for facts in columns]
@@ -367,7 +412,7 @@ class _WatchedPages:
         try:
             for size in (1 << 16, 1 << 20, 1 << 24):
                 with contextlib.suppress(IndexError):
-                    header, length = _thrift(data, 0)
+                    header, length = read_struct(data, 0)
                     break
                 self._file.seek(chunk.next)  # it is longer than what was read of it
                 data = self._file.read(size)
@@ -395,57 +440,3 @@ class _WatchedPages:
 
 
 _DELTA_BYTE_ARRAY = 7  # values given by what differs from the one before may be longer than their page
-
-
-class _Read(NamedTuple):
-    value: Any
-    end: int
-
-
-def _thrift(data: bytes, at: int, depth: int = 0) -> _Read:
-    """Read a struct of Thrift's compact protocol: its integers and structs by number of the field.
-
-    Raises: IndexError: if it goes on behind the data; ValueError: if it is none.
-    """
-    if depth > 4:
-        raise ValueError("nested too deeply")
-    found: dict[int, Any] = {}
-    number = 0
-    while head := data[at]:
-        at += 1
-        if head >> 4:
-            number += head >> 4
-        else:
-            number, at = _zigzag(data, at)
-        kind = head & 15
-        if kind in (1, 2):  # true, false
-            found[number] = kind == 1
-        elif kind == 3:
-            at += 1
-        elif kind in (4, 5, 6):
-            found[number], at = _zigzag(data, at)
-        elif kind == 8:
-            length, at = _varint(data, at)
-            at += length
-        elif kind == 12:
-            found[number], at = _thrift(data, at, depth + 1)
-        else:
-            raise ValueError(f"no type of a page header: {kind}")
-    return _Read(found, at + 1)
-
-
-def _varint(data: bytes, at: int) -> _Read:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return _Read(value, at)
-        if shift > 63:
-            raise ValueError("no integer")
-
-
-def _zigzag(data: bytes, at: int) -> _Read:
-    value, at = _varint(data, at)
-    return _Read((value >> 1) ^ -(value & 1), at)

@@ -276,7 +276,7 @@ def _arrow_errors(path: str) -> Iterator[None]:
     try:
         with naming(path):
             yield
-    except (pyarrow.ArrowException, UnicodeDecodeError, ValueError, IndexError, struct.error) as error:
+    except (pyarrow.ArrowException, ValueError, IndexError, struct.error) as error:
         raise damaged(path, error) from error
 
 
@@ -341,12 +341,14 @@ def _arrow_row(row: Any, at: int) -> Row | Bad:
 def _raw_texts(row: Any, most: int | None = None) -> dict[str, bytes | None]:
     """Return the bytes of every text of one row, or the first of them, as they are no UTF-8 or too many."""
     import pyarrow
+    import pyarrow.compute
 
     texts = {}
     for name, column in zip(row.schema.names, row.columns):
         if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-            value = column.cast(pyarrow.large_binary())[0].as_buffer()
-            texts[name] = value if value is None else bytes(memoryview(value)[:most])
+            is_large = pyarrow.types.is_large_string(column.type)
+            raw = column.cast(pyarrow.large_binary() if is_large else pyarrow.binary())  # without a copy
+            texts[name] = (raw if most is None else pyarrow.compute.binary_slice(raw, 0, most)).to_pylist()[0]
     return texts
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from converters.arrow_files import arrow_slices, parquet_slices
+from converters.arrow_files import _chunks, arrow_slices, parquet_slices
 from converters.options import StageOptions
 from converters.plan import make_plan
 from converters.readers import Bad
@@ -165,6 +165,17 @@ def test_text_among_views_that_is_no_utf8_is_one_bad_record(tmp_path):
     assert [row.reason if isinstance(row, Bad) else row.text for row in rows] == ["fine", "utf8", "utf8", "good"]
 
 
+def test_text_beyond_the_limit_among_views_is_not_copied(tmp_path, monkeypatch):
+    monkeypatch.setattr("converters.arrow_files._SLICE_BYTES", LIMIT)
+    rows = ["a", "x" * 50_000, None, "b"]
+    write(tmp_path / "a.arrow", pyarrow.table({"text": pyarrow.array(rows, pyarrow.string_view())}))
+    found = arrow_slices(str(tmp_path / "a.arrow"), 0, None, frozenset({"text"}), LIMIT)
+    kinds = [str(part.column(0).type) for _, part in found]
+    assert kinds == ["large_string", "string_view", "large_string", "large_string"]
+    reasons = [getattr(row, "reason", None) for row in documents_in(tmp_path / "a.arrow", max_record_bytes=LIMIT)]
+    assert reasons == [None, "oversized", "no_text", None]
+
+
 def test_column_that_is_there_twice_is_no_crash(tmp_path):
     write(tmp_path / "a.arrow", pyarrow.table([pyarrow.array(["one"]), pyarrow.array(["two"])], ["text", "text"]))
     assert [row.text for row in documents_in(tmp_path / "a.arrow")] == ["two"]
@@ -198,3 +209,38 @@ def test_quarantine_keeps_what_was_read_of_a_row(tmp_path, suffix):
     assert large.reason == "oversized"
     assert b"xxx" in large.raw
     assert len(large.raw) < 5000
+
+
+def test_columns_lie_where_the_library_says(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(table(meta=[{"set": "a", "more": ["x"]}] * 300), path, row_group_size=70)
+    metadata = parquet.ParquetFile(path).metadata
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    theirs = [[group.column(number) for number in range(group.num_columns)] for group in groups]
+    ours = _chunks(str(path), "")
+    assert [[".".join(chunk.path) for chunk in group] for group in ours] == [
+        [chunk.path_in_schema for chunk in group] for group in theirs
+    ]
+    assert [[(chunk.start, chunk.end - chunk.start) for chunk in group] for group in ours] == [
+        [(chunk.dictionary_page_offset or chunk.data_page_offset, chunk.total_compressed_size) for chunk in group]
+        for group in theirs
+    ]
+
+
+def test_damaged_footer_of_parquet_is_an_error_and_not_the_end_of_the_process(tmp_path):
+    path = tmp_path / "a.parquet"
+    found = pyarrow.table({"text": ["a", "b"], "n": [1, None], "meta": [{"set": "a", "more": ["x"]}] * 2})
+    parquet.write_table(found, path)
+    raw = path.read_bytes()
+    start = len(raw) - 8 - int.from_bytes(raw[-8:-4], "little")
+    errors = 0
+    for at in range(start, start + 120):  # the schema: where it does not fit the rest, the library gives up
+        damaged = bytearray(raw)
+        damaged[at] = 0
+        path.write_bytes(damaged)
+        try:
+            documents_in(path, domain="field:meta.set")
+        except (DataError, InputError) as error:
+            assert path.name in str(error)
+            errors += 1
+    assert errors > 50

@@ -63,6 +63,9 @@ def as_domains(
     weights = np.full(count, 1.0 / count) if prior is None else np.asarray(prior, dtype=np.float64)
     if sizes.shape != (count,) or weights.shape != (count,):
         raise InputError(f"sizes {sizes.shape} and prior {weights.shape} must have one entry per domain: ({count},).")
+    for what, values in (("sizes", sizes), ("the prior", weights)):
+        if not np.all(np.isfinite(values)) or np.any(values < 0) or not np.any(values > 0):
+            raise InputError(f"{what} of {list(names)} must be finite, >= 0 and not all 0; got {values.tolist()}.")
     return Domains(names, sizes, weights / weights.sum())
 
 

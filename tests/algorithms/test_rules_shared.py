@@ -412,6 +412,13 @@ def test_ceilings_that_just_fit_beside_epoch_caps_do_not_end_a_run_in_its_middle
         rule.init(as_domains(["big", "small"], num_tokens=[90_000, 0.39 * budget / 2]))
 
 
+@pytest.mark.parametrize("wrong", [[0, 0], [-1, 2], [float("nan"), 1], [1, 2, 3]])
+def test_sizes_and_priors_that_make_no_sense_are_refused(wrong):
+    for option in ({"num_tokens": wrong}, {"prior": wrong}):
+        with pytest.raises(InputError, match=r"must (be finite, >= 0 and not all 0|have one entry per domain)"):
+            as_domains(["a", "b"], **option)
+
+
 def test_weights_of_nothing_are_refused():
     with pytest.raises(InputError, match="not all 0"):
         normalized(np.zeros(3))

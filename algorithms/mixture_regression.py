@@ -89,6 +89,11 @@ def read_runs(mixtures: str | os.PathLike[str], losses: str | os.PathLike[str]) 
         raise InputError(f"{mixtures} has the runs {numbers[:3]}..., {losses} has {others[:3]}...; they must agree.")
     if np.any(weights < 0) or np.any(weights.sum(axis=1) <= 0):
         raise InputError(f"{mixtures} has a run whose weights are negative or all 0.")
+    untried = [name for name, used in zip(domains, weights.any(axis=0)) if not used]
+    if untried:
+        raise InputError(
+            f"no run of {mixtures} has anything of {untried}: nothing is known of them. Leave their columns out."
+        )
     return Runs(weights / weights.sum(axis=1, keepdims=True), values, domains, metrics)
 
 
@@ -224,7 +229,8 @@ def search(
 def cross_validated(fit: Callable[[Matrix, Matrix], Law], runs: Runs, num_parts: int = 5) -> float:
     """Return the mean rank correlation of predicted and real losses on runs that were left out of the fit.
 
-    Every ``num_parts``-th run is left out in turn; NaN where the parts have fewer than 3 runs.
+    Every ``num_parts``-th run is left out in turn; NaN where the parts have fewer than 3 runs, or one of them all that
+    have some domain.
 
     >>> truth = LogLinearLaw(np.log([2.0]), np.array([[0.5], [-1.0], [0.2]]))
     >>> mixtures = np.random.default_rng(0).dirichlet(np.ones(3), 40)
@@ -232,7 +238,8 @@ def cross_validated(fit: Callable[[Matrix, Matrix], Law], runs: Runs, num_parts:
     1.0
     """
     part = np.arange(len(runs.mixtures)) % num_parts
-    if len(part) < 3 * num_parts:
+    known = [runs.mixtures[part != left_out].any(axis=0).all() for left_out in range(num_parts)]
+    if len(part) < 3 * num_parts or not all(known):
         return float("nan")
     correlations = []
     for left_out in range(num_parts):
@@ -272,6 +279,10 @@ def _checked(mixtures: ArrayLike, losses: ArrayLike) -> tuple[Matrix, Matrix]:
         raise InputError(f"mixtures and losses must be finite, (N, D) and (N, M); got {w.shape} and {y.shape}.")
     if np.any(w < 0) or np.any(np.abs(w.sum(axis=1) - 1) > 1e-6):
         raise InputError("every mixture must be >= 0 and sum to 1; divide each row by its sum.")
+    if not w.any(axis=0).all():
+        # Its tilt would be 0, which is often the best of all, and the proposal nothing but it.
+        untried = np.flatnonzero(~w.any(axis=0)).tolist()
+        raise InputError(f"no mixture has anything of the domains in columns {untried}; leave them out.")
     return w, y
 
 

@@ -10,6 +10,7 @@ from algorithms.commands.regress import regress
 from algorithms.mixture_regression import (
     LogLinearLaw,
     Runs,
+    cross_validated,
     descend,
     fit_kernel,
     fit_log_linear,
@@ -146,6 +147,20 @@ def test_too_few_runs_and_unnormalised_mixtures_are_refused():
         fit_log_linear(2 * np.eye(3), np.ones(3))
     with pytest.raises(InputError, match="positive losses"):
         fit_log_linear(np.random.default_rng(0).dirichlet(np.ones(2), 9), -np.ones(9))
+
+
+def test_a_domain_that_no_run_has_is_refused_and_not_proposed(tmp_path):
+    """A column of zeros fits a tilt of 0, less loss than any domain that was tried: all weight went there."""
+    mixtures = np.column_stack([np.random.default_rng(0).dirichlet(np.ones(3), 40), np.zeros(40)])
+    for fit in (fit_log_linear, fit_kernel):
+        with pytest.raises(InputError, match=r"no mixture has anything of the domains in columns \[3\]"):
+            fit(mixtures, np.ones(40))
+    mixtures[0] = [0.5, 0.0, 0.0, 0.5]
+    assert np.isnan(cross_validated(fit_log_linear, Runs(mixtures, np.ones((40, 1)), ("a", "b", "c", "d"), ("loss",))))
+    (tmp_path / "w.csv").write_text("run,code,law\n1,1,0\n2,1,0\n")
+    (tmp_path / "l.csv").write_text("run,loss\n1,3.0\n2,2.5\n")
+    with pytest.raises(InputError, match=r"no run of .* has anything of \['law'\].* Leave their columns out"):
+        read_runs(tmp_path / "w.csv", tmp_path / "l.csv")
 
 
 def test_tables_of_different_runs_are_refused_and_printed_weights_normalised(tmp_path):

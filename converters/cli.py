@@ -6,6 +6,7 @@ Heavy imports are inside the functions, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -409,14 +410,23 @@ def _print_columns(
 
 
 def _print_bad_records(manifest: Manifest) -> None:
-    facts = manifest.converter
-    skipped = facts.get("skipped", {})
+    """Print what was left out, and copies across splits, of the conversion and its extensions, the latest first."""
+    from mixer.names import printable
+
+    parts = [*reversed(manifest.converter.get("extensions", [])), manifest.converter]
+    skipped = sum((Counter(part.get("skipped", {})) for part in parts), Counter())
     if skipped:
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
-        click.echo(f"Left out {sum(skipped.values()):,} of {facts['documents_read']:,} records: {counts}.", err=True)
-    for record in facts.get("bad_records", [])[:10]:
-        click.echo(f"  {record['place']}: {record['detail']}", err=True)
-    for warning in facts.get("warnings", []):
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
+        read = sum(part["documents_read"] for part in parts)
+        kept = [part["quarantine"] for part in parts if part.get("quarantine")]
+        where = f" (kept in {' and '.join(sorted(kept))})" if kept else ""
+        click.echo(f"Left out {skipped.total():,} of {read:,} records: {counts}{where}.", err=True)
+    for record in [record for part in parts for record in part.get("bad_records", [])][:10]:
+        click.echo(printable(f"  {record['place']}: {record['detail']}"), err=True)
+    if copies := sum(part.get("copies_across_splits", 0) for part in parts):
+        what = "document has the very text" if copies == 1 else "documents have the very texts"
+        click.echo(f"{copies:,} training {what} of held-out ones (--dedupe removes copies within a domain).", err=True)
+    for warning in [warning for part in parts for warning in part.get("warnings", [])]:
         click.echo(f"Warning: {warning}", err=True)
 
 

@@ -52,6 +52,28 @@ def test_inspect_shows_where_documents_end_and_what_is_padding(tmp_path):
         assert (f"--- {padding} tokens of padding ---" in shown) == (packing == "concat")
 
 
+def test_what_was_left_out_and_copied_is_said_of_extensions_too(tmp_path):
+    texts = [f"document {n} of some length" for n in range(90)]
+    for domain in ("a", "b"):
+        write_jsonl(tmp_path / "in" / domain / "a.jsonl", texts)
+    options = [str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--tokenizer", "bytes", "--seq-len", "32"]
+    options += ["--on-bad-record", "quarantine", "--max-bad", "0.5", "--workers", "1", "--allow-empty"]
+    first = CliRunner().invoke(convert, options, catch_exceptions=False)
+    assert "Left out" not in first.output
+    assert "held-out" not in first.output  # copies land on one side
+    write_jsonl(tmp_path / "in" / "c" / "c.jsonl", texts[:3])
+    (tmp_path / "in" / "a" / "b.jsonl").write_text('{"body": "x"}\n{"text": "another"}\n')
+    more = CliRunner().invoke(convert, [*options, "--extend"], catch_exceptions=False)
+    for output in (more.output, CliRunner().invoke(inspect, [str(tmp_path / "out")]).output):
+        assert "Left out 1 of 185 records: 1 no_text (kept in quarantine.1.jsonl)." in output
+        assert "a/b.jsonl, line 1: no text field 'text'" in output
+    for file in (tmp_path / "in").rglob("*.jsonl"):
+        file.unlink()
+    write_jsonl(tmp_path / "in" / "a" / "a.jsonl", [texts[0]] * 60)
+    copied = CliRunner().invoke(convert, [*options, "--fresh"], catch_exceptions=False)
+    assert re.search(r"[1-9] training documents have the very texts of held-out ones", copied.output)
+
+
 def test_inspect_prints_the_manifest_as_json(shards):
     result = CliRunner().invoke(inspect, [str(shards[0]), "--json"], catch_exceptions=False)
     assert json.loads(result.output)["domains"].keys() == {"book", "code", "web"}

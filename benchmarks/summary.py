@@ -10,22 +10,10 @@ why; what was not measured is left out.
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple
-
-from rich.console import Console
-from rich.table import Table
+from typing import Any
 
 from benchmarks import RESULTS
-
-
-class Row(NamedTuple):
-    """One measure beside its goal; ``reached`` is None where there is no goal."""
-
-    measure: str
-    value: str
-    goal: str
-    reached: bool | None
-    why: str = ""
+from benchmarks.goals import Row, print_goals
 
 
 def load(name: str) -> dict[str, Any]:
@@ -178,19 +166,9 @@ def main() -> None:
     rows = throughput(results["loader"]) + startup(results["startup"])
     rows += mixing(results["mixing"]) + remote(results["remote"])
     setting = results["loader"].get("setting", {})
-    table = Table(
-        title=f"speed and mixing; {setting.get('samples', 0):,} samples of {setting.get('seq_len', 0):,} tokens"
-    )
-    table.add_column("measure", no_wrap=True)
-    table.add_column("measured", justify="right", no_wrap=True)
-    table.add_column("goal", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for row in rows:
-        table.add_row(row.measure, row.value, row.goal, {True: "yes", False: "NO", None: ""}[row.reached])
-    Console(width=100).print(table)
-    for row in rows:
-        if row.reached is False:
-            print(f"not reached: {row.measure}: {row.value}, goal {row.goal}" + (f" ({row.why})" if row.why else ""))
+    samples, seq_len = setting.get("samples", 0), setting.get("seq_len", 0)
+    print_goals(f"speed and mixing; {samples:,} samples of {seq_len:,} tokens", rows)
+    RESULTS.mkdir(exist_ok=True)
     (RESULTS / "summary.json").write_text(json.dumps([row._asdict() for row in rows], indent=2) + "\n")
     plot(results)
     print(f"plot: {RESULTS / 'summary.png'}")

@@ -7,7 +7,8 @@
 Every row is one conversion by two workers: of one giant file of many records, or of one giant record between two small
 ones, in every format; of documents of 8 MiB by every tokenizer; and of many documents in every packing. Shown is the
 peak of resident memory of the largest process, parent or worker, as the system counts it; "refused" is a file that can
-only be unpacked whole, with an error that says so. A table beside the goal of 200 MB ends it. Results also go to benchmarks/results/memory.json.
+only be unpacked whole, with an error that says so. At the end, all beside the goal of 200 MB. Results also go to
+benchmarks/results/memory.json.
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ def begin_run(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> di
     """
     path = Path(folder)
     asked = json.loads(json.dumps(dict(settings)))
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; --out is a folder for the run.")
     content = _content(path)
     if "run.json" not in content and content:
         raise InputError(f"{path} is not empty and holds no run; choose another --out.")

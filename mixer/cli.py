@@ -43,6 +43,7 @@ COMMANDS = {
 }
 
 
+INSTALL = "pip install 'domain-mixer[composer]', or in a clone '.[composer]'"
 CONTINUING = {"demo", "convert", "score", "optimize", "train"}
 
 
@@ -119,6 +120,8 @@ def _interrupted(argv: list[str]) -> NoReturn:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in ("composer", "transformers"):
+        return f"this command trains with Composer, and there is no package {error.name!r}: {INSTALL}."
     if isinstance(error, InputError | DataError):
         return text
     if isinstance(error, OSError) and error.filename:

@@ -36,6 +36,12 @@ def test_a_misspelt_flag_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (InputError("a wrong path."), 2, "Error: a wrong path.\n"),
         (DataError("a torn shard."), 1, "Error: a torn shard.\n"),
+        (
+            ModuleNotFoundError("No module named 'composer'", name="composer"),
+            1,
+            "Error: this command trains with Composer, and there is no package 'composer': "
+            "pip install 'domain-mixer[composer]', or in a clone '.[composer]'.\n",
+        ),
         (ZeroDivisionError("oh"), 1, "Error: ZeroDivisionError: oh (run `mixer --debug ...` for the traceback)\n"),
     ],
 )

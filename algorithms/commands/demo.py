@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import time
 from pathlib import Path
@@ -47,6 +48,9 @@ def demo(out: Path, steps: int, seed: int, workers: int) -> None:
 
     from mixer.cli import cli
 
+    for package in ("composer", "transformers"):  # known before minutes of work, not after
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
     console = Console(stderr=True)
     start = time.monotonic()
     _prepare(out / "corpus", console)

@@ -81,6 +81,12 @@ def test_a_folder_with_other_files_is_not_claimed(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_file_is_no_folder_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(InputError, match="run is a file; --out is a folder for the run"):
+        begin_run(tmp_path / "run", SETTINGS)
+
+
 def test_an_unfinished_run_has_no_result(tmp_path: Path) -> None:
     begin_run(tmp_path / "run", SETTINGS)
     with pytest.raises(InputError, match="is unfinished: run its command again"):

@@ -20,10 +20,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from converters.urls import BLOCK_BYTES, UrlReader, file_system, is_url, persistently
+from converters.urls import BLOCK_BYTES, UrlReader, file_system, is_url, persistently, without_query
 from mixer.errors import DataError, InputError
 
-__all__ = ["Status", "can_seek", "compression_suffix", "find", "naming", "open_bytes", "open_raw", "skip", "status"]
+__all__ = [
+    "Status",
+    "before_magic",
+    "can_seek",
+    "compression_suffix",
+    "find",
+    "naming",
+    "open_bytes",
+    "open_raw",
+    "skip",
+    "status",
+]
 
 
 class Status(NamedTuple):
@@ -104,7 +115,7 @@ def _find_glob(pattern: str, is_wanted_folder: Callable[[str], bool]) -> Iterato
     matches = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else []
     if not matches:
         raise InputError(f"no input at {pattern}.")
-    base = _before_magic(pattern).rpartition(os.sep)[0]
+    base = before_magic(pattern)
     for match in matches:
         if not os.path.isdir(match):
             yield match, os.path.relpath(match, base or ".").replace(os.sep, "/")
@@ -113,8 +124,13 @@ def _find_glob(pattern: str, is_wanted_folder: Callable[[str], bool]) -> Iterato
                 yield file, os.path.relpath(file, base or ".").replace(os.sep, "/")
 
 
-def _before_magic(pattern: str) -> str:
-    return re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+def before_magic(pattern: str) -> str:
+    """Return the folder that a glob begins in.
+
+    >>> before_magic("corpus/web/a*/**/x.jsonl"), before_magic("*.jsonl")
+    ('corpus/web', '')
+    """
+    return re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[0]
 
 
 def _find_url(url: str) -> Iterator[tuple[str, str]]:
@@ -125,7 +141,7 @@ def _find_url(url: str) -> Iterator[tuple[str, str]]:
     if not found:
         raise InputError(f"no input at {url}.")
     if found == [base]:
-        yield url, base.rpartition("/")[2]
+        yield url, without_query(base).rpartition("/")[2]
         return
     system, _ = file_system(url)
     for file in found:
@@ -136,7 +152,7 @@ def _listed(url: str) -> tuple[list[str], str]:
     """Return the names at a URL, and what of them all is the place where they were looked for."""
     system, name = file_system(url)
     if glob.has_magic(name) and not url.startswith("http"):
-        return persistently("list", url, lambda: system.glob(name)), _before_magic(name).rpartition("/")[0]
+        return persistently("list", url, lambda: system.glob(name)), before_magic(name)
     if url.startswith("http"):  # where ``isfile`` also says no of a server that is busy
         persistently("ask for", url, lambda: system.info(name))
         return [name], name
@@ -246,7 +262,7 @@ def compression_suffix(name: str) -> str:
     >>> compression_suffix("web.jsonl.zst"), compression_suffix("web.jsonl")
     ('.zst', '')
     """
-    suffix = "." + name.rpartition(".")[2].lower()
+    suffix = "." + without_query(name).rpartition(".")[2].lower()
     return suffix if suffix in COMPRESSIONS else ""
 
 

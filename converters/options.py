@@ -116,6 +116,8 @@ class PackOptions:
             raise InputError(f"held_out is a share of each domain, 0 to below 1; got {self.held_out}.")
         if self.min_held_out < 1:
             raise InputError(f"min_held_out must be at least 1, got {self.min_held_out}.")
+        if self.shard_bytes >= 1 << 32:
+            raise InputError(f"shard_size must be below 4 GiB, got {self.shard_bytes:,}: MDS counts bytes in 32 bits.")
         _one_of("packing", self.packing, PACKINGS)
         _one_of("tail", self.tail, TAILS)
         from mixer.mds import compress, hash_hex

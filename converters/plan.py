@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -21,12 +22,22 @@ from typing import Any, NamedTuple
 import orjson
 import xxhash
 
-from converters.files import Status, can_seek, compression_suffix, find, naming, open_bytes, open_raw, status
+from converters.files import (
+    Status,
+    before_magic,
+    can_seek,
+    compression_suffix,
+    find,
+    naming,
+    open_bytes,
+    open_raw,
+    status,
+)
 from converters.options import StageOptions
 from converters.readers import FORMATS, Piece
 from converters.texts import text_columns
 from converters.token_shards import in_its_domain, is_conversion_file
-from converters.urls import is_url
+from converters.urls import is_url, without_query
 from mixer.errors import DataError, InputError
 
 __all__ = ["Plan", "Unit", "difference", "make_plan"]
@@ -125,6 +136,8 @@ def _files(inputs: Sequence[str | os.PathLike[str]], options: StageOptions, outp
             if where in seen:
                 raise InputError(f"{file} comes in twice, by {seen[where]!r} and {item!r}; give it once.")
             seen[where] = item
+            if is_url(path) and file == path and not root.startswith("="):
+                root = without_query(path).split("/")[-2] or root  # it is a file, and not the folder
             size, version = _status(file)
             piece = Piece(
                 file, name, root, _format(file, options), size, version, max_record_bytes=options.max_record_bytes
@@ -159,10 +172,18 @@ def _named_input(item: str) -> tuple[str, str]:
     name, equals, rest = item.partition("=")
     if equals and name and "/" not in name and not os.path.exists(item):
         return f"={name}", rest
-    if is_url(item):
-        return item.rstrip("/").rpartition("/")[2], item
-    absolute = Path(item).absolute()
-    return (absolute.name if absolute.is_dir() else absolute.parent.name), item
+    return _root(item), item
+
+
+def _root(path: str) -> str:
+    """Return the name of the folder that a path is, that its file lies in, or that its glob begins in."""
+    if not is_url(path):
+        absolute = Path(path).absolute()
+        if not absolute.exists():
+            return Path(before_magic(path)).absolute().name
+        return absolute.name if absolute.is_dir() else absolute.parent.name
+    is_glob = glob.has_magic(path) and not path.startswith("http")
+    return (before_magic(path) if is_glob else without_query(path).rstrip("/")).rpartition("/")[2]
 
 
 def _wanted_files(path: str, options: StageOptions) -> Iterator[tuple[str, str]]:
@@ -232,7 +253,7 @@ def _status(file: str) -> Status:
 def _format(file: str, options: StageOptions) -> str:
     if options.format != "auto":
         return options.format
-    name = file.lower()
+    name = without_query(file).lower()
     name = name.removesuffix(compression_suffix(name))
     for kind, row in FORMATS.items():
         if row.extensions and name.endswith(row.extensions):

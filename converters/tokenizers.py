@@ -379,8 +379,11 @@ def load_tokenizer_json(file: str | os.PathLike[str], changed: bytes | None = No
         raise InputError(f"the installed tokenizers library cannot read {file}: {error}.") from error
 
 
+_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model")  # in a folder, the first that is there
+
+
 def describe(tokenizer: str | os.PathLike[str], eos: str | None = None) -> TokenizerInfo:
-    """Return the facts of a tokenizer: ``"bytes"``, a ``tokenizer.json``, or a folder that holds one.
+    """Return the facts of a tokenizer: ``"bytes"``, ``"tiktoken:…"``, a file, or a folder that holds one.
 
     Args:
         eos: the end-of-text token; by default what ``tokenizer_config.json`` beside the file says, else a usual name.
@@ -393,9 +396,14 @@ def describe(tokenizer: str | os.PathLike[str], eos: str | None = None) -> Token
 
         tokenizer = tokenizer_file(os.fspath(tokenizer).removeprefix("tiktoken:"))
     file = Path(tokenizer)
-    file = file / "tokenizer.json" if file.is_dir() else file
+    if file.is_dir():
+        names = (name for name in _FILES if (file / name).is_file())
+        file = file / next(names, _FILES[0])
     if not file.is_file():
-        raise InputError(f"no tokenizer at {file}: give a tokenizer.json, a folder that holds one, or 'bytes'.")
+        raise InputError(
+            f"no tokenizer at {file}: give a tokenizer.json, a .model of SentencePiece, a folder that holds one,"
+            " 'tiktoken:cl100k_base', 'tiktoken:o200k_base' or 'bytes'."
+        )
     fingerprint = "sha256:" + hashlib.sha256(file.read_bytes()).hexdigest()
     if file.suffix == ".model":
         return _describe_sentencepiece(file, fingerprint, eos)

@@ -73,6 +73,15 @@ def file_system(url: str) -> tuple[Any, str]:
     return system, name
 
 
+def without_query(path: str) -> str:
+    """Return a path without what a web server is told behind it, such as a signature.
+
+    >>> without_query("https://host/a.jsonl.gz?download=true"), without_query("s3://bucket/what?.txt")
+    ('https://host/a.jsonl.gz', 's3://bucket/what?.txt')
+    """
+    return path.partition("?")[0].partition("#")[0] if path.startswith(("http://", "https://")) else path
+
+
 def persistently(what: str, url: str, request: Callable[[], Result]) -> Result:
     """Return what ``request`` does, after ``ATTEMPTS`` tries if need be.
 

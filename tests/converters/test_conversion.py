@@ -285,6 +285,7 @@ def test_folder_with_other_files_is_not_written_into(tmp_path):
         ({"compression": "lzma"}, "cannot compress by 'lzma'"),
         ({"hashes": ["crc"]}, "no hash algorithm 'crc'"),
         ({"shard_size": "many"}, "shard_size 'many' is not a size"),
+        ({"shard_size": "4GiB"}, "shard_size must be below 4 GiB"),
         ({"include": ["*.parquet"]}, "nothing to convert"),
         ({"engine": "carrier-pigeon"}, "no engine 'carrier-pigeon'"),
         ({"workers": 0}, "workers must be at least 1"),

@@ -242,6 +242,7 @@ def test_globs_lists_and_named_inputs_are_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert texts_of(read("*/*.jsonl")) == ["a/x.jsonl", "b/z.jsonl"]
     assert [row.domain for row in read("*/*.jsonl")] == ["a", "b"]
+    assert [row.domain for row in read("a/**/x*")] == ["a"]
     (tmp_path / "list.txt").write_text("# corpora\nnews=b/z.jsonl\n\na/x.jsonl\n")
     assert [row.domain for row in read("@list.txt")] == ["news", "a"]
     with pytest.raises(InputError, match=r"no input at c/\*"):
@@ -318,7 +319,7 @@ def test_inputs_behind_a_url_give_the_same_documents(tmp_path):
     rows = read("memory://corpus", unit_bytes=500)
     assert texts_of(rows) == [*texts, "last"]
     assert {row.domain for row in rows} == {"web"}
-    assert texts_of(read("memory://corpus/web/*.gz")) == ["last"]
+    assert read("memory://corpus/web/*.gz") == read("memory://corpus/web/b.jsonl.gz") == [Document("last", "web")]
     with pytest.raises(InputError, match="no input at memory://nothing"):
         read("memory://nothing")
 
@@ -329,12 +330,16 @@ def test_inputs_behind_http_are_read(tmp_path):
     import http.server
     import threading
 
-    write_jsonl(tmp_path / "a.jsonl", documents("web", 20))
+    write_jsonl(tmp_path / "web" / "a.jsonl", documents("web", 20))
+    (tmp_path / "web" / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n'))
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"web=http://127.0.0.1:{server.server_port}/a.jsonl"
-        assert texts_of(read(url)) == documents("web", 20)
+        url = f"http://127.0.0.1:{server.server_port}/web/a.jsonl"
+        assert texts_of(read(f"other={url}")) == documents("web", 20)
+        rows = read(f"{url}.gz?signature=a/b.txt")  # what comes behind the name is none of it
+        assert texts_of(rows) == ["one"]
+        assert {row.domain for row in rows} == {"web"}
         server.shutdown()
 
 

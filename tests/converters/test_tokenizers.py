@@ -143,6 +143,13 @@ def test_end_of_text_is_found_by_configuration_name_or_option(tokenizer_json, tm
     assert describe(tmp_path).eos_id == 0  # a folder that holds it
 
 
+def test_folder_may_hold_a_sentencepiece_model(sentencepiece_model, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model.read_bytes())
+    assert describe(tmp_path).fingerprint == describe(sentencepiece_model).fingerprint
+    with pytest.raises(InputError, match=r"no tokenizer at .*tokenizer.json: give a tokenizer.json, a .model"):
+        describe(tmp_path.parent)
+
+
 def test_file_that_is_no_tokenizer_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version": 1}')
     with pytest.raises(InputError, match=r"cannot read .*tokenizer.json"):

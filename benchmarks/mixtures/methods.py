@@ -2,7 +2,8 @@
 
 Rules have the settings of their papers, that is their defaults, on every corpus; none is tuned. Only what is counted in
 steps or has to be given follows from the comparison: DoGE's learning rate, PiKE's batch size, ADO's warm-up and
-intervals (an eighth of the run), targets (the held-out losses of the uniform run) and UniMax's budget. Rules on the
+intervals (an eighth of the run), targets (the held-out losses of the uniform run), the distances of domains (of their
+bigrams) and UniMax's budget. Rules on the
 training loss are updated every step, those on held-out losses or gradients every 20, Aioli every 4. All of them start
 from uniform weights.
 
@@ -54,6 +55,7 @@ class Context(NamedTuple):
     batch_size: int
     learning_rate: float
     targets: Mapping[str, float]
+    distances: Callable[[], Mapping[str, Mapping[str, float]]]
 
 
 class Outcome(NamedTuple):
@@ -97,6 +99,7 @@ MORE: dict[str, Method] = {
     "agnostic": Method("agnostic"),
     "divergence ball": Method("divergence_ball", every=20),
     "topic CVaR": Method("topic_cvar"),
+    "Wasserstein ball": Method("wasserstein", lambda c: {"distances": c.distances()}),
     "validation feedback, progress": Method("validation_feedback", {"mode": "progress"}),
     "validation feedback, level": Method("validation_feedback"),
     "just train twice": Method("jtt", searches=True),
@@ -139,7 +142,8 @@ def outcome(name: str, runs: Runs, seed: int) -> Outcome:
 def _under_rule(method: Method, runs: Runs, seed: int, fixed: Mapping[str, Run]) -> Outcome:
     setting, settings = runs.setting, method.settings
     if callable(settings):
-        context = Context(setting.steps, setting.batch_size, setting.learning_rate, runs.targets(fixed["uniform"]))
+        targets = runs.targets(fixed["uniform"])
+        context = Context(setting.steps, setting.batch_size, setting.learning_rate, targets, runs.distances)
         settings = settings(context)
     rule = UPDATE_RULES[method.rule](**settings)
     reference, seconds = method.reference, 0.0

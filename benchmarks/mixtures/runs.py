@@ -31,7 +31,7 @@ from algorithms.domain_losses import DomainLosses
 from algorithms.evaluation import heldout_samples
 from algorithms.heldout import HeldOutWindows
 from algorithms.losses import labels_of, loss_mask, token_losses
-from algorithms.references import FrozenModel, as_reference, count_bigrams
+from algorithms.references import FrozenModel, as_reference, bigram_distances, count_bigrams
 from algorithms.references.base import Reference
 from algorithms.rules import UPDATE_RULES
 from algorithms.rules.base import UpdateRule, as_domains
@@ -62,7 +62,8 @@ class Run:
     """One training: samples drawn by ``mixture`` (by uniform weights if None), under a rule or without one.
 
     ``reference`` is the key of the run whose model is the reference, or "bigram". ``every`` counts steps between
-    updates. ``steps`` is less than the setting's for the small runs of a regression.
+    updates. ``steps`` is less than the setting's for the small runs of a regression. ``start`` is the key of the run
+    whose model training continues from, at 0.3 of the learning rate.
     """
 
     seed: int
@@ -72,6 +73,7 @@ class Run:
     reference: str | None = None
     every: int = 1
     steps: int | None = None
+    start: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Runs:
             if self.finished:
                 raise Missing(path.name)
             result, model = self._train(run)
-            if run.rule is None and run.steps is None:
+            if run.rule is None and (run.steps is None or run.start is not None):
                 torch.save(model.state_dict(), path.with_suffix(".pt"))
             _write(path, json.dumps({"run": asdict(run), "setting": asdict(self.setting), **asdict(result)}))
         saved = json.loads(path.read_text())
@@ -127,7 +129,9 @@ class Runs:
 
     def key(self, run: Run) -> str:
         shards = {name: self.manifest.split(name, "train").fingerprint for name in self.domains}
-        content = json.dumps([asdict(run), asdict(self.setting), shards], sort_keys=True)
+        # Later fields only where they are in use, so that runs from before them are found.
+        asked = {name: value for name, value in asdict(run).items() if name != "start" or value is not None}
+        content = json.dumps([asked, asdict(self.setting), shards], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def _train(self, run: Run) -> tuple[Result, nn.Module]:
@@ -163,7 +167,11 @@ class Runs:
 
     def targets(self, run: Run) -> dict[str, float]:
         """Return the losses by domain of a finished run's model on the windows that rules look at."""
-        return dict(zip(self.domains, mean_losses(self._load(self.get(run).key), self.windows)))
+        return dict(zip(self.domains, mean_losses(self.load(self.get(run).key), self.windows)))
+
+    def distances(self) -> dict[str, dict[str, float]]:
+        """Return how far the domains' bigrams are apart."""
+        return bigram_distances(count_bigrams(self.shards, self.folder / "bigrams"))
 
     def reference(self, source: str | None) -> Reference | None:
         """Return the model of another run as reference, or the bigram tables."""
@@ -171,9 +179,10 @@ class Runs:
             return None
         if source == "bigram":
             return as_reference(count_bigrams(self.shards, self.folder / "bigrams"))
-        return FrozenModel(self._load(source))
+        return FrozenModel(self.load(source))
 
-    def _load(self, key: str) -> nn.Module:
+    def load(self, key: str) -> nn.Module:
+        """Return the model of a finished run on a fixed mixture."""
         model = self.model(0)
         model.load_state_dict(torch.load(self.folder / f"{key}.pt", weights_only=True))
         return model
@@ -186,7 +195,7 @@ class _Loop:
         setting, count = runs.setting, len(runs.domains)
         self.run, self.rule = run, _rule_of(run, runs.domains)
         mixture = run.mixture or (1 / count,) * count
-        self.model = runs.model(run.seed)
+        self.model = runs.model(run.seed) if run.start is None else runs.load(run.start)
         self.loader = MixtureLoader(
             runs.shards,
             mixture=dict(zip(runs.domains, mixture)),
@@ -206,8 +215,12 @@ class _Loop:
         self.windows = HeldOutWindows(runs.windows, batch_size=64)
         self.pending: Signals | None = None
         self.path = [self.rule.weights(self.state)]
+        rate = setting.learning_rate * (1.0 if run.start is None else 0.3)
+        self.at_first: Vector | None = None
+        if "heldout_reference" in self.rule.needs:
+            self.at_first = self._windows()[0]
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=setting.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
+            self.model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
         )
         steps = run.steps or setting.steps
         warmup = max(1, round(setting.warmup * steps))
@@ -233,15 +246,18 @@ class _Loop:
             return
         signals, self.pending = self.pending, None
         if "heldout" in self.rule.needs:
-            with torch.no_grad():
-                losses, tokens = self.windows.evaluate(self._losses_of, 0, 1)
-            signals = signals._replace(heldout_loss=losses, heldout_tokens=tokens)
+            losses, tokens = self._windows()
+            signals = signals._replace(heldout_loss=losses, heldout_tokens=tokens, heldout_reference_loss=self.at_first)
         if self.rule.needs & GRADIENT_RULES:
             signals = self._with_gradients(batch, signals)
         self.state, weights = self.rule.update(self.state, signals)
         self.path.append(weights)
         if self.samples_by_rule:
             self.loader.set_weights(weights)
+
+    @torch.no_grad()
+    def _windows(self) -> tuple[Vector, Vector]:
+        return self.windows.evaluate(self._losses_of, 0, 1)
 
     def _losses_of(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return token_losses(self.model(input_ids=batch["input_ids"]).logits, batch["input_ids"])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.continual import main as continual
 from benchmarks.mixtures.__main__ import main
 from benchmarks.mixtures.corpora import FourDomains, entropy_floors
 from benchmarks.mixtures.methods import BASELINES, METHODS, outcome
@@ -132,3 +133,14 @@ def test_publishing_replaces_only_what_is_between_the_markers(tmp_path: Path) ->
     with pytest.raises(ValueError, match="no place for the table"):
         publish("nothing", measured())
     assert draw(tmp_path / "plot.png", [measured()]).stat().st_size > 5_000
+
+
+def test_a_stage_continues_the_model_that_was_trained_before_it(shards: Path, tmp_path: Path) -> None:
+    arguments = [str(shards), "--new", "ccc", "--steps", "8", "--batch-size", "6", "--seeds", "1"]
+    arguments += ["--out", str(tmp_path / "out")]
+    first = CliRunner().invoke(continual, arguments, catch_exceptions=False).output
+    rows = {line.split(" | ")[0].strip("| "): line for line in first.splitlines()[2:]}
+    assert list(rows)[:2] == ["before it", "uniform"] and "validation feedback, far target" in rows and len(rows) == 8
+    assert CliRunner().invoke(continual, arguments, catch_exceptions=False).output == first
+    wrong = CliRunner().invoke(continual, [str(shards), "--new", "web", "--out", str(tmp_path / "out")])
+    assert wrong.exit_code == 2 and "must name one of a, bb, ccc" in wrong.output

@@ -27,6 +27,7 @@ __all__ = [
     "check_numbers",
     "check_parallelism",
     "check_rule",
+    "check_same_domains",
     "check_same_on_ranks",
     "check_same_weights",
     "check_settings",
@@ -103,6 +104,15 @@ def check_settings(
         raise InputError(
             f"the rule {rule.name!r} needs {sorted(rule.needs - gathered)}, which DomainReweighting does not gather. "
             "Use it in a loop of your own."
+        )
+
+
+def check_same_domains(ours: Sequence[str], theirs: Sequence[str]) -> None:
+    """Raise InputError where the loader of another ``fit`` has other domains, or the same in another order."""
+    if tuple(ours) != tuple(theirs):
+        raise InputError(
+            f"the run was begun on the domains {list(ours)}, this loader's are {list(theirs)}: its domain_ids would "
+            "be taken for those. Make a new DomainReweighting, or a loader of the same domains."
         )
 
 

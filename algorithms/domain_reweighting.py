@@ -35,6 +35,7 @@ from algorithms.checks import (
     check_numbers,
     check_parallelism,
     check_rule,
+    check_same_domains,
     check_same_on_ranks,
     check_same_weights,
     check_settings,
@@ -234,6 +235,7 @@ class DomainReweighting(Algorithm):
         if self._run is None:
             self._begin(state)
         loader = self._loader = state.dataloader
+        check_same_domains(self.domains, domains_of(self._given_domains, loader).names)
         if self.reference is not None:
             self.reference.to(next(state.model.parameters()).device)
             self.reference.bind(self.domains, loader)

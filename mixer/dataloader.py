@@ -11,6 +11,7 @@ is faster than any hand-over from another process, and nothing planned ahead has
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -252,13 +253,14 @@ class MixtureLoader(DataLoader[Any]):
         caller = sys._getframe(1)
         if is_spinning(self, caller):
             return iter(())
-        keep_place(self, caller)
+        left = keep_place(self, caller)
         if self._ended:
             raise ExhaustedError(
                 f"this loader has ended ({self._ended}); iterating it again would yield nothing. Make a new one, load"
                 " an earlier state, or allow more epochs (max_epochs)."
             )
-        return self._from_workers() if self.num_workers else self._in_process()
+        batches = self._from_workers() if self.num_workers else self._in_process()
+        return batches if left is None else itertools.islice(batches, left)
 
     def _in_process(self) -> Iterator[Any]:
         while (batch := self._next()) is not None:

@@ -3,7 +3,8 @@
 Both are looked up as callers, by name; neither is imported.
 
 Composer draws and throws away as many batches as have been trained on when ``fit()`` begins inside an epoch, unless a
-checkpoint has just put the dataset into place. A loader that goes on by itself would leave a gap.
+checkpoint has just put the dataset into place. A loader that goes on by itself would leave a gap. And of an epoch of a
+stated length (``train_subset_num_batches``) Composer would then read the whole once more, not the rest.
 
 Lightning puts ``loader.state_dict()`` into its checkpoints while it has fetched a batch that is not trained on yet, so
 that this batch would be lost on resumption.
@@ -20,14 +21,19 @@ if TYPE_CHECKING:
 __all__ = ["fetched_ahead", "is_spinning", "keep_place"]
 
 
-def keep_place(loader: MixtureLoader, caller: FrameType | None) -> None:
+def keep_place(loader: MixtureLoader, caller: FrameType | None) -> int | None:
     """Keep a Composer trainer that is about to iterate a loader from skipping batches that it has delivered.
 
     A loader that stands before what was trained on (its state was not loaded with the checkpoint) is left to skip.
+
+    Returns: batches that are left of the trainer's epoch, where that has a length; else None.
     """
     state = _composer_state(loader, caller)
-    if state is not None and loader.step >= int(state.timestamp.batch_in_epoch):
-        state.dataset_resumption["train"] = True
+    if state is None or loader.step < int(state.timestamp.batch_in_epoch):
+        return None
+    state.dataset_resumption["train"] = True
+    length = state.dataloader_len
+    return None if length is None else max(int(length) - int(state.timestamp.batch_in_epoch), 0)
 
 
 def is_spinning(loader: MixtureLoader, caller: FrameType | None) -> bool:

@@ -586,6 +586,17 @@ def test_a_second_trainer_does_not_continue_silently() -> None:
         make_trainer(algorithm)
 
 
+def test_another_fit_on_other_domains_is_refused() -> None:
+    class Reordered(Loader):
+        domains = ("web", "books", "code")
+
+    trainer = make_trainer(DomainReweighting(constant()), steps=1)
+    trainer.fit()
+    trainer.fit(train_dataloader=Loader(seed=1), duration="1ba")
+    with pytest.raises(InputError, match=r"begun on the domains \['books', 'code', 'web'\], this loader's are \['web'"):
+        trainer.fit(train_dataloader=Reordered(), duration="1ba")
+
+
 def test_domains_come_from_the_loader_and_must_agree_with_it() -> None:
     class Nameless(Loader):
         domains = None  # type: ignore[assignment]

@@ -146,6 +146,23 @@ def test_epochs_of_some_batches_follow_each_other_without_a_gap_over_fits(shards
     trainer.fit(duration="2ba")
     assert_same(found, whole[:8])
     assert loader.step == 8
+    found, _, trainer = train(shards, None, "4ba", train_subset_num_batches=3)
+    trainer.fit(duration="4ba")
+    assert_same(found, whole[:8])
+    assert int(trainer.state.timestamp.batch_in_epoch) == 2, "of the third epoch: the second was ended by its length"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_of_some_batches_is_finished_not_begun_again_after_a_checkpoint(shards, tmp_path, num_workers):
+    options = {"train_subset_num_batches": 3, "num_workers": num_workers}
+    whole, loader, _ = train(shards, tmp_path, "2ep", **options)
+    assert loader.step == 6
+    for step in (2, 3):
+        rest, other, trainer = train(shards, None, "2ep", load=tmp_path / f"{step}.pt", **options)
+        assert_same(rest, whole[step:])
+        assert other.state_dict() == loader.state_dict()
+        assert int(trainer.state.timestamp.epoch) == 2
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -159,7 +159,20 @@ class HuggingFaceEncoder:
         return find_cuts(orjson.loads(Path(self._file).read_bytes()), self._special_tokens == "text")
 
     def _encode(self, texts: Sequence[str]) -> _Encoded:
-        return _joined([each.ids for each in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
+        try:
+            return _joined([each.ids for each in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
+        except BaseException as error:
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":  # the library raises no others
+                raise self._refusal(texts, error) from error
+            raise
+
+    def _refusal(self, texts: Sequence[str], error: BaseException) -> InputError:
+        """Return the error for texts that the library cannot encode, with the first of them."""
+        if len(texts) > 1:
+            for text in texts:
+                self._encode([text])
+        what = " Its model must know a token for what is unknown, or all bytes." if "unk" in str(error).lower() else ""
+        return InputError(f"the tokenizer {self._file} cannot encode the text {texts[0][:60]!r}…: {error}.{what}")
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._decoder.decode(list(ids), skip_special_tokens=False)

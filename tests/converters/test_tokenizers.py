@@ -188,6 +188,20 @@ def test_gigatoken_is_refused_where_its_ids_differ(tokenizer_json, monkeypatch):
         encoder.check(TEXTS)
 
 
+def test_text_that_a_tokenizer_has_no_token_for_is_shown(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["</s>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    encoder = load_encoder("hf", str(tmp_path / "tokenizer.json"))
+    assert encoder.encode(["a b", "b"])[0].tolist() == [0, 1, 1]
+    with pytest.raises(
+        InputError, match=r"tokenizer.json cannot encode the text 'a zebra'….*Missing \[UNK\].*must know"
+    ):
+        encoder.encode(["a b", "a zebra"])
+
+
 def test_missing_backend_and_unknown_backend_are_refused(tmp_path, tokenizer_json, monkeypatch):
     import sys
 

@@ -134,7 +134,7 @@ def convert(
         keep_stage: keep it inside ``out``.
         extend: add the inputs that are new to the finished shards in ``out``, in new shards; all else must be as
             before. Copies (``dedupe``) are looked for among the new documents only.
-        fresh: start over, deleting what an earlier conversion left in ``out``.
+        fresh: start over, deleting what an earlier conversion left in ``out`` and ``stage``.
         progress: called with ``Progress`` as work gets done.
     Raises:
         InputError: for wrong options or inputs, or if ``out`` holds something else.

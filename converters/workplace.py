@@ -110,7 +110,7 @@ def begin(job: Job) -> None:
     if not children(job.stage / "units") and _differs(job.stage / "plan.json", staged):
         for name in ("tokenizer.json", "plan.json"):
             (job.stage / name).unlink(missing_ok=True)
-    _same_or_new(job.stage / "plan.json", staged, job.stage)
+    _same_or_new(job.stage / "plan.json", staged, job.stage, "--out" if job.stage == job.out / STAGE else "--stage")
     extends = {} if job.base is None else {"extends": hashlib.sha256(job.base.to_json().encode()).hexdigest()}
     if not {*children(job.out)} - {STAGE, PACK}:
         (job.out / PACK / "request.json").unlink(missing_ok=True)
@@ -144,12 +144,12 @@ def clean_up(job: Job, locks: list[Lock], keep_stage: bool) -> None:
     remove_tree(job.out / PACK)  # last: while it is there, something may be left to tidy up
 
 
-def _same_or_new(file: Location, facts: dict[str, Any], folder: Location) -> None:
+def _same_or_new(file: Location, facts: dict[str, Any], folder: Location, option: str = "--out") -> None:
     before = _load(file)
     if before is None:
         write_whole(file, orjson.dumps(facts))
     else:
-        _refuse_difference(before, facts, folder)
+        _refuse_difference(before, facts, folder, option)
 
 
 def _differs(file: Location, facts: dict[str, Any]) -> bool:
@@ -165,7 +165,7 @@ def _load(file: Location) -> dict[str, Any] | None:
 
 
 def _refuse_difference(
-    before: dict[str, Any], now: dict[str, Any], folder: Location, is_finished: bool = False
+    before: dict[str, Any], now: dict[str, Any], folder: Location, option: str = "--out", is_finished: bool = False
 ) -> None:
     lines = difference(before, orjson.loads(orjson.dumps(now)))
     if lines:
@@ -177,5 +177,5 @@ def _refuse_difference(
         extend = " add what is new with --extend," if only_new and is_finished else ""
         raise InputError(
             f"{folder} holds a conversion with other inputs or options: {'; '.join(lines[:8])}{more}. Repeat those,"
-            f"{extend} choose another --out, or start over with --fresh."
+            f"{extend} choose another {option}, or start over with --fresh."
         )

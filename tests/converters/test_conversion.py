@@ -246,6 +246,8 @@ def test_kept_stage_packs_again_without_tokenising(tmp_path, monkeypatch):
     monkeypatch.setattr("converters.stage.load_encoder", lambda *_: pytest.fail("tokenised again"))
     second = converted(tmp_path, "second", seq_len=32, stage=tmp_path / "stage")
     assert tree_hash(second) == tree_hash(direct) != tree_hash(first)
+    with pytest.raises(InputError, match=r"/stage holds a conversion with .*domain: folder -> file.* another --stage"):
+        converted(tmp_path, "third", domain="file", stage=tmp_path / "stage")
 
 
 def test_fresh_removes_only_what_a_conversion_left(tmp_path):

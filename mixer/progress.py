@@ -29,12 +29,22 @@ class LoggedProgress(Progress):
     ...     bar.update(task, completed=1)
     ...     print(log.file.getvalue().split())
     ['main', '1/3']
+    >>> bar.stop()  # a second time
+    >>> [line.strip() for line in log.file.getvalue().splitlines()]
+    ['main 1/3', 'main 1/3']
     """
 
     def __init__(self, *columns: Any, every: float = FIRST_SECONDS, **options: Any) -> None:
         super().__init__(*columns, **options)
         self._every = every
         self._began = self._printed = time.monotonic()
+
+    def stop(self) -> None:
+        # In a log rich ends a bar by an empty line: also one without a task, and again each time it is stopped.
+        if self.live.is_started and (self._tasks or self.console.is_terminal):
+            super().stop()
+        else:
+            self.live.stop()
 
     def update(self, task_id: TaskID, **fields: Any) -> None:
         super().update(task_id, **fields)

@@ -147,6 +147,8 @@ def field_value(fields: Mapping[str, Any], path: str) -> Any:
         return fields[path]
     value: Any = fields
     for name in path.split("."):
+        if isinstance(value, list) and value and isinstance(value[0], tuple):
+            value = dict(value)  # a map of Arrow or Parquet
         if not isinstance(value, Mapping) or name not in value:
             return None
         value = value[name]

@@ -200,6 +200,16 @@ def test_damaged_bytes_give_rows_or_one_named_error(tmp_path, kind, compression)
 
 
 @pytest.mark.parametrize("suffix", ["arrow", "parquet"])
+def test_path_leads_into_a_map(tmp_path, suffix):
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    meta = pyarrow.array([[("set", "web"), ("t", "one")], [("set", "code")], [], None], kind)
+    write(tmp_path / f"a.{suffix}", pyarrow.table({"meta": meta}))
+    first, *others = documents_in(tmp_path / f"a.{suffix}", domain="field:meta.set", text_field="meta.t")
+    assert (first.text, first.domain) == ("one", "web")
+    assert [row.reason for row in others] == ["no_text", "domain", "domain"]
+
+
+@pytest.mark.parametrize("suffix", ["arrow", "parquet"])
 def test_quarantine_keeps_what_was_read_of_a_row(tmp_path, suffix):
     found = pyarrow.table({"text": ["fine", "lost", "x" * 9000], "set": ["web", None, "web"]})
     path = tmp_path / f"a.{suffix}"

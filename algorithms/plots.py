@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
@@ -83,6 +84,7 @@ def plot_trajectory(
                 axes.plot(steps[-1:], result[index : index + 1], "D", **mark)
         rest = len(names) - len(named)
         axes.set(title=plot_label(title), xlabel=f"step (grey: {rest} other domains)" if rest else "step", ylabel=unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(x=0.01)
         _name_ends(axes, [(_known(lines[index])[-1], names[index], index) for index in named])
         return _save(figure, path)

@@ -30,6 +30,7 @@ from mixer.projection import project
 __all__ = ["ADOState", "ado"]
 
 NUM_POINTS = 128
+FEWEST_POINTS = 8  # that a curve is fitted to
 
 
 class ADOState(NamedTuple):
@@ -79,7 +80,7 @@ def ado(
     [0.5, 0.5]
     """
     settings = dict(locals())
-    start, every = whole(warmup, "warmup", low=8), whole(refit_every, "refit_every", low=1)
+    start, every = whole(warmup, "warmup", low=FEWEST_POINTS), whole(refit_every, "refit_every", low=1)
     skipped = whole(ignore, "ignore")
     official = choice(variant, "variant", ("paper", "official")) == "official"
     credit, minimum = number(credit, "credit", low=0), number(minimum, "minimum", low=0, high=1)
@@ -116,7 +117,8 @@ def ado(
         weights=lambda state: state.weights,
         result=lambda state: normalized(state.average),
         applies="sampling",
-        first_move=lambda num_domains: start,
+        # The first fit with the 8 points that a curve takes.
+        first_move=lambda num_domains: start + every * max(0, -((start - skipped - FEWEST_POINTS) // every)),
     )
 
 
@@ -145,13 +147,13 @@ def _recorded(state: ADOState, tokens: Vector, losses: Vector) -> ADOState:
 
 
 def _fitted(state: ADOState, official: bool) -> Vector:
-    """Return (D, 3) curves; a domain with fewer than 8 points of positive loss keeps the one it had."""
+    """Return (D, 3) curves; a domain with too few points of positive loss keeps the one it had."""
     curves, seen, points = state.curves.copy(), state.num_tokens, state.point_tokens
     if official:
         seen, points = np.full(seen.size, seen.sum()), np.broadcast_to(points.sum(axis=1)[:, None], points.shape)
     for d in range(curves.shape[0]):
         used = (state.point_tokens[:, d] > 0) & (state.point_losses[:, d] > 0)
-        if used.sum() >= 8:
+        if used.sum() >= FEWEST_POINTS:
             # A point's mean loss belongs to the middle of the tokens that it covers.
             middle = seen[d] - points[:, d].sum() + np.cumsum(points[:, d]) - 0.5 * points[:, d]
             curves[d] = fit_power_law(middle[used], state.point_losses[used, d] / state.point_tokens[used, d])

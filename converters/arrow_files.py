@@ -289,9 +289,9 @@ def parquet_slices(
     import pyarrow.parquet
 
     with open_raw(path) as raw:
-        chunks = _chunks(path, status(path).version)
         pages = _WatchedPages(raw, path, limit)
         file = pyarrow.parquet.ParquetFile(pages, buffer_size=1 << 20)  # else a column of a row group is read at once
+        chunks = _chunks(path, status(path).version)
         wanted = [name for name in file.schema_arrow.names if name in columns]
         at = 1 + sum(file.metadata.row_group(group).num_rows for group in range(start))
         for group in range(start, file.num_row_groups if stop is None else stop):

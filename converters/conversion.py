@@ -142,6 +142,10 @@ def convert(
     """
     if (tokenizer is None) == (train_tokenizer is None):
         raise InputError("give one of tokenizer (a tokenizer.json or 'bytes') and train_tokenizer (a vocabulary size).")
+    if eos is not None and {tokenizer, tokens_from} <= {None, "bytes"}:
+        raise InputError(
+            f"the end of text {eos!r} is none of a tokenizer that is trained, or of 'bytes'. Leave it out."
+        )
     if backend not in BACKENDS:
         raise InputError(f"backend {backend!r} is not one of {list(BACKENDS)}.")
     if backend == "gigatoken":

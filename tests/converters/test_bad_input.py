@@ -122,6 +122,12 @@ def test_damaged_parquet_fails_and_is_named(tmp_path, keep):
         shards_of(tmp_path, on_bad_record="skip")
 
 
+def test_file_that_is_no_parquet_is_said_to_be_none(tmp_path):
+    corpus_with(tmp_path, LINES[0])
+    with pytest.raises(DataError, match=r"a.jsonl is truncated or damaged \(Parquet magic bytes not found"):
+        shards_of(tmp_path, format="parquet")
+
+
 def test_null_and_invalid_text_in_parquet_are_bad_records(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

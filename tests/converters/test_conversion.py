@@ -280,6 +280,7 @@ def test_folder_with_other_files_is_not_written_into(tmp_path):
     [
         ({"tokenizer": None}, "give one of tokenizer"),
         ({"tokenizer": "nowhere.json"}, "no tokenizer at nowhere.json"),
+        ({"eos": "</s>"}, "the end of text '</s>' is none of a tokenizer that is trained"),
         ({"seq_len": 0}, "seq_len must be at least 1"),
         ({"held_out": 1.0}, "held_out is a share"),
         ({"domain": "field:"}, "no domain rule 'field:'"),

@@ -196,6 +196,7 @@ class DomainReweighting(Algorithm):
             "reference": None if self.reference is None else self.reference.fingerprint,
             **({"normalization": self.normalization} if self.target == "loss" else {}),
             **({"min_tokens": self.min_tokens} if self.min_tokens else {}),
+            **({"num_nonfinite": self.num_nonfinite} if any(self.num_nonfinite.values()) else {}),
             **shards_provenance(self._loader),
         }
         return Mixture(dict(zip(run.names, run.result.tolist())), {**facts, **provenance})

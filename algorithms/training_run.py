@@ -94,7 +94,7 @@ def train_on(
     wait_for_all()
     heldout = heldout_losses(model, shards, max_samples=heldout_samples)
     chosen = {"best_step": stopping[0].best_step, "best": stopping[0].best} if stopping else {}
-    outcome = _outcome(loader, heldout, mixture, model, ended)
+    outcome = _outcome(loader, heldout, mixture, model, ended) | _left_out(algorithm, settings, **watched)
     result = finish_run(folder, outcome | _objective(settings, heldout) | chosen)
     if rank() == 0:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -133,6 +133,18 @@ def _end(
     for callback in stopping:
         console.print(f"{label}: kept the model of step {callback.best_step} ({callback.best:.3f})", markup=False)
     return ended
+
+
+def _left_out(algorithm: DomainReweighting, settings: TrainSettings, label: str, console: Console) -> dict[str, Any]:
+    """Say, and return, what was skipped because it was not finite; nothing where that would have ended the run."""
+    if settings.on_nonfinite == "fail":
+        return {}
+    losses, steps = algorithm.num_nonfinite, algorithm.num_skipped_steps
+    if any(losses.values()):
+        shown = ", ".join(f"{name} in {count:,}" for name, count in losses.items() if count)
+        text = f"{label}: not finite and left out, in steps of {settings.steps:,}: the loss of {shown}"
+        console.print(f"{text}; the gradients of all in {steps:,}", style="yellow", markup=False, highlight=False)
+    return {"num_nonfinite": losses, "num_skipped_steps": steps}
 
 
 def _keep(folder: Path, model: PreTrainedModel, algorithm: DomainReweighting, manifest: Manifest, shards: Path) -> None:

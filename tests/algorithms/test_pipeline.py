@@ -367,6 +367,31 @@ def test_a_diverging_run_is_one_clear_error(shards: Path, tmp_path: Path, capsys
     assert last.startswith("Error: ") and "training loss of domains" in last and "is nan" in last
 
 
+def test_what_was_not_finite_and_skipped_is_told(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[int] = []
+
+    def poisoned(*args: Any, **options: Any) -> Any:
+        def spoil(module: Any, inputs: Any, outputs: Any) -> None:
+            if module.training:
+                calls.append(1)
+                outputs.logits = outputs.logits + float("nan" if len(calls) in (2, 3) else 0)
+
+        model = build_model(*args, **options)
+        model.register_forward_hook(spoil)
+        return model
+
+    monkeypatch.setattr(training_run, "build_model", poisoned)
+    settings = SearchSettings(method="group_dro", proxy=replace(TINY, on_nonfinite="skip"))
+    mixture = find_mixture(shards, settings, tmp_path / "run", Console(stderr=True, width=200))
+    result = json.loads((tmp_path / "run" / "round-1" / "proxy" / "result.json").read_text())
+    counted = {"code": 2, "web": 2, "wiki": 2}
+    assert result["num_nonfinite"] == mixture.provenance["num_nonfinite"] == counted
+    assert result["num_skipped_steps"] == 0, "left out of the loss, so that gradients are finite"
+    assert "left out, in steps of 6: the loss of code in 2, web in 2, wiki in 2" in capsys.readouterr().err
+
+
 def test_held_out_loss_of_an_untrained_model_is_near_that_of_guessing(shards: Path) -> None:
     manifest = Manifest.load(shards)
     vocabulary = manifest.tokenizer.vocab_size

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,22 @@ def _difference(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
         return f"it was made by `mixer {found.get('command')}`, not by `mixer {asked.get('command')}`"
     before, now = _flat(found), _flat(asked)
     names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-    shown = [f"{name}: {before.get(name)!r} there, {now.get(name)!r} asked" for name in names[:6]]
-    return "; ".join(shown) + (f"; and {len(names) - 6} more" if len(names) > 6 else "")
+    others = [name.removeprefix("shards.") for name in names if name.startswith("shards.")]
+    shown = [f"other shards of {_some(others, ', ', 4)}"] if others else []  # fingerprints tell a person nothing
+    for name in sorted(names, key=lambda name: name.count(".")):  # of many, such as weights, the last
+        if not name.startswith("shards."):
+            shown.append(f"{name}: {_short(before.get(name))} there, {_short(now.get(name))} asked")
+    return _some(shown, "; ", 4)
+
+
+def _some(parts: Sequence[str], mark: str, count: int) -> str:
+    more = len(parts) - count
+    return mark.join([*parts[:count], *([f"and {more} more"] if more > 0 else [])])
+
+
+def _short(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -81,6 +81,24 @@ def test_a_folder_with_other_files_is_not_claimed(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_other_shards_and_weights_are_said_in_few_words(tmp_path: Path) -> None:
+    domains = [f"d{number}" for number in range(9)]
+    made = {
+        "shards": dict.fromkeys(domains, "sha256:" + "a" * 64),
+        "mixture": dict.fromkeys(domains, 1 / 9),
+        "steps": 3,
+    }
+    begin_run(tmp_path / "run", made)
+    (tmp_path / "run" / "trajectory.npz").write_bytes(b"")
+    asked = {"shards": dict.fromkeys(domains, "sha256:" + "b" * 64), "mixture": dict.fromkeys(domains, 0.1), "steps": 4}
+    text = (
+        r"settings: other shards of d0, d1, d2, d3, and 5 more; steps: 3 there, 4 asked; "
+        r"mixture.d0: 0.111111 there, 0.1 asked; mixture.d1: .* asked; and 7 more\. Choose another"
+    )
+    with pytest.raises(InputError, match=text):
+        begin_run(tmp_path / "run", asked)
+
+
 def test_a_file_is_no_folder_for_a_run(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(InputError, match="run is a file; --out is a folder for the run"):

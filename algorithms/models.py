@@ -20,7 +20,7 @@ from mixer.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["MODEL_SIZES", "build_model", "samples_per_forward"]
+__all__ = ["MODEL_SIZES", "build_model", "check_model", "samples_per_forward"]
 
 # name: width, layers, heads. Parameters without embeddings: 0.4 M, 2.4 M, 10 M, 85 M.
 MODEL_SIZES = {
@@ -60,19 +60,23 @@ def build_model(size: str, *, vocab_size: int, seq_len: int, seed: int) -> PreTr
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return LlamaForCausalLM(_llama_config(size, vocab_size, seq_len))
-    path = Path(size)
-    if not path.exists():
-        raise InputError(
-            f"no model {size!r}: expected one of {', '.join(MODEL_SIZES)}, a folder with a saved Hugging Face model, "
-            "or the path of a config.json."
-        )
-    model = _saved(path, seed)
+    check_model(size)
+    model = _saved(Path(size), seed)
     if model.config.vocab_size < vocab_size:
         raise InputError(
             f"the model {size} has a vocabulary of {model.config.vocab_size}, the shards use {vocab_size} ids. "
             "Use the model's own tokenizer to convert, or another model."
         )
     return model
+
+
+def check_model(size: str) -> None:
+    """Raise InputError unless ``build_model`` has something to build: a named size, or a path that exists."""
+    if size not in MODEL_SIZES and not Path(size).exists():
+        raise InputError(
+            f"no model {size!r}: expected one of {', '.join(MODEL_SIZES)}, a folder with a saved Hugging Face model, "
+            "or the path of a config.json."
+        )
 
 
 def _saved(path: Path, seed: int) -> PreTrainedModel:

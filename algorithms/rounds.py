@@ -28,7 +28,7 @@ from rich.console import Console
 from algorithms.domain_reweighting import COSTLY, DomainReweighting
 from algorithms.heldout import HeldOutWindows
 from algorithms.intervals import interval
-from algorithms.models import samples_per_forward
+from algorithms.models import check_model, samples_per_forward
 from algorithms.references import FrozenModel, as_reference, count_bigrams, score
 from algorithms.references.base import Reference
 from algorithms.rules import UPDATE_RULES
@@ -230,6 +230,7 @@ class _Search:
         if settings.ceiling * len(self.names) < 1:
             raise InputError(f"a ceiling of {settings.ceiling} for {len(self.names)} domains is less than 1 in all.")
         self.rule.weights(self.rule.init(self.domains))
+        check_model(settings.proxy.model)
         check_tokenizer(settings.proxy.model, self.shards, self.manifest)
         self._check_reference()
         if settings.extrapolate_to is not None:

@@ -22,7 +22,7 @@ from algorithms.domain_reweighting import DomainReweighting
 from algorithms.early_stopping import WorstDomainEarlyStopping
 from algorithms.evaluation import HeldOut, heldout_losses
 from algorithms.evaluation import heldout_samples as _heldout_samples
-from algorithms.models import build_model
+from algorithms.models import build_model, check_model
 from algorithms.objective import weighted_average
 from algorithms.ranks import rank, wait_for_all
 from algorithms.runs import begin_run, finish_run
@@ -63,6 +63,7 @@ def train_on(
     for name in manifest.names:
         # Missing or damaged held-out samples should be known before hours of training, not after.
         _heldout_samples(shards, name, max_samples=heldout_samples)
+    check_model(settings.model)
     check_tokenizer(settings.model, shards, manifest)
     algorithm = algorithm or DomainReweighting(on_nonfinite=settings.on_nonfinite)
     stopping = _early_stopping(shards, settings)

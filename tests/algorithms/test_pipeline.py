@@ -321,6 +321,7 @@ def test_missing_validation_data_is_known_before_training(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
+        ({"proxy": replace(TINY, model="nanoo")}, "no model 'nanoo'"),
         ({"every": "banana"}, "every='banana' is not a time"),
         ({"every": "20ba"}, "no update would happen in 6 steps"),
         ({"every": "1Mtok"}, "no update would happen in 6 steps with one every 1000000tok"),
@@ -344,7 +345,7 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
     settings: dict[str, Any], text: str, shards: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=text):
-        find_mixture(shards, SearchSettings(proxy=TINY, **settings), tmp_path / "run", QUIET)
+        find_mixture(shards, SearchSettings(**{"proxy": TINY, **settings}), tmp_path / "run", QUIET)
     assert not (tmp_path / "run").exists()
 
 

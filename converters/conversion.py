@@ -141,7 +141,10 @@ def convert(
         DataError: for damaged input, a full disk or a dead worker. What is finished is kept.
     """
     if (tokenizer is None) == (train_tokenizer is None):
-        raise InputError("give one of tokenizer (a tokenizer.json or 'bytes') and train_tokenizer (a vocabulary size).")
+        raise InputError(
+            "give either a tokenizer (--tokenizer: a tokenizer.json, 'bytes', …) or the vocabulary of one to train on"
+            " the corpus (--train-tokenizer 32768)."
+        )
     if eos is not None and {tokenizer, tokens_from} <= {None, "bytes"}:
         raise InputError(
             f"the end of text {eos!r} is none of a tokenizer that is trained, or of 'bytes'. Leave it out."

@@ -278,7 +278,7 @@ def test_folder_with_other_files_is_not_written_into(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"tokenizer": None}, "give one of tokenizer"),
+        ({"tokenizer": None}, "give either a tokenizer .* or the vocabulary of one to train"),
         ({"tokenizer": "nowhere.json"}, "no tokenizer at nowhere.json"),
         ({"eos": "</s>"}, "the end of text '</s>' is none of a tokenizer that is trained"),
         ({"seq_len": 0}, "seq_len must be at least 1"),

@@ -69,10 +69,9 @@ def _results(team: _Team, function: Callable[[Task], Result], tasks: Sequence[Ta
                 try:
                     result = future.result()
                 except BrokenProcessPool as error:
-                    team.replace(number, error)
+                    deaths[task] += team.replace(number, error)
                     waiting.extendleft(other for _, other in mine)
                     mine.clear()
-                    deaths[task] += 1
                     if deaths[task] < _TRIES:
                         log.warning("a worker process died at %s; that is done again.", task_name(tasks[task]))
                         waiting.append(task)
@@ -104,6 +103,7 @@ class _Team:
         self.size = size
         self._pools: list[ProcessPoolExecutor | None] = [None] * size
         self._started: list[Future[Any]] = [Future()] * size
+        self._stillborn = 0
 
     def submit(self, number: int, function: Callable[[Task], Result], task: Task) -> Future[Result]:
         """Give a task to one of the processes, which is started if need be."""
@@ -123,9 +123,14 @@ class _Team:
                 self._started[number] = pool.submit(first)
         return pool
 
-    def replace(self, number: int, error: BrokenProcessPool) -> None:
-        """Forget a process that died. Raises: DataError: if it never came to work."""
-        if self._started[number].exception() is not None:
+    def replace(self, number: int, error: BrokenProcessPool) -> bool:
+        """Forget a process that died; return whether it had come to work.
+
+        Raises: DataError: if none ever did, or some died while they started.
+        """
+        came_to_work = [each.done() and each.exception() is None for each in self._started]
+        self._stillborn += not came_to_work[number]
+        if not any(came_to_work) or self._stillborn >= _TRIES:
             raise DataError(
                 "a worker process died while it started (killed, or out of memory?). Run the same command again, with"
                 f" fewer than {self.size} workers if memory is short. In a script of your own, call convert() under"
@@ -133,6 +138,7 @@ class _Team:
             ) from error
         self._stop([self._pools[number]])
         self._pools[number] = None
+        return came_to_work[number]
 
     def stop(self) -> None:
         """End the workers at once; what they were at is unfinished and will be done again."""
@@ -142,12 +148,16 @@ class _Team:
     def _stop(pools: Iterable[ProcessPoolExecutor | None]) -> None:
         some = [pool for pool in pools if pool is not None]
         processes = [process for pool in some for process in (pool._processes or {}).values()]
+        threads: list[Any] = [pool._executor_manager_thread for pool in some]
         for pool in some:
             pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.terminate()
         for process in processes:
             process.join(5)
+        for thread in threads:  # else it may close its pipe while the interpreter, as it ends, writes to that
+            if thread is not None:
+                thread.join(5)
 
 
 _kept: list[_Team | None] = []  # by ``kept_running``; None until there is work for it

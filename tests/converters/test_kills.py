@@ -45,7 +45,7 @@ def test_fifty_kills_cost_at_most_a_unit_per_worker_each_and_change_nothing(tmp_
         else:
             killed["packing" if list(out.glob(".pack/shards/*")) else "tokenising"] += 1
             os.killpg(pid, signal.SIGKILL)
-            assert int(zygote.stdout.readline()) == -signal.SIGKILL
+            assert int(zygote.stdout.readline()) in (1, -signal.SIGKILL)  # 1 if it gave a unit up at this moment
             assert len(log.read_text().split()) - begun - (units(out) - finished) <= WORKERS
             pid = started(zygote)
         assert not (out / "manifest.json").exists()

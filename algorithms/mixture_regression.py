@@ -7,7 +7,7 @@
 The log-linear law  L_m(w) = exp(c_m) + exp(t_m . w)  is convex in w, so its best mixture is found exactly, with floors
 and caps: Ye et al. 2024, arXiv:2403.16952 (data mixing laws), used for this in Olmix. Any other regression can be
 searched as RegMix does, by drawing mixtures around a prior and averaging the best: Liu et al. 2024, arXiv:2407.01492;
-they fit boosted trees, here it is kernel regression on the square roots of the weights.
+they fit boosted trees (``boosted_trees.fit_trees``); kernel regression on the square roots of the weights is quicker.
 
 Everything is numpy; nothing draws random numbers but ``search``, from the generator that it is given.
 """
@@ -29,6 +29,7 @@ __all__ = [
     "KernelLaw",
     "LogLinearLaw",
     "Runs",
+    "checked_runs",
     "cross_validated",
     "descend",
     "fit_kernel",
@@ -115,7 +116,7 @@ def fit_log_linear(mixtures: ArrayLike, losses: ArrayLike) -> LogLinearLaw:
     >>> bool(np.allclose(law(mixtures), truth(mixtures)))
     True
     """
-    w, y = _checked(mixtures, losses)
+    w, y = checked_runs(mixtures, losses)
     if w.shape[0] < w.shape[1] + 1:
         raise InputError(
             f"a log-linear law of {w.shape[1]} domains needs {w.shape[1] + 1} runs or more; got {w.shape[0]}."
@@ -137,7 +138,7 @@ def fit_kernel(mixtures: ArrayLike, losses: ArrayLike, width: float = 3.0, ridge
         width: of the kernel; two mixtures without common domains are sqrt(2) apart.
         ridge: added to the diagonal.
     """
-    w, y = _checked(mixtures, losses)
+    w, y = checked_runs(mixtures, losses)
     points, mean = np.sqrt(w), y.mean(axis=0)
     gram = _kernel(points, points, width) + ridge * np.eye(len(points))
     return KernelLaw(points, np.linalg.solve(gram, y - mean), mean, width)
@@ -229,8 +230,8 @@ def search(
 def cross_validated(fit: Callable[[Matrix, Matrix], Law], runs: Runs, num_parts: int = 5) -> float:
     """Return the mean rank correlation of predicted and real losses on runs that were left out of the fit.
 
-    Every ``num_parts``-th run is left out in turn; NaN where the parts have fewer than 3 runs, or one of them all that
-    have some domain.
+    Every ``num_parts``-th run is left out in turn; NaN where the parts have fewer than 3 runs, or the others do not
+    suffice for a fit.
 
     >>> truth = LogLinearLaw(np.log([2.0]), np.array([[0.5], [-1.0], [0.2]]))
     >>> mixtures = np.random.default_rng(0).dirichlet(np.ones(3), 40)
@@ -238,13 +239,15 @@ def cross_validated(fit: Callable[[Matrix, Matrix], Law], runs: Runs, num_parts:
     1.0
     """
     part = np.arange(len(runs.mixtures)) % num_parts
-    known = [runs.mixtures[part != left_out].any(axis=0).all() for left_out in range(num_parts)]
-    if len(part) < 3 * num_parts or not all(known):
+    if len(part) < 3 * num_parts:
         return float("nan")
     correlations = []
     for left_out in range(num_parts):
         train, test = part != left_out, part == left_out
-        predicted = fit(runs.mixtures[train], runs.losses[train])(runs.mixtures[test])
+        try:
+            predicted = fit(runs.mixtures[train], runs.losses[train])(runs.mixtures[test])
+        except InputError:  # the rest are too few, or have nothing of some domain
+            return float("nan")
         correlations += [spearman(a, b) for a, b in zip(predicted.T, runs.losses[test].T)]
     return float(np.mean(correlations))
 
@@ -272,7 +275,11 @@ def _read_table(path: str | os.PathLike[str]) -> tuple[tuple[str, ...], list[str
         raise InputError(f"{path} is not a table of runs, a header and a row of numbers per run: {error}.") from error
 
 
-def _checked(mixtures: ArrayLike, losses: ArrayLike) -> tuple[Matrix, Matrix]:
+def checked_runs(mixtures: ArrayLike, losses: ArrayLike) -> tuple[Matrix, Matrix]:
+    """Return mixtures (N, D) and losses (N, M) to fit.
+
+    Raises: InputError: if they do not fit together, are no mixtures, or none has anything of some domain.
+    """
     w, y = np.asarray(mixtures, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     y = y[:, None] if y.ndim == 1 else y
     if w.ndim != 2 or y.ndim != 2 or len(w) != len(y) or not (np.isfinite(w).all() and np.isfinite(y).all()):

@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from algorithms.boosted_trees import fit_trees
 from algorithms.mixture_regression import Runs, cross_validated, descend, fit_kernel, fit_log_linear, read_runs, search
 from algorithms.objective import objective_weights
 from mixer.errors import InputError
@@ -24,12 +25,14 @@ __all__ = ["propose", "regress"]
 
 Vector = NDArray[np.float64]
 
+FITS: dict[str, Any] = {"log-linear": fit_log_linear, "trees": fit_trees, "kernel": fit_kernel}
+
 
 @click.command(short_help="Weights from a table of finished runs, within bounds.")
 @click.argument("mixtures", type=click.Path(path_type=Path))
 @click.argument("losses", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The mixture file to write.")
-@click.option("--law", type=click.Choice(["log-linear", "kernel"]), default="log-linear", show_default=True)
+@click.option("--law", type=click.Choice(list(FITS)), default="log-linear", show_default=True)
 @click.option(
     "--objective",
     default="average",
@@ -44,19 +47,19 @@ Vector = NDArray[np.float64]
 @click.option("--max-epochs", type=float, help="Read no domain more often; needs --shards and --budget.")
 @click.option("--budget", help="Tokens of the main run, such as 50M.")
 @click.option("--strip", default="", help="A prefix of the table's domain names to leave out.")
-@click.option("--seed", type=int, default=17, show_default=True, help="For the search of the kernel law.")
+@click.option("--seed", type=int, default=17, show_default=True, help="For the search of trees and kernel.")
 def regress(mixtures: Path, losses: Path, out: Path, shards: Path | None, budget: str | None, **options: Any) -> None:
     """Fit losses as a function of weights over finished runs, and write the mixture that the fit says is best.
 
     MIXTURES and LOSSES are CSV files with a header and one row per run, in the same order; the first column names the
     run, the others are domains and metrics. A law knows least where no run was: --pull keeps the mixture near a prior,
-    which the kernel law searches around anyway.
+    which trees and kernel are searched around anyway.
 
     \b
     Examples:
       mixer regress mixtures.csv losses.csv --out mixture.json
       mixer regress mixtures.csv losses.csv --objective worst --floor 0.002 --out mixture.json
-      mixer regress mixtures.csv losses.csv --objective goals.json --out mixture.json
+      mixer regress mixtures.csv losses.csv --law trees --objective goals.json --out mixture.json
       mixer regress mixtures.csv losses.csv --pull 0.05 --prior by-size.json --out mixture.json
       mixer regress mixtures.csv losses.csv --shards shards --budget 50M --max-epochs 4 --out mixture.json
     """
@@ -80,16 +83,18 @@ def propose(
     runs: Runs, law: str, objective: str, floor: float, upper: Vector, seed: int, prior: Vector, pull: float
 ) -> tuple[Vector, dict[str, Any]]:
     """Return the proposed mixture (D,), and what there is to know about how good it is."""
-    if law == "kernel" and pull:
-        raise InputError("--pull is for the log-linear law; the kernel law is searched around --prior.")
+    if law != "log-linear" and pull:
+        raise InputError(f"--pull is for the log-linear law; the law {law} is searched around --prior.")
     source = "uniform" if objective in ("average", "worst") else objective
     by_name = objective_weights(source, dict.fromkeys(runs.metrics, 1.0))
     importance = np.array([by_name[name] for name in runs.metrics])
-    if law == "kernel" and objective == "worst":
+    if law != "log-linear" and objective == "worst":
         raise InputError("--objective worst needs the log-linear law, whose least losses are known exactly.")
     uniform = np.full(len(runs.domains), 1.0 / len(runs.domains))
-    fit: Any = fit_log_linear if law == "log-linear" else fit_kernel
-    fitted = fit(runs.mixtures, runs.losses)
+    metrics = list(runs.metrics)
+    if law == "trees":  # a thousand for each loss: one fit, of what is aimed at
+        runs, importance = runs._replace(losses=(runs.losses @ importance)[:, None]), np.ones(1)
+    fitted = FITS[law](runs.mixtures, runs.losses)
     if law == "log-linear":
         kind: Literal["average", "worst"] = "worst" if objective == "worst" else "average"
         weights = descend(fitted, kind, lower=floor, upper=upper, prior=prior, pull=pull, importance=importance)
@@ -102,8 +107,8 @@ def propose(
         "pull": pull,
         "prior": dict(zip(runs.domains, prior.tolist())),
         "runs": len(runs.mixtures),
-        "metrics": list(runs.metrics),
-        "rank_correlation": cross_validated(fit, runs),
+        "metrics": metrics,
+        "rank_correlation": cross_validated(FITS[law], runs),
         "best_run": int(np.argmin(runs.losses @ importance)),
         "best_run_mean_loss": float((runs.losses @ importance).min()),
         "predicted_mean_loss": float((fitted(weights[None]) @ importance)[0]),

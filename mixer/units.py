@@ -43,10 +43,15 @@ def short(count: float) -> str:
 
 
 def _parse(text: str, units: dict[str, int], suffix: str, what: str, example: str) -> int:
-    match = re.fullmatch(rf"\s*([0-9_,.]+(?:e\+?[0-9]+)?)\s*([a-z]?){suffix}\s*", text.lower())
+    # A comma stands between thousands: "1,5" might be meant as 1.5, and is no number here.
+    number = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9_.]+)(?:e\+?[0-9]+)?"
+    match = re.fullmatch(rf"\s*({number})\s*([a-z]?){suffix}\s*", text.lower())
     try:
         if match is None or match[2] not in units:
             raise ValueError(text)
-        return round(float(match[1].replace(",", "").replace("_", "")) * units[match[2]])
+        value = float(match[1].replace(",", "").replace("_", "")) * units[match[2]]
+        if units[match[2]] == 1 and value != round(value):
+            raise ValueError(text)
+        return round(value)
     except ValueError:
         raise InputError(f"{text!r} is not {what}; write for example {example}.") from None

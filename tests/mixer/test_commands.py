@@ -126,7 +126,7 @@ def test_repeated_data_is_worth_what_the_published_curve_says():
     assert 3.7 < worth[1] < 3.8 and worth[3] < 16.4
 
 
-@pytest.mark.parametrize("text", ["", "M", "1.2.3M", "-5", "5X", "nan"])
+@pytest.mark.parametrize("text", ["", "M", "1.2.3M", "-5", "5X", "nan", "1,5", "2.5"])
 def test_numbers_that_are_none_are_refused(text):
     with pytest.raises(InputError, match="is not a count; write for example 50M"):
         parse_count(text)

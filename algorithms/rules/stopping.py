@@ -99,7 +99,7 @@ def round_verdict(
 
     Args:
         before, after: (D,) weights of two rounds.
-        errors: (D,) standard errors of the difference; those of one round times sqrt(2) when both are as noisy.
+        errors: (D,) standard errors of the difference: the root of the sum of both rounds' squares.
 
     >>> round_verdict(np.array([0.5, 0.5]), np.array([0.51, 0.49]), errors=np.array([0.02, 0.02])).reason
     'every change is within 2 standard errors'

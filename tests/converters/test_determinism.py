@@ -22,17 +22,18 @@ PACKINGS: dict[str, dict] = {
     "best_fit": {"packing": "best_fit", "sample_ids": True},
     "none": {"packing": "none", "shuffle_seed": 3},
 }
-# Every pair of values of (processes, unit size, backend, packing) is in one of these.
+# Every pair of values of (processes, unit size, backend, packing) is in one of these. The last number says after how
+# many tasks it is stopped once, and goes on (0: never).
 COVERING = [
-    (1, 1500, "gigatoken", "concat"),
-    (2, 1500, "hf", "best_fit"),
-    (8, 1500, "gigatoken", "none"),
-    (2, None, "gigatoken", "concat"),
-    (1, None, "gigatoken", "best_fit"),
-    (8, None, "hf", "concat"),
-    (1, None, "hf", "none"),
-    (2, None, "gigatoken", "none"),
-    (8, 1500, "gigatoken", "best_fit"),
+    (1, 1500, "gigatoken", "concat", 3),
+    (2, 1500, "hf", "best_fit", 9),
+    (8, 1500, "gigatoken", "none", 0),
+    (2, None, "gigatoken", "concat", 3),
+    (1, None, "gigatoken", "best_fit", 9),
+    (8, None, "hf", "concat", 0),
+    (1, None, "hf", "none", 3),
+    (2, None, "gigatoken", "none", 9),
+    (8, 1500, "gigatoken", "best_fit", 0),
 ]
 
 
@@ -67,7 +68,7 @@ def made(tmp_path_factory):
         out = folder / f"out{next(count)}"
         given = {"tokenizer": tokenizer, "seq_len": 32, "shard_size": 4000, **options}
         if stop_after:
-            with interrupted(stop_after), contextlib.suppress(DataError):
+            with interrupted(stop_after), pytest.raises(DataError, match="stopped here"):
                 by(folder / "corpus", out, **given)
         by(folder / "corpus", out, **given)
         return tree_hash(out)
@@ -75,12 +76,13 @@ def made(tmp_path_factory):
     return hash_of, {name: hash_of(unit_size=4000, **options) for name, options in PACKINGS.items()}
 
 
-@pytest.mark.parametrize("workers, unit_size, backend, packing", COVERING)
-def test_one_hash_for_all_ways_to_get_there(made, workers, unit_size, backend, packing):
+@pytest.mark.parametrize("workers, unit_size, backend, packing, stop_after", COVERING)
+def test_one_hash_for_all_ways_to_get_there(made, workers, unit_size, backend, packing, stop_after):
     if backend == "gigatoken":
         pytest.importorskip("gigatoken")
     hash_of, expected = made
-    found = hash_of(workers=workers, unit_size=unit_size, backend=backend, **PACKINGS[packing])
+    given = {"workers": workers, "unit_size": unit_size, "backend": backend, **PACKINGS[packing]}
+    found = hash_of(stop_after=stop_after, **given)
     assert found == expected[packing]
 
 

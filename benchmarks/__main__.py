@@ -12,10 +12,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
-QUICK = ("loader", "startup", "mixing", "remote", "summary", "conversion", "training_overhead")
-HAVE_FULL = {"loader", "conversion", "training_overhead"}
+QUICK = ("loader", "startup", "mixing", "remote", "summary", "conversion", "memory", "training_overhead")
+FULL = {"loader": ["--full"], "conversion": ["--full"], "memory": ["--size", "128MB"], "training_overhead": ["--full"]}
+SMALL = {"memory": ["--size", "16MB"]}
 
 for name in QUICK:
-    options = ["--full"] if "--full" in sys.argv[1:] and name in HAVE_FULL else []
+    options = (FULL if "--full" in sys.argv[1:] else SMALL).get(name, [])
     print(f"\n$ python -m benchmarks.{' '.join([name, *options])}", flush=True)
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *options], check=True)

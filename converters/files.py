@@ -112,7 +112,7 @@ def _raise_unreadable(error: OSError) -> None:
 
 
 def _find_glob(pattern: str, is_wanted_folder: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
-    matches = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else []
+    matches = _matches(pattern)
     if not matches:
         raise InputError(f"no input at {pattern}.")
     base = before_magic(pattern)
@@ -122,6 +122,21 @@ def _find_glob(pattern: str, is_wanted_folder: Callable[[str], bool]) -> Iterato
         elif not pattern.endswith("**"):
             for file, _ in _find_folder(match, is_wanted_folder):
                 yield file, os.path.relpath(file, base or ".").replace(os.sep, "/")
+
+
+def _matches(pattern: str) -> list[str]:
+    """Return what matches a glob, without hidden names; ``**`` does not follow links, which may lead in a circle."""
+    if "**" not in pattern.split("/"):
+        return sorted(glob.glob(pattern)) if glob.has_magic(pattern) else []
+    base = before_magic(pattern)
+    root = Path(base or ("/" if pattern.startswith("/") else "."))
+    wanted = pattern[len(base) :].lstrip("/") + ("/*" if pattern.endswith("**") else "")
+    found = {path for path in root.glob(wanted) if not any(map(_is_hidden, path.relative_to(root).parts))}
+    return sorted(map(str, found))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def before_magic(pattern: str) -> str:

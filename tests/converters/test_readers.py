@@ -278,6 +278,11 @@ def test_links_that_lead_round_in_a_circle_are_named(tmp_path):
     with pytest.raises(InputError, match=r"in/(a|again)/round is a link to a folder that it lies in.*--exclude"):
         read(tmp_path / "in")
     assert texts_of(read(tmp_path / "in", exclude=("round",))) == ["one", "one"]
+    (tmp_path / "in" / "a" / "more").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / ".git").mkdir()
+    (tmp_path / "in" / ".git" / "b.jsonl").write_text("hidden")
+    for pattern in ("in/**/*.jsonl", "in/**", "**/x.jsonl"):  # two circles would take for ever
+        assert texts_of(read(tmp_path / pattern)) == ["one"]
 
 
 def test_file_name_that_is_no_text_is_refused(tmp_path):

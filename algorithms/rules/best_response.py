@@ -162,7 +162,14 @@ def worst_case_subset(losses: Vector, keep: float, baseline: Vector | None = Non
     [1, 2]
     """
     keep = number(keep, "keep", low=1e-12, high=1)
-    score = np.asarray(losses, dtype=np.float64) - (0.0 if baseline is None else np.asarray(baseline))
+    score = np.asarray(losses, dtype=np.float64)
+    if baseline is not None:
+        if np.shape(baseline) != score.shape:
+            raise InputError(
+                f"a baseline of shape {np.shape(baseline)} does not fit losses of shape {score.shape}: give one loss of"
+                " the baseline for each sample."
+            )
+        score = score - np.asarray(baseline, dtype=np.float64)
     if score.ndim != 1 or not np.all(np.isfinite(score)):
         raise InputError(f"per-sample losses must be finite and of shape (N,); got shape {score.shape}.")
     count = int(np.ceil(keep * score.size - 1e-9))

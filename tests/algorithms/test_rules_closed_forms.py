@@ -360,6 +360,9 @@ def test_the_worst_case_subset_is_the_part_furthest_above_the_baseline():
     assert worst_case_subset(losses, 0.5, baseline).tolist() == [1, 2]
     assert worst_case_subset(losses, 0.51).tolist() == [0, 1, 3]
     assert worst_case_subset(losses, 1.0).tolist() == [0, 1, 2, 3]
+    for other in (baseline[:3], baseline[:1], baseline[0]):  # some of which would broadcast
+        with pytest.raises(InputError, match=r"a baseline of shape .* does not fit losses of shape \(4,\)"):
+            worst_case_subset(losses, 0.5, other)
 
 
 # ---------------------------------------------------------------- DoReMi's absences and clipping

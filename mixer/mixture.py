@@ -11,6 +11,7 @@ another tokenizer or other domains; whether the text of those domains is still a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mixer.errors import InputError
+from mixer.errors import DataError, InputError
 from mixer.manifest import Manifest
 
 __all__ = ["Mixture", "check_schema"]
@@ -57,17 +58,27 @@ class Mixture:
         object.__setattr__(self, "weights", {name: float(self.weights[name]) / scale for name in sorted(self.weights)})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the mixture as JSON, atomically, and return the path."""
+        """Write the mixture as JSON, atomically, and return the path.
+
+        Raises: DataError: naming the path, if it cannot be written.
+        """
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(
             {"schema": SCHEMA, "weights": dict(self.weights), "provenance": dict(self.provenance)},
             indent=2,
             ensure_ascii=False,
         )
         partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(text + "\n", encoding="utf-8")
+            os.replace(partial, target)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise DataError(
+                f"cannot write the mixture {target}: {error.strerror}. Name a file in a folder that can be written to."
+            ) from error
         return target
 
     @classmethod

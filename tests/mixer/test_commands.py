@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mixer import InputError, Mixture
+from mixer import DataError, InputError, Mixture
 from mixer.budget import REPETITION_DECAY, effective_size, plan_budget
 from mixer.commands import simulate, weigh
 from mixer.units import parse_bytes, parse_count
@@ -73,6 +74,14 @@ def test_a_budget_beyond_all_epochs_gives_the_weights_of_the_largest_that_fits(s
     np.testing.assert_allclose(list(mixture.weights.values()), np.array([3, 150, 400]) / 553)
     assert mixture.provenance["settings"]["asked_budget"] == 1_000_000
     assert "1,000,000 tokens cannot be drawn in 4 epochs" in " ".join(result.output.split())
+
+
+def test_mixture_that_cannot_be_written_is_named_as_it_was_asked_for(shards, tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file" / "m.json"):  # a folder, and one below a file
+        with pytest.raises(DataError, match=f"cannot write the mixture {re.escape(str(place))}: "):
+            run(shards, "--method", "uniform", "--out", place)
+    assert [path.name for path in tmp_path.parent.glob(".*.tmp")] == []
 
 
 def test_missing_folder_is_refused(tmp_path):

@@ -420,7 +420,8 @@ def open_domain(
     if entry.fingerprint and shards.fingerprint != entry.fingerprint:
         raise DataError(
             f"domain {domain!r}: {folder / 'index.json'} has fingerprint {shards.fingerprint}, the manifest of"
-            f" {root} says {entry.fingerprint}. One of the two was changed; restore it, or convert again."
+            f" {root} says {entry.fingerprint}. If an extension or conversion was interrupted, run the same command"
+            " again, which finishes it; otherwise one of the two was changed: restore it."
         )
     return shards
 

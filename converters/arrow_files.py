@@ -420,6 +420,7 @@ class _WatchedPages:
                 header, length = {}, chunk.end
         except ValueError:
             header, length = {}, chunk.end  # damaged, as Parquet will say
+        header = _page_facts(header)
         self._file.seek(after)
         chunk.next += length + max(header.get(3, 0), 0)
         self._check(chunk.name, header)
@@ -437,6 +438,17 @@ class _WatchedPages:
         rows = 1 if encoding == _DELTA_BYTE_ARRAY and not header.get(7) else max(1, most * count // max(size, 1))
         if rows < self._rows:
             raise _LargeRows(rows)
+
+
+def _page_facts(header: Mapping[int, Any]) -> dict[int, Any]:
+    """Return sizes and structs of numbers of a page's header, without what damage made of them.
+
+    >>> _page_facts({1: 0, 2: True, 3: 9, 5: 7, 8: {1: 20, 2: b"?"}})
+    {3: 9, 8: {1: 20}}
+    """
+    sizes = {key: header[key] for key in (2, 3) if type(header.get(key)) is int}
+    structs = {key: header[key] for key in (5, 7, 8) if isinstance(header.get(key), Mapping)}
+    return sizes | {key: {n: value for n, value in each.items() if type(value) is int} for key, each in structs.items()}
 
 
 _DELTA_BYTE_ARRAY = 7  # values given by what differs from the one before may be longer than their page

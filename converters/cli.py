@@ -220,7 +220,8 @@ def add_column(shards: str, name: str, sources: tuple[str, ...], **options: Any)
 def stats(shards: str, split: str, max_tokens: str, plot: str | None, as_json: bool) -> None:
     """Show what the text of each domain is like: document lengths, bytes per token, duplicates, entropies.
 
-    H1 is the entropy of single tokens, H2 of a token given the one before, in bits per token.
+    H1 is the entropy of single tokens, H2 of a token given the one before, in bits per token. In shards packed by
+    best_fit, the pieces of a document that is longer than a sample count as documents.
 
     \b
     Examples:

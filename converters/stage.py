@@ -179,14 +179,18 @@ def _no_domain(piece: Piece, options: StageOptions, fields: Mapping[str, Any]) -
         return f"no domain by the rule {options.domain!r} in {piece.name!r}"
     value = field_value(fields, argument)
     what = _what_is_there(piece, fields, argument, value)
-    return f"no domain by the rule {options.domain!r}: " + (f"no field {what}" if what else f"it {_holds(value)}")
+    found = f"no field {what}: name one with --domain field:NAME" if what else f"it {_holds(value)}"
+    return f"no domain by the rule {options.domain!r}: {found}"
 
 
 def _what_is_there(piece: Piece, fields: Mapping[str, Any], name: str, value: Any) -> str:
     """Return the name of a field and those that there are instead; nothing if it is there."""
     if value is not None or name in fields:
         return ""
-    return f"{name!r}; it has {sorted(_columns(piece) or fields)[:12]}"
+    above = name.rpartition(".")[0]
+    inner = field_value(fields, above) if above else None
+    there = [f"{above}.{each}" for each in inner] if isinstance(inner, Mapping) else _columns(piece) or fields
+    return f"{name!r}; it has {sorted(there)[:12]}"
 
 
 @functools.lru_cache(maxsize=1)

@@ -293,14 +293,20 @@ def test_file_name_that_is_no_text_is_refused(tmp_path):
 
 def test_integers_are_domains_and_what_else_is_there_is_said(tmp_path):
     rows = [{"text": "a", "meta": {"cluster": 7}}, {"text": "b", "meta": {"cluster": 0.5}}, {"text": "c"}]
+    rows.append({"text": "d", "meta": {"set": 1}})
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    one, two, three = read(tmp_path / "a.jsonl", domain="field:meta.cluster")
+    one, two, three, four = read(tmp_path / "a.jsonl", domain="field:meta.cluster")
     assert isinstance(one, Document)
     assert one.domain == "7"
     assert isinstance(two, Bad)
     assert two.detail == "no domain by the rule 'field:meta.cluster': it holds float"
     assert isinstance(three, Bad)
-    assert three.detail == "no domain by the rule 'field:meta.cluster': no field 'meta.cluster'; it has ['text']"
+    assert three.detail == (
+        "no domain by the rule 'field:meta.cluster': no field 'meta.cluster'; it has ['text']:"
+        " name one with --domain field:NAME"
+    )
+    assert isinstance(four, Bad)
+    assert "no field 'meta.cluster'; it has ['meta.set']" in four.detail
     (lost, *_) = read(tmp_path / "a.jsonl", domain="path:^(x)")
     assert isinstance(lost, Bad)
     assert lost.detail == "no domain by the rule 'path:^(x)' in 'a.jsonl'"

@@ -60,7 +60,7 @@ def _packed(job: Job, staged: Staged, locks: Sequence[Lock], scratch: Path) -> M
     _check_counts(job, staged, plans)
     warnings = [
         *job.plan.warnings, *_about_trained(job, staged.tokenizer), *_require_documents(job, plans),
-        *require_samples(plans, job.pack_options),
+        *require_samples(plans, job.pack_options), *_about_mapping(job, staged, plans),
     ]  # fmt: skip
     splits = [split for plan in plans for split in plan.splits if split.num_samples]
     if not splits:
@@ -90,6 +90,30 @@ def _about_trained(job: Job, tokenizer: TokenizerInfo) -> list[str]:
     return [
         f"the text gave a tokenizer of {tokenizer.vocab_size:,} ids, not {wanted:,}: nothing more can be merged in it."
     ]
+
+
+def _about_mapping(job: Job, staged: Staged, plans: Sequence[DomainPlan]) -> list[str]:
+    """Return a warning if the mapping of domains names some that no record and no file has.
+
+    None for an extension: it has the mapping of before, which may be about the inputs of before.
+    """
+    unused = job.stage_options.domain_map.keys() - staged.used - {"*"}
+    if not unused or job.base is not None:
+        return []
+    domain_of = domain_rule(job.stage_options.domain)
+    unused -= {domain_of(piece, {}) for unit in job.plan.units for piece in unit.pieces}  # of files without records
+    if not unused:
+        return []
+    return [
+        f"--domain-map names {_some(sorted(unused))}, which no record has as its domain; after it there are"
+        f" {_some([plan.domain for plan in plans])}. Is a name misspelt?"
+    ]
+
+
+def _some(names: Sequence[str], most: int = 12) -> str:
+    """Return names for a message, and how many are left out."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return f"{list(names[:most])}{more}"
 
 
 def _require_documents(job: Job, plans: Sequence[DomainPlan]) -> list[str]:

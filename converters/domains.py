@@ -98,12 +98,14 @@ def domain_rule(text: str) -> Rule:
     return lambda piece, fields: of_piece(piece)
 
 
-def mapped(name: str, mapping: Mapping[str, str | None]) -> str | None:
-    """Return a domain's name after a mapping, None if it is dropped.
+def mapped(name: str, mapping: Mapping[str, str | None], used: set[str] | None = None) -> str | None:
+    """Return a domain's name after a mapping, None if it is dropped; add names that the mapping has to ``used``.
 
     >>> [mapped(name, {"a": "x", "b": None}) for name in "abc"], mapped("c", {"a": "x", "*": None})
     (['x', None, 'c'], None)
     """
+    if used is not None and name in mapping:
+        used.add(name)
     return mapping.get(name, mapping.get("*", name))
 
 

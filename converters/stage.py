@@ -107,10 +107,13 @@ def read_unit(folder: Location) -> dict[str, Any] | None:
 # --- records -> documents ------------------------------------------------------------------------------------------
 
 
-def documents_of(piece: Piece, options: StageOptions) -> Iterator[Document | Bad]:
-    """Read one piece: a document or a verdict for every record in it."""
+def documents_of(piece: Piece, options: StageOptions, used: set[str] | None = None) -> Iterator[Document | Bad]:
+    """Read one piece: a document or a verdict for every record in it.
+
+    Names of the mapping of domains that records have are added to ``used``.
+    """
     if piece.format == "mds" and holds_tokens(piece, options):
-        yield from _from_tokens(piece, options)
+        yield from _from_tokens(piece, options, used)
         return
     row_format = FORMATS[piece.format]
     text_field = "text" if row_format.is_text else options.text_field
@@ -123,7 +126,7 @@ def documents_of(piece: Piece, options: StageOptions) -> Iterator[Document | Bad
         text, domain = text_of(row.fields), domain_of(piece, row.fields)
         if domain is None:
             yield Bad("domain", _no_domain(piece, options, row.fields), row.at, row.offset, _raw(row))
-        elif (name := mapped(domain, options.domain_map)) is None:
+        elif (name := mapped(domain, options.domain_map, used)) is None:
             yield Bad("dropped", f"domain {domain!r} is dropped", row.at)
         elif not isinstance(text, str):
             yield Bad("no_text", _no_text(piece, row.fields, *text), row.at, row.offset, _raw(row))
@@ -137,9 +140,9 @@ def documents_of(piece: Piece, options: StageOptions) -> Iterator[Document | Bad
     _check_unchanged(piece)
 
 
-def _from_tokens(piece: Piece, options: StageOptions) -> Iterator[Document | Bad]:
+def _from_tokens(piece: Piece, options: StageOptions, used: set[str] | None) -> Iterator[Document | Bad]:
     domain = domain_rule(options.domain)(piece, {})
-    name = mapped(domain, options.domain_map) if domain is not None else None
+    name = mapped(domain, options.domain_map, used) if domain is not None else None
     is_held_out = is_held_out_before(piece)
     for document in token_documents(piece, options):
         if isinstance(document, Bad):
@@ -247,7 +250,7 @@ def _tokenized(task: StageTask, folder: Path) -> dict[str, Any]:
         for piece in task.unit.pieces:
             if piece.format == "mds" and not task.options.retokenize and holds_tokens(piece, task.options):
                 check_same_tokenizer(piece, task.options, task.tokenizer)
-            for document in documents_of(piece, task.options):
+            for document in documents_of(piece, task.options, writer.used):
                 writer.add(piece, document)
                 del document
         return writer.finish()
@@ -271,6 +274,7 @@ class _UnitWriter:
         self._skipped: dict[str, Counter[str]] = {}
         self._domain_of = domain_rule(task.options.domain)
         self._named: list[dict[str, Any]] = []
+        self.used: set[str] = set()  # of the mapping of domains
         self._read = 0
         self._documents_hash = xxhash.xxh3_64()
         self._tokens = open(folder / "tokens.bin", "wb")  # noqa: SIM115 (closed by __exit__)
@@ -392,6 +396,7 @@ class _UnitWriter:
             "read": self._read,
             "skipped": {name: dict(counts) for name, counts in self._skipped.items()},
             "bad_records": self._named,
+            "used": sorted(self.used),
             "size_bytes": self._task.unit.size_bytes,
         }
 

@@ -25,12 +25,14 @@ class Staged(NamedTuple):
     Args:
         skipped: by domain (empty where none could be told), how many were left out, by reason.
         bad_records: place and reason of some of them.
+        used: names of the mapping of domains that records have.
     """
 
     tokenizer: TokenizerInfo
     documents_read: int
     skipped: Mapping[str, Counter[str]]
     bad_records: list[dict[str, Any]]
+    used: set[str]
 
     def left_out(self) -> dict[str, int]:
         """Return how many records were left out, by reason."""
@@ -109,6 +111,7 @@ def _added_up(job: Job, tokenizer: TokenizerInfo) -> Staged:
     """Add up the units' summaries. Raises: DataError: if more records are bad than is allowed."""
     skipped: dict[str, Counter[str]] = {}
     bad_records: list[dict[str, Any]] = []
+    used: set[str] = set()
     read = 0
     for unit, summary in zip(job.plan.units, _summaries(job)):
         if summary is None:
@@ -117,7 +120,8 @@ def _added_up(job: Job, tokenizer: TokenizerInfo) -> Staged:
         for name, reasons in summary["skipped"].items():
             skipped.setdefault(name, Counter()).update(reasons)
         bad_records += summary["bad_records"][: _NAMED_BAD_RECORDS - len(bad_records)]
-    staged = Staged(tokenizer, read, skipped, bad_records)
+        used.update(summary.get("used", job.stage_options.domain_map))  # a stage of before does not say
+    staged = Staged(tokenizer, read, skipped, bad_records, used)
     bad = sum(count for reason, count in staged.left_out().items() if reason not in INTENDED)
     allowed = 0 if job.stage_options.on_bad_record == "fail" else job.stage_options.max_bad
     if bad > allowed * read:

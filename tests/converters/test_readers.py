@@ -231,9 +231,21 @@ def test_mapping_renames_merges_and_drops_domains(tmp_path):
     assert manifest.names == ("web", "wiki")
     assert manifest.converter["skipped"] == {"dropped": 40}
     assert sum(split.num_documents for split in manifest.domains["web"].splits.values()) == 80
+    assert manifest.converter["warnings"] == []
     (tmp_path / "map.json").write_text('["web"]')
     with pytest.raises(InputError, match="a domain mapping is a JSON object"):
         convert([tmp_path / "in"], tmp_path / "x", tokenizer="bytes", seq_len=32, domain_map=tmp_path / "map.json")
+
+
+@pytest.mark.parametrize("rule", ["folder", "field:set"])
+def test_names_of_a_mapping_that_no_record_has_are_told(tmp_path, rule):
+    for name in ("spam", "wiki"):
+        write_jsonl(tmp_path / "in" / name / "a.jsonl", documents(name, 40), set=name)
+    mapping = {"spam": None, "wikii": "encyclopedia", "books": "prose", "*": "web"}
+    given: dict = {"tokenizer": "bytes", "seq_len": 32, "domain": rule, "unit_size": 2000}
+    (warning,) = convert([tmp_path / "in"], tmp_path / "out", domain_map=mapping, **given).converter["warnings"]
+    assert warning.startswith("--domain-map names ['books', 'wikii'], which no record has as its domain;")
+    assert "after it there are ['web']. Is a name misspelt?" in warning
 
 
 def test_globs_lists_and_named_inputs_are_found(tmp_path, monkeypatch):

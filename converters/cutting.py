@@ -21,7 +21,7 @@ from typing import Any
 from converters.special_tokens import read_varint
 from mixer.errors import InputError
 
-__all__ = ["Cuts", "SideBySide", "cut_between_words", "find_cuts", "sentencepiece_cuts"]
+__all__ = ["Cuts", "SideBySide", "cut_between_words", "find_cuts", "flat_parts", "sentencepiece_cuts"]
 
 # (text, size) -> pieces of about that many characters or more, and how many ids of each are to be left out.
 Cuts = Callable[[str, int], Iterator[tuple[str, int]]]
@@ -32,14 +32,15 @@ SPACE = "▁"  # how a space is written in the vocabularies of SentencePiece
 def find_cuts(facts: Mapping[str, Any], specials_are_text: bool = True) -> Cuts | None:
     """Return the cuts of a tokenizer, None if there are none; ``facts`` is the content of its ``tokenizer.json``."""
     added = [token for token in facts.get("added_tokens") or [] if not (specials_are_text and token.get("special"))]
-    normalizers = _flat(facts.get("normalizer"), "normalizers")
+    normalizers = flat_parts(facts.get("normalizer"), "normalizers")
     return between_words(facts, normalizers, added) or side_by_side(facts, normalizers, added)
 
 
-def _flat(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
+def flat_parts(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
+    """Return the normalizers or pre-tokenizers that a part of a ``tokenizer.json`` consists of, in order."""
     if part is None:
         return []
-    return [one for each in part[inner] for one in _flat(each, inner)] if part["type"] == "Sequence" else [part]
+    return [one for each in part[inner] for one in flat_parts(each, inner)] if part["type"] == "Sequence" else [part]
 
 
 # --- between words -------------------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ def side_by_side(
 
     So are Llama 2's and Mistral's (Metaspace without ``split``, or ``▁`` put there by normalizers) and Gemma's.
     """
-    model, before = facts.get("model") or {}, _flat(facts.get("pre_tokenizer"), "pretokenizers")
+    model, before = facts.get("model") or {}, flat_parts(facts.get("pre_tokenizer"), "pretokenizers")
     marks = [part for part in normalizers if part["type"] not in _UNICODE_FORMS]
     is_plain = model.get("type", "BPE") == "BPE" and not any(model.get(name) for name in _NOT_PLAIN)
     # A token that takes spaces or the end of a word into account looks at what a cut takes away.

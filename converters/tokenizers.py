@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from converters.cutting import Cuts, find_cuts, sentencepiece_cuts
 from converters.special_tokens import without_special_tokens, without_symbol
+from converters.unknown import with_unknown_token
 from mixer.errors import InputError
 from mixer.manifest import TokenizerInfo
 
@@ -140,7 +141,7 @@ class HuggingFaceEncoder:
     def __init__(self, file: str, special_tokens: str = "text", eos_id: int | None = None) -> None:
         # One thread per worker process: the processes are the parallelism.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        changed = _without_special_tokens(file, eos_id) if special_tokens == "text" else None
+        changed, self._unknown = _changed(file, special_tokens, eos_id)
         self._is_changed = changed is not None
         self._tokenizer = load_tokenizer_json(file, changed)
         del changed
@@ -160,11 +161,27 @@ class HuggingFaceEncoder:
 
     def _encode(self, texts: Sequence[str]) -> _Encoded:
         try:
-            return _joined([each.ids for each in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
+            rows = [each.ids for each in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         except BaseException as error:
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":  # the library raises no others
                 raise self._refusal(texts, error) from error
             raise
+        ids, lengths = _joined(rows)
+        if self._unknown is not None and (ids == self._unknown).any():
+            raise self._lost_character(texts)
+        return ids, lengths
+
+    def _lost_character(self, texts: Sequence[str]) -> InputError:
+        """Return the error for texts of which the library would leave out a character, with the first of them."""
+        found = ((text, self._tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+        text, encoding = next(pair for pair in found if self._unknown in pair[1].ids)
+        start, stop = encoding.offsets[encoding.ids.index(self._unknown)]
+        around = text[max(start - 30, 0) : stop + 30]
+        return InputError(
+            f"the tokenizer {self._file} has no token for {text[start:stop]!r} in {around!r} and would leave it out."
+            " Give its model a token for what is unknown (unk_token) or all bytes (byte_fallback), or train a tokenizer"
+            " with --train-tokenizer."
+        )
 
     def _refusal(self, texts: Sequence[str], error: BaseException) -> InputError:
         """Return the error for texts that the library cannot encode, with the first of them."""
@@ -182,12 +199,16 @@ class HuggingFaceEncoder:
         return load_tokenizer_json(self._file) if self._is_changed else self._tokenizer
 
 
-def _without_special_tokens(file: str, eos_id: int | None) -> bytes | None:
+def _changed(file: str, special_tokens: str, eos_id: int | None) -> tuple[bytes | None, int | None]:
+    """Return the content to encode by, if it is not that of the file, and an id for what the file's would leave out."""
     try:
-        changed = without_special_tokens(orjson.loads(Path(file).read_bytes()), eos_id)
+        facts = orjson.loads(Path(file).read_bytes())
+        changed, unknown = with_unknown_token(facts) or (None, None)
+        if special_tokens == "text":
+            changed = without_special_tokens(changed or facts, eos_id) or changed
     except (ValueError, KeyError, TypeError):  # the library will say what is wrong with it
-        return None
-    return None if changed is None else orjson.dumps(changed)
+        return None, None
+    return (None if changed is None else orjson.dumps(changed)), unknown
 
 
 def require_gigatoken() -> Any:

@@ -17,6 +17,7 @@ from converters.tokenizers import (
     load_encoder,
 )
 from converters.training import train_bpe
+from converters.unknown import with_unknown_token
 from mixer.errors import InputError
 from tests.converters.corpora import documents, tree_hash, write_corpus
 
@@ -118,6 +119,35 @@ def test_gigatoken_writes_the_same_bytes_where_special_tokens_are_parsed(tmp_pat
     for backend in ("hf", "gigatoken"):
         convert([tmp_path / "corpus"], tmp_path / backend, backend=backend, **given)
     assert tree_hash(tmp_path / "hf") == tree_hash(tmp_path / "gigatoken")
+
+
+def letters_only() -> dict:
+    """Return a tokenizer of the letters a and b, which knows neither bytes nor a token for what is unknown."""
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [{**token, "id": id, "content": text, "special": id == 4} for id, text in ((4, "<eos>"), (5, "[b]"))]
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "ba": 3}, "merges": [["a", "b"], ["b", "a"]]}
+    return {"version": "1.0", "added_tokens": added, "pre_tokenizer": {"type": "Whitespace"}, "model": model}
+
+
+@pytest.mark.parametrize("special_tokens", ["text", "parse"])
+def test_character_that_the_library_would_leave_out_is_refused(tmp_path, special_tokens):
+    tokenizers = pytest.importorskip("tokenizers")
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(letters_only()))
+    theirs = tokenizers.Tokenizer.from_file(str(path))
+    assert theirs.encode("ab aéb").ids == [2, 2]  # without a word, and as if a and b had been neighbours
+    encoder = load_encoder("hf", str(path), "hf", special_tokens, 4)
+    for text in ("ab ba", "a[b]b", "abba" * 9):
+        assert encoder.encode([text])[0].tolist() == theirs.encode(text).ids
+    with pytest.raises(InputError, match=r"has no token for 'é' in 'ab aéb' and would leave it out\. Give"):
+        encoder.encode(["ab", "ab aéb"])
+
+
+def test_byte_level_tokenizer_leaves_nothing_out_unless_it_lacks_a_byte(tokenizer_json):
+    facts = json.loads(tokenizer_json.read_text())
+    assert with_unknown_token(facts) is None
+    del facts["model"]["vocab"]["\u0100"]  # how byte 0 is written
+    assert with_unknown_token(facts) is not None
 
 
 def test_fingerprint_is_of_the_content(tokenizer_json, tmp_path):

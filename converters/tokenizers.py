@@ -239,7 +239,11 @@ class GigatokenEncoder:
         if self._special_tokens == "text":  # gigatoken has no switch for it, so it is not told of special tokens
             facts = without_special_tokens(facts, self._eos_id) or facts
             facts["added_tokens"] = [token for token in facts.get("added_tokens", []) if not token.get("special")]
-        self._fast = self._new(orjson.dumps(facts))
+        try:
+            self._fast = self._new(orjson.dumps(facts))
+        except Exception as error:  # the library raises what Rust does
+            why = str(error).partition("\n")[0].removesuffix(".")
+            raise InputError(f"gigatoken cannot use {self._file}: {why}. Use --backend hf.") from error
         self._fast.encode_batch([""], parallel=False)  # makes its tables
         del facts
         return_memory()

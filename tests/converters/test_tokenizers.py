@@ -143,6 +143,14 @@ def test_character_that_the_library_would_leave_out_is_refused(tmp_path, special
         encoder.encode(["ab", "ab aéb"])
 
 
+def test_tokenizer_that_gigatoken_cannot_use_is_refused_in_one_line(tmp_path):
+    pytest.importorskip("gigatoken")
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(letters_only()))
+    with pytest.raises(InputError, match=r"^gigatoken cannot use .*tokenizer\.json: [^\n]+\. Use --backend hf\.$"):
+        load_encoder("hf", str(path), "gigatoken", eos_id=4)
+
+
 def test_byte_level_tokenizer_leaves_nothing_out_unless_it_lacks_a_byte(tokenizer_json):
     facts = json.loads(tokenizer_json.read_text())
     assert with_unknown_token(facts) is None

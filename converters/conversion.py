@@ -25,8 +25,9 @@ from converters.extending import known_inputs
 from converters.job import STAGE, Job, Progress
 from converters.locations import Location, load_manifest, local_file, output_location
 from converters.options import DEFAULT_EXCLUDE, PackOptions, StageOptions, size_in_bytes
+from converters.packing import require_room
 from converters.plan import make_plan
-from converters.tokenizers import BACKENDS, describe, require_gigatoken
+from converters.tokenizers import BACKENDS, describe, id_dtype, require_gigatoken
 from converters.tokenizing import tokenize
 from mixer.errors import DataError, InputError
 from mixer.manifest import Manifest, TokenizerInfo
@@ -172,6 +173,8 @@ def convert(
     where = output_location(out)
     base = load_manifest(where) if extend else None
     given = _given_tokenizer(tokenizer, eos, where, base)
+    vocab_size = given.vocab_size if given is not None else train_tokenizer or 0
+    require_room(id_dtype(vocab_size).name, pack_options, stage_options.max_record_bytes)
     asked = given if tokenizer is not None else None
     known = None if base is None else known_inputs(where, base)
     staged = output_location(stage) if stage else where / STAGE

@@ -23,10 +23,10 @@ from converters.shuffling import Shuffled
 from converters.splits import SplitPlan, samples_of
 from converters.streams import Stream
 from converters.tokenizers import forget_encoders
-from mixer.errors import DataError
+from mixer.errors import DataError, InputError
 from mixer.mds import Ragged, compress, empty_shard, shard_buffer, shard_entry, shard_overhead, token_encoding
 
-__all__ = ["PackTask", "check_accounting", "pack_shard", "pack_tasks", "read_record", "shard_path"]
+__all__ = ["PackTask", "check_accounting", "pack_shard", "pack_tasks", "read_record", "require_room", "shard_path"]
 
 DOC_STARTS, SAMPLE_ID = "doc_starts", "sample_id"
 
@@ -109,10 +109,26 @@ def pack_tasks(
 
 def samples_per_shard(dtype: str, options: PackOptions) -> int:
     """Return how many samples fill a shard of ``options.shard_bytes`` (document starts not counted), at least one."""
+    overhead, size = _sizes(dtype, options, options.seq_len)
+    return max(1, (options.shard_bytes - overhead) // size)
+
+
+def _sizes(dtype: str, options: PackOptions, num_tokens: int) -> tuple[int, int]:
+    """Return the bytes of a shard without samples, and of a sample of so many tokens."""
     columns = shard_columns(dtype, options)
     overhead = shard_overhead(columns, **options.shard_facts())
-    size = 4 + options.seq_len * np.dtype(dtype).itemsize + (8 if SAMPLE_ID in columns else 0)
-    return max(1, (options.shard_bytes - overhead) // size)
+    return overhead, 4 + num_tokens * np.dtype(dtype).itemsize + (8 if SAMPLE_ID in columns else 0)
+
+
+def require_room(dtype: str, options: PackOptions, max_record_bytes: int) -> None:
+    """Raise InputError if a shard has no room for one sample; without packing, for that of the longest document."""
+    longest = min(options.seq_len, max_record_bytes + 1) if options.packing == "none" else options.seq_len
+    least = sum(_sizes(dtype, options, longest))
+    if options.shard_bytes < least:
+        raise InputError(
+            f"shard_size {options.shard_bytes:,} bytes is less than one sample of {longest:,} tokens, which takes"
+            f" {least:,} with the header. Raise --shard-size (64MiB is usual), or lower --seq-len."
+        )
 
 
 def _even_shards(split: SplitPlan, dtype: str, options: PackOptions) -> Iterator[tuple[int, int, int]]:

@@ -289,6 +289,8 @@ def test_folder_with_other_files_is_not_written_into(tmp_path):
         ({"hashes": ["crc"]}, "no hash algorithm 'crc'"),
         ({"shard_size": "many"}, "shard_size 'many' is not a size"),
         ({"shard_size": "4GiB"}, "shard_size must be below 4 GiB"),
+        ({"shard_size": 10}, r"10 bytes is less than one sample of 64 tokens, which takes \d{3} with"),
+        ({"shard_size": 10, "packing": "none"}, "shard_size 10 bytes is less than one sample of 64 tokens"),
         ({"include": ["*.parquet"]}, "nothing to convert"),
         ({"engine": "carrier-pigeon"}, "no engine 'carrier-pigeon'"),
         ({"workers": 0}, "workers must be at least 1"),

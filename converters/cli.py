@@ -59,7 +59,7 @@ def _workers(asked: int | None) -> int:
     "--packing", type=click.Choice(["concat", "best_fit", "none"]), default="concat", show_default=True,
     help="Join and cut documents; cut none that fits; or one sample per document.",
 )  # fmt: skip
-@click.option("--tail", type=click.Choice(["drop", "pad"]), default="drop", show_default=True, help="Of a domain.")
+@click.option("--tail", type=click.Choice(["drop", "pad"]), help="End of a domain, with concat; default: drop.")
 @click.option("--doc-starts", is_flag=True, help="Also write where documents start in each sample.")
 @click.option("--sample-ids", is_flag=True, help="Also write each sample's number in its domain and split.")
 @click.option("--shuffle-seed", type=int, help="Shuffle the documents of each domain before packing.")

@@ -56,7 +56,7 @@ def convert(
     min_held_out: int = 8,
     allow_empty: bool = False,
     packing: str = "concat",
-    tail: str = "drop",
+    tail: str | None = None,
     doc_starts: bool = False,
     sample_ids: bool = False,
     shuffle_seed: int | None = None,
@@ -110,7 +110,7 @@ def convert(
         packing: ``concat`` (documents joined and cut every ``seq_len``), ``best_fit`` (no document is cut that fits;
             the rest of a sample is padding, ids of end of text) or ``none`` (a document is a sample of its own length,
             one longer than ``seq_len`` several).
-        tail: ``drop`` the end of a domain that fills no sample, or ``pad`` it (with ``concat``).
+        tail: with ``concat``: ``drop`` the end of a domain that fills no sample (default), or ``pad`` it.
         doc_starts: also write the column ``doc_starts``: where documents, and padding, start in each sample.
         sample_ids: also write the column ``sample_id``: the sample's number in its domain and split, uint64.
         shuffle_seed: put the documents of each domain in a random order before packing; None for that of the input.
@@ -167,9 +167,14 @@ def convert(
     pack_options = PackOptions(
         seq_len=seq_len, held_out=held_out, min_held_out=min_held_out, allow_empty=allow_empty,
         shard_bytes=size_in_bytes(shard_size, "shard_size"), compression=compression, hashes=tuple(sorted(set(hashes))),
-        packing=packing, tail=tail, doc_starts=doc_starts, sample_ids=sample_ids,
+        packing=packing, tail=tail or "drop", doc_starts=doc_starts, sample_ids=sample_ids,
         shuffle_seed=shuffle_seed, dedupe=dedupe,
     )  # fmt: skip
+    if tail is not None and packing != "concat":
+        raise InputError(
+            f"--tail {tail} would be ignored: with --packing {packing} no end of a domain is left over. Leave it out,"
+            " or take --packing concat."
+        )
     where = output_location(out)
     base = load_manifest(where) if extend else None
     given = _given_tokenizer(tokenizer, eos, where, base)

@@ -36,7 +36,7 @@ from converters.files import (
 from converters.options import StageOptions
 from converters.readers import FORMATS, Piece
 from converters.texts import text_columns
-from converters.token_shards import in_its_domain, is_conversion_file
+from converters.token_shards import holds_tokens, in_its_domain, is_conversion_file
 from converters.urls import is_url, without_query
 from mixer.errors import DataError, InputError
 
@@ -98,6 +98,8 @@ def make_plan(
             f"nothing to convert in {[os.fspath(item) for item in inputs]}: no file left after include"
             f" {list(options.include)} and exclude {list(options.exclude)}."
         )
+    if known is None:  # an extension has the options of before, which may be about the inputs of before
+        _require_token_shards(files, options)
     fingerprint = functools.partial(_fingerprint, reads_all=options.fingerprint == "full")
     with ThreadPoolExecutor(16) as threads:  # each waits for a disk or a server most of the time
         rows = _told_apart(list(threads.map(fingerprint, files)))
@@ -111,6 +113,17 @@ def make_plan(
     units = [Unit(number, tuple(group)) for number, group in enumerate(_grouped(pieces, unit_bytes))]
     facts = {**options.facts(), "unit_bytes": unit_bytes, "tokenizer": dict(tokenizer)}
     return Plan(units, rows, facts, warnings)
+
+
+def _require_token_shards(files: Sequence[Piece], options: StageOptions) -> None:
+    """Raise InputError if options for token ids are given that no input has."""
+    if not options.retokenize and options.tokens_from is None:
+        return
+    if not any(piece.format == "mds" and holds_tokens(piece, options) for piece in files):
+        raise InputError(
+            f"{'--retokenize' if options.retokenize else '--tokens-from'} would be ignored: it is about token ids in"
+            f" MDS shards, and no input has any; the first is {files[0].path}. Leave it out, or check the inputs."
+        )
 
 
 def _default_unit(total_bytes: int) -> int:

@@ -43,7 +43,8 @@ def test_inspect_shows_where_documents_end_and_what_is_padding(tmp_path):
     texts = ["one <|endoftext|>", "two", "three"]
     write_jsonl(tmp_path / "in" / "a" / "a.jsonl", texts)
     for packing in ("concat", "none"):
-        given: dict = {"tokenizer": "bytes", "seq_len": 40, "held_out": 0, "tail": "pad", "packing": packing}
+        given: dict = {"tokenizer": "bytes", "seq_len": 40, "held_out": 0, "packing": packing}
+        given |= {"tail": "pad"} if packing == "concat" else {}
         conversion([tmp_path / "in"], tmp_path / packing, **given)
         shown = CliRunner().invoke(inspect, [str(tmp_path / packing), "--sample", "3"], catch_exceptions=False).output
         assert shown.count("--- end of document ---") == 3

@@ -85,10 +85,10 @@ def test_domain_shorter_than_a_sample_is_kept_by_padding(tmp_path):
     assert manifest.domains["tiny"].padding_tokens == {"train": 512 - 6}
 
 
-@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+@pytest.mark.parametrize("packing", [{"tail": "pad"}, {"packing": "best_fit"}], ids=str)
 def test_document_starts_are_a_column_that_streaming_reads(tmp_path, packing):
     streaming = pytest.importorskip("streaming")
-    shards = converted(tmp_path, packing=packing, doc_starts=True, held_out=0, tail="pad")
+    shards = converted(tmp_path, doc_starts=True, held_out=0, **packing)
     dataset = streaming.StreamingDataset(local=str(shards / "web" / "train"), batch_size=1, validate_hash="xxh64")
     starts = 0
     for number in range(len(dataset)):

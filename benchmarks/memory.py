@@ -268,7 +268,8 @@ def peak(source: Path, scratch: Path, **options: Any) -> float | str:
             return measured(CONVERT, str(source), f"{out}/shards", json.dumps(given))["peak_mb"]
         except click.ClickException as error:
             reason = error.message.strip().splitlines()[-1]
-            if "DataError" not in reason or "--max-record" not in reason:
+            is_limit = ("DataError" in reason and "--max-record" in reason) or "oversized" in reason
+            if not is_limit:
                 raise
             return "refused"
 

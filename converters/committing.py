@@ -78,10 +78,8 @@ def _packed(job: Job, staged: Staged, locks: Sequence[Lock], scratch: Path) -> M
 def _check_counts(job: Job, staged: Staged, plans: Sequence[DomainPlan]) -> None:
     kept, left_out = sum(plan.documents for plan in plans), staged.left_out()
     if not plans:
-        why = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
-        raise InputError(
-            f"no text in {staged.documents_read:,} records of {len(job.plan.inputs):,} files{f': {why}' if why else ''}."
-        )
+        why = ": " * bool(left_out) + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+        raise InputError(f"no text in {staged.documents_read:,} records of {len(job.plan.inputs):,} files{why}.")
     if staged.documents_read != kept + sum(left_out.values()):
         raise DataError(f"{staged.documents_read:,} records read, but {kept:,} kept and {left_out} left out.")
 

@@ -61,7 +61,10 @@ def _results(team: _Team, function: Callable[[Task], Result], tasks: Sequence[Ta
         for number, mine in [*enumerate(at_hand)] * 2:  # a second one to go on with at once, while there are many
             if waiting and (not mine or (len(mine) == 1 and len(waiting) >= team.size)):
                 task = waiting.popleft()
-                mine.append((team.submit(number, function, tasks[task]), task))
+                try:
+                    mine.append((team.submit(number, function, tasks[task], is_idle=not mine), task))
+                except BrokenProcessPool:  # its first task will say so, below
+                    waiting.appendleft(task)
         wait([future for mine in at_hand for future, _ in mine], return_when=FIRST_COMPLETED)
         for number, mine in enumerate(at_hand):
             while mine and mine[0][0].done():
@@ -105,11 +108,16 @@ class _Team:
         self._started: list[Future[Any]] = [Future()] * size
         self._stillborn = 0
 
-    def submit(self, number: int, function: Callable[[Task], Result], task: Task) -> Future[Result]:
-        """Give a task to one of the processes, which is started if need be."""
+    def submit(self, number: int, function: Callable[[Task], Result], task: Task, is_idle: bool) -> Future[Result]:
+        """Give a task to one of the processes, which is started if need be.
+
+        Raises: BrokenProcessPool: if it died at another task.
+        """
         try:
             return self.start(number).submit(function, task)
-        except BrokenProcessPool as error:  # it died with nothing to do
+        except BrokenProcessPool as error:
+            if not is_idle:
+                raise
             self.replace(number, error)
             return self.start(number).submit(function, task)
 

@@ -7,13 +7,14 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from converters import convert
-from converters.engines import kept_running, run_tasks
+from converters.engines import _Team, kept_running, run_tasks
 from mixer.errors import DataError, InputError
 from tests.converters.corpora import tree_hash, write_corpus
 
@@ -73,6 +74,21 @@ def test_task_at_which_three_workers_die_is_named_when_all_others_are_done(tmp_p
             done.append(result)
     assert sorted(done) == ["a", "b", "c", "d"]
     assert sorted((tmp_path / "notes").read_text().split()) == ["a", "b", "c", "d", "poison", "poison", "poison"]
+
+
+def test_process_that_died_at_one_task_is_replaced_once_however_many_it_had(tmp_path):
+    """Its second task must not replace it, too: the new process would be taken for one that died while it started."""
+    team = _Team(1)
+    try:
+        first = team.submit(0, note_and_die_at_poison, Errand("poison", str(tmp_path / "notes")), is_idle=True)
+        with pytest.raises(BrokenProcessPool):
+            first.result()
+        with pytest.raises(BrokenProcessPool):
+            team.submit(0, abs, -1, is_idle=False)
+        assert team.replace(0, BrokenProcessPool()), "it had come to work"
+        assert team.submit(0, abs, -1, is_idle=False).result() == 1
+    finally:
+        team.stop()
 
 
 def test_workers_that_never_start_are_one_clear_error(tmp_path):

@@ -109,7 +109,7 @@ WAYS = [("local", 0), ("local", 3), ("local", 9), ("ray", 0)]  # engine, and aft
 WHOLE = list(itertools.product((1, 2, 8), WAYS, (1500, 4000, None), ("hf", "gigatoken"), PACKINGS))
 
 
-@pytest.mark.skipif(not os.environ.get("DOMAIN_MIXER_NIGHTLY"), reason="takes 20 minutes; set DOMAIN_MIXER_NIGHTLY=1")
+@pytest.mark.skipif(not os.environ.get("DOMAIN_MIXER_NIGHTLY"), reason="takes ten minutes; set DOMAIN_MIXER_NIGHTLY=1")
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("workers, way, unit_size, backend, packing", WHOLE)
 def test_every_way_to_get_there(made, request, workers, way, unit_size, backend, packing):

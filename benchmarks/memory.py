@@ -225,7 +225,10 @@ def tokenizers(folder: Path) -> dict[str, dict[str, Any]]:
     if importlib.util.find_spec("gigatoken"):
         found["gigatoken of 32,000"] = {"tokenizer": str(folder / "words.json"), "backend": "gigatoken"}
     if importlib.util.find_spec("bpe_openai"):
-        found |= {f"hf, {name}": {"tokenizer": f"tiktoken:{name}"} for name in ("cl100k_base", "o200k_base")}
+        for name in ("cl100k_base", "o200k_base"):
+            found[f"hf, {name}"] = {"tokenizer": f"tiktoken:{name}"}
+            if importlib.util.find_spec("gigatoken"):
+                found[f"gigatoken, {name}"] = {"tokenizer": f"tiktoken:{name}", "backend": "gigatoken"}
     if importlib.util.find_spec("sentencepiece"):
         found |= {
             f"sentencepiece, {kind}": {"tokenizer": sentencepiece(folder, texts, kind)} for kind in ("bpe", "unigram")
@@ -301,7 +304,7 @@ def _of_file(
         return peak(source, scratch, **options)
 
 
-WHY_MORE = {"o200k_base": "its 200,000 ids take 100 MB", "unigram": "a text is encoded whole"}
+WHY_MORE = {"gigatoken": "the tables of the library for so many ids"}
 
 
 def goals(found: dict[str, dict[str, float | str]]) -> list[Row]:

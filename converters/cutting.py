@@ -1,10 +1,10 @@
-"""Where a long text may be cut so that its pieces have the very ids of the whole: libraries take many times what they
-are given at once.
+"""Where a long text may be cut so that its pieces have the ids of the whole: libraries take many times what they are
+given at once.
 
-Between words, where a tokenizer splits text into words first and looks at each alone. Elsewhere, for byte-pair
-encodings, between two characters that stand side by side in no token: a merge makes a token, so none reaches across,
-and those on either side do not depend on each other. Tokenizers for which neither can be shown have no cuts: Unigram
-without words, whose best path is found by sums that are rounded along the way.
+Between words, where a tokenizer splits text into words first and looks at each alone. Elsewhere between two characters
+that stand side by side in no token, so that none reaches across: what is on either side does not depend on the other.
+By a byte-pair encoding the ids are the very same. Unigram takes the likeliest tokens, whose scores libraries add up
+from the start of a text, rounding: where two ways are equally likely but for that, a piece may go the other way.
 
     cuts = find_cuts(facts)                      # of a tokenizer.json
     for piece, drop in cuts(text, 1 << 18):      # leave out the first ``drop`` ids of the piece
@@ -19,9 +19,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from converters.special_tokens import read_varint
-from mixer.errors import InputError
 
-__all__ = ["Cuts", "SideBySide", "cut_between_words", "find_cuts", "flat_parts", "sentencepiece_cuts"]
+__all__ = [
+    "Cuts",
+    "SideBySide",
+    "cut_between_words",
+    "find_cuts",
+    "find_cuts_between_words",
+    "flat_parts",
+    "sentencepiece_cuts",
+]
 
 # (text, size) -> pieces of about that many characters or more, and how many ids of each are to be left out.
 Cuts = Callable[[str, int], Iterator[tuple[str, int]]]
@@ -31,9 +38,12 @@ SPACE = "▁"  # how a space is written in the vocabularies of SentencePiece
 
 def find_cuts(facts: Mapping[str, Any], specials_are_text: bool = True) -> Cuts | None:
     """Return the cuts of a tokenizer, None if there are none; ``facts`` is the content of its ``tokenizer.json``."""
-    added = [token for token in facts.get("added_tokens") or [] if not (specials_are_text and token.get("special"))]
-    normalizers = flat_parts(facts.get("normalizer"), "normalizers")
-    return between_words(facts, normalizers, added) or side_by_side(facts, normalizers, added)
+    return find_cuts_between_words(facts, specials_are_text) or find_cuts_side_by_side(facts, specials_are_text)
+
+
+def _added_tokens(facts: Mapping[str, Any], specials_are_text: bool) -> list[Mapping[str, Any]]:
+    """Return the tokens that are looked for in the text itself."""
+    return [token for token in facts.get("added_tokens") or [] if not (specials_are_text and token.get("special"))]
 
 
 def flat_parts(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
@@ -70,14 +80,14 @@ def cut_between_words(text: str, size: int, after: re.Pattern[str] = _AFTER_WORD
     yield text[start:], 0
 
 
-def between_words(
-    facts: Mapping[str, Any], normalizers: Sequence[Mapping[str, Any]], added: Sequence[Mapping[str, Any]]
-) -> Cuts | None:
-    """Return cuts between words if the tokenizer splits text there, whatever stands around.
+def find_cuts_between_words(facts: Mapping[str, Any], specials_are_text: bool = True) -> Cuts | None:
+    """Return cuts between words if the tokenizer splits text there, whatever stands around; ``facts`` need no model.
 
     So do byte-level tokenizers by their patterns (GPT-2's, cl100k's, Llama 3's), BERT's, and Metaspace with ``split``.
     """
     from tokenizers import Tokenizer
+
+    added, normalizers = _added_tokens(facts, specials_are_text), flat_parts(facts.get("normalizer"), "normalizers")
 
     if facts.get("pre_tokenizer") is None:
         return None
@@ -85,8 +95,8 @@ def between_words(
     empty = {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}
     try:
         probe = Tokenizer.from_str(json.dumps({**empty, **parts}))
-    except Exception as error:  # the library raises bare Exception
-        raise InputError(f"the installed tokenizers library cannot read the tokenizer: {error}.") from error
+    except Exception:  # the library raises bare Exception, and will when it reads all of it
+        return None
     plain = {each["type"] for each in normalizers} <= _UNICODE_FORMS
     if not plain and not all(map(_is_local, normalizers)):
         return None
@@ -122,14 +132,14 @@ def _splits(tokenizer: Any, after: re.Pattern[str]) -> bool:
 
 
 class SideBySide:
-    """Cuts of a byte-pair encoding between characters that are neighbours in no token.
+    """Cuts between characters that are neighbours in no token.
 
     A tokenizer may write ``▁`` for a space, and put one before every text it is given. Before a cut at a space that is
     this very space; before another character it is a token of its own, unless it is part of one with that character,
     and is left out.
 
     Args:
-        tokens: all that merges can make.
+        tokens: all that text is made into.
         known: characters that have a token, so that none of them is part of a run of unknown ones.
         space: how a space is written.
         prefix: what is put before a text: nothing (""), a space where there is none ("missing"), or always ("always").
@@ -184,16 +194,15 @@ class SideBySide:
         return is_alone and self._known(behind)
 
 
-def side_by_side(
-    facts: Mapping[str, Any], normalizers: Sequence[Mapping[str, Any]], added: Sequence[Mapping[str, Any]]
-) -> Cuts | None:
-    """Return cuts by what stands side by side in the vocabulary, for a byte-pair encoding that knows no words.
+def find_cuts_side_by_side(facts: Mapping[str, Any], specials_are_text: bool = True) -> Cuts | None:
+    """Return cuts by what stands side by side in the vocabulary, for a model that is given no words.
 
     So are Llama 2's and Mistral's (Metaspace without ``split``, or ``▁`` put there by normalizers) and Gemma's.
     """
+    added, normalizers = _added_tokens(facts, specials_are_text), flat_parts(facts.get("normalizer"), "normalizers")
     model, before = facts.get("model") or {}, flat_parts(facts.get("pre_tokenizer"), "pretokenizers")
     marks = [part for part in normalizers if part["type"] not in _UNICODE_FORMS]
-    is_plain = model.get("type", "BPE") == "BPE" and not any(model.get(name) for name in _NOT_PLAIN)
+    is_plain = model.get("type", "BPE") in ("BPE", "Unigram") and not any(model.get(name) for name in _NOT_PLAIN)
     # A token that takes spaces or the end of a word into account looks at what a cut takes away.
     is_plain &= not any(token.get(name) for token in added for name in ("lstrip", "rstrip", "single_word"))
     metaspaces = [part for part in before if part["type"] == "Metaspace" and part.get("replacement") == SPACE]
@@ -205,6 +214,8 @@ def side_by_side(
     if prepends and not replaces:
         return None
     vocabulary = model["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: pairs of piece and score
+        vocabulary = {piece for piece, _ in vocabulary}
     fallback = model.get("byte_fallback") and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
     prefix = "always" if prepends else "missing" if metaspaces and _puts_space(metaspaces[0]) else ""
     if prefix and SPACE not in vocabulary:
@@ -230,10 +241,12 @@ def _puts_space(metaspace: Mapping[str, Any]) -> bool:
 
 
 def sentencepiece_cuts(processor: Any) -> Cuts | None:
-    """Return the cuts of a SentencePiece model: those side by side, for byte-pair encodings."""
+    """Return the cuts of a SentencePiece model, all by what stands side by side in its vocabulary."""
     model = _fields(processor.serialized_model_proto())
     trainer, normalizer = _fields(model.get(2, [b""])[0]), _fields(model.get(3, [b""])[0])
-    is_plain = trainer.get(3, [_UNIGRAM])[-1] == _BPE and not trainer.get(24, [0])[-1]  # treat_whitespace_as_suffix
+    is_plain = (
+        trainer.get(3, [_UNIGRAM])[-1] in (_UNIGRAM, _BPE) and not trainer.get(24, [0])[-1]
+    )  # treat_whitespace_as_suffix
     if not is_plain or not normalizer.get(5, [1])[-1]:  # escape_whitespaces
         return None
     size = processor.get_piece_size()

@@ -35,7 +35,7 @@ def without_special_tokens(facts: Mapping[str, Any], eos_id: int | None = None) 
         )
         model["unk_token"] = made.get(model.get("unk_token"), model.get("unk_token"))
         if model.get("merges"):
-            model["merges"] = [pair for pair in map(_pair, model["merges"]) if not {*pair, "".join(pair)} & made.keys()]
+            model["merges"] = [each for each in model["merges"] if made.keys().isdisjoint(_tokens(each))]
         for token in added:
             token["content"] = made.get(token["content"], token["content"])
         is_changed = True
@@ -54,11 +54,13 @@ def _may_make(model: Mapping[str, Any], names: Collection[str]) -> bool:
     """Return whether a model may make any of these tokens, which are in its vocabulary."""
     if model.get("merges") is None or model.get("ignore_merges"):
         return True
-    return any("".join(_pair(pair)) in names for pair in model["merges"])
+    return any(_tokens(merge)[2] in names for merge in model["merges"])
 
 
-def _pair(merge: Any) -> list[str]:
-    return merge.split(" ") if isinstance(merge, str) else list(merge)
+def _tokens(merge: Any) -> tuple[str, str, str]:
+    """Return the two tokens that are merged, and what they make."""
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right, left + right
 
 
 # --- SentencePiece -------------------------------------------------------------------------------------------------

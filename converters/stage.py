@@ -16,6 +16,7 @@ import functools
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,7 +58,7 @@ __all__ = [
 
 DOCUMENT = np.dtype([("tokens", "<u4"), ("bytes", "<u4"), ("hash", "<u8")])
 _BATCH_CHARACTERS = 1 << 18
-_BUFFER_CHARACTERS = 8 << 20
+_BUFFER_BYTES = 8 << 20  # of memory: characters take one to four
 _NAMED_BAD_RECORDS = 20
 PART_DOCUMENTS, PART_TOKENS = 1 << 17, 1 << 24  # about: a part ends with the block that reaches them
 # Behind the name of a domain: its documents that a split made before the conversion holds out.
@@ -163,7 +164,20 @@ def _from_tokens(piece: Piece, options: StageOptions, used: set[str] | None) -> 
 
 def _is_too_long(text: str, limit: int) -> bool:
     """Return whether a text takes more bytes than that as UTF-8."""
-    return len(text) > limit or (4 * len(text) > limit and len(text.encode("utf-8")) > limit)
+    return len(text) > limit or (4 * len(text) > limit and _size_and_hash(text)[0] > limit)
+
+
+_CHUNK = 1 << 16  # characters
+
+
+def _size_and_hash(text: str) -> tuple[int, int]:
+    """Return how many bytes a long text takes as UTF-8, and their hash, without making all of them at once."""
+    size, made = 0, xxhash.xxh3_64()
+    for start in range(0, len(text), _CHUNK):
+        raw = text[start : start + _CHUNK].encode("utf-8")
+        size += len(raw)
+        made.update(raw)
+    return size, made.intdigest()
 
 
 def _raw(row: Row) -> bytes:
@@ -266,7 +280,7 @@ class _UnitWriter:
         self._encoder = load_encoder(made_by.kind, file, task.backend, task.options.special_tokens, made_by.eos_id)
         self._dtype = id_dtype(task.tokenizer.vocab_size)
         self._waiting: dict[str, list[Document]] = {}
-        self._characters: Counter[str] = Counter()
+        self._characters, self._bytes = Counter[str](), Counter[str]()  # of those that wait
         self._parts: list[dict[str, Any]] = []
         self._blocks: list[tuple[str, int, int]] = []  # of the part at hand
         self._part_documents = self._part_tokens = 0
@@ -299,9 +313,10 @@ class _UnitWriter:
                 check_domain_name(document.domain, known=len(self._domains))
             self._waiting.setdefault(name, []).append(document)
             self._characters[name] += len(document.text)
+            self._bytes[name] += sys.getsizeof(document.text)
             if self._characters[name] >= _BATCH_CHARACTERS:
                 self._flush(name)
-            elif self._characters.total() >= _BUFFER_CHARACTERS:
+            elif self._bytes.total() >= _BUFFER_BYTES:
                 self._flush_all()
 
     def _leave_out(self, piece: Piece, bad: Bad) -> None:
@@ -328,24 +343,42 @@ class _UnitWriter:
 
     def _flush(self, domain: str) -> None:
         waiting = self._waiting.pop(domain)
-        del self._characters[domain]
+        del self._characters[domain], self._bytes[domain]
         documents = np.empty(len(waiting), DOCUMENT)
         for number, document in enumerate(waiting):
-            raw = document.text.encode("utf-8")
-            documents[number] = 0, len(raw), xxhash.xxh3_64_intdigest(raw)
-        del raw
-        ids, lengths = self._encode(waiting)
+            if len(document.text) <= _CHUNK:
+                raw = document.text.encode("utf-8")
+                documents[number] = 0, len(raw), xxhash.xxh3_64_intdigest(raw)
+            else:
+                documents[number] = 0, *_size_and_hash(document.text)
+        is_one = len(waiting) == 1 and waiting[0].ids is None
+        lengths = self._write_long(waiting[0].text) if is_one else self._write(waiting)
         documents["tokens"] = lengths + 1
-        tokens = np.insert(ids.astype(self._dtype, copy=False), np.cumsum(lengths), self._task.tokenizer.eos_id)
-        self._tokens.write(tokens.data)
         table = documents.tobytes()
         self._documents.write(table)
         self._documents_hash.update(table)
-        self._add_block(domain, len(documents), len(tokens))
+        tokens = int(lengths.sum()) + len(documents)
+        self._add_block(domain, len(documents), tokens)
         sums = self._domains.setdefault(domain, {"documents": 0, "tokens": 0, "bytes": 0})
         sums["documents"] += len(documents)
-        sums["tokens"] += len(tokens)
+        sums["tokens"] += tokens
         sums["bytes"] += int(documents["bytes"].sum())
+
+    def _write(self, documents: Sequence[Document]) -> NDArray[np.int64]:
+        """Write the ids of documents, each with an end of text; return how many there are without."""
+        ids, lengths = self._encode(documents)
+        ends = self._task.tokenizer.eos_id
+        self._tokens.write(np.insert(ids.astype(self._dtype, copy=False), np.cumsum(lengths), ends).data)
+        return lengths
+
+    def _write_long(self, text: str) -> NDArray[np.int64]:
+        """Do the same with a single text, a piece at a time."""
+        length = 0
+        for ids in self._encoder.encode_long(text):
+            self._tokens.write(ids.astype(self._dtype, copy=False).data)
+            length += len(ids)
+        self._tokens.write(self._dtype.type(self._task.tokenizer.eos_id).data)
+        return np.array([length])
 
     def _add_block(self, domain: str, documents: int, tokens: int) -> None:
         self._part_documents += documents

@@ -20,15 +20,21 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from converters.cutting import Cuts, find_cuts, sentencepiece_cuts
+from converters.cutting import (
+    Cuts,
+    find_cuts,
+    find_cuts_between_words,
+    find_cuts_side_by_side,
+    sentencepiece_cuts,
+)
 from converters.special_tokens import without_special_tokens, without_symbol
 from converters.unknown import with_unknown_token
 from mixer.errors import InputError
@@ -39,6 +45,7 @@ __all__ = [
     "KINDS",
     "SPECIAL_TOKENS",
     "Encoder",
+    "check_gigatoken",
     "decode_long",
     "describe",
     "forget_encoders",
@@ -58,6 +65,9 @@ class Encoder(Protocol):
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Return the ids of all texts one after another, and how many each has; no special tokens."""
+
+    def encode_long(self, text: str) -> Iterator[NDArray[Any]]:
+        """Yield the ids of a text, some at a time, so that those of a long one never lie in memory all at once."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text, special tokens spelled out."""
@@ -110,54 +120,48 @@ _DECODED_BEFORE = 16
 _Encoded = tuple[NDArray[Any], NDArray[np.int64]]
 
 
-def _small(ids: NDArray[Any]) -> NDArray[Any]:
-    """Return a copy of half the size where the ids allow it, which is kept in place of what it is a part of."""
-    return ids.astype(np.uint16 if ids.max(initial=0) < 1 << 16 else np.uint32)
+class _InPieces:
+    """Gives a library long texts a piece at a time, as far as there are places to cut."""
+
+    cuts: Any  # Cuts | None, found when they are needed
+
+    def _encode(self, texts: Sequence[str]) -> _Encoded:
+        raise NotImplementedError
+
+    def encode(self, texts: Sequence[str]) -> _Encoded:
+        if max(map(len, texts), default=0) <= LONG_TEXT:
+            return self._encode(texts)
+        rows = [np.concatenate([*self.encode_long(text)]) for text in texts]
+        return np.concatenate(rows), np.fromiter(map(len, rows), np.int64, len(rows))
+
+    def encode_long(self, text: str) -> Iterator[NDArray[Any]]:
+        is_cut = len(text) > LONG_TEXT and self.cuts is not None
+        for piece, drop in self.cuts(text, LONG_TEXT) if is_cut else [(text, 0)]:
+            yield self._encode([piece])[0][drop:]
 
 
-def in_pieces(
-    texts: Sequence[str], encode: Callable[[Sequence[str]], _Encoded], find: Callable[[], Cuts | None]
-) -> _Encoded:
-    """Return what ``encode`` does, which is given long texts a piece at a time, as far as there are places to cut."""
-    cuts = find() if max(map(len, texts), default=0) > LONG_TEXT else None
-    if cuts is None:
-        return encode(texts)
-    parts = []
-    for text in texts:
-        pieces = cuts(text, LONG_TEXT) if len(text) > LONG_TEXT else [(text, 0)]
-        ids = [_small(encode([piece])[0][drop:]) for piece, drop in pieces]
-        parts.append(_joined_once(ids))
-    lengths = np.fromiter(map(len, parts), np.int64, len(parts))
-    return _joined_once(parts), lengths
-
-
-def _joined_once(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-class HuggingFaceEncoder:
+class HuggingFaceEncoder(_InPieces):
     """A ``tokenizer.json``."""
 
     def __init__(self, file: str, special_tokens: str = "text", eos_id: int | None = None) -> None:
         # One thread per worker process: the processes are the parallelism.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        changed, self._unknown = _changed(file, special_tokens, eos_id)
-        self._is_changed = changed is not None
-        self._tokenizer = load_tokenizer_json(file, changed)
-        del changed
-        return_memory()  # twice what the tables take
+        content = _content_to_encode_by(file, special_tokens, eos_id)
+        return_memory()  # as Python numbers and strings, several times what the tables take
+        self._tokenizer = load_tokenizer_json(file, content.json)
+        self._unknown, self._is_changed, self._cuts = content.unknown, content.is_changed, content.cuts
+        del content
+        return_memory()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = special_tokens == "text"
         self._file, self._special_tokens = file, special_tokens
 
-    def encode(self, texts: Sequence[str]) -> _Encoded:
-        return in_pieces(texts, self._encode, lambda: self.cuts)
-
     @functools.cached_property
     def cuts(self) -> Cuts | None:
         """Where long texts may be cut; looked for when the first is met."""
-        return find_cuts(orjson.loads(Path(self._file).read_bytes()), self._special_tokens == "text")
+        specials_are_text = self._special_tokens == "text"
+        return self._cuts or find_cuts_side_by_side(orjson.loads(Path(self._file).read_bytes()), specials_are_text)
 
     def _encode(self, texts: Sequence[str]) -> _Encoded:
         try:
@@ -199,16 +203,48 @@ class HuggingFaceEncoder:
         return load_tokenizer_json(self._file) if self._is_changed else self._tokenizer
 
 
-def _changed(file: str, special_tokens: str, eos_id: int | None) -> tuple[bytes | None, int | None]:
-    """Return the content to encode by, if it is not that of the file, and an id for what the file's would leave out."""
+class _Content(NamedTuple):
+    """A ``tokenizer.json`` to encode by.
+
+    Args:
+        json: None if it is the file as it is.
+        is_changed: whether some token has another name, so that it is not to decode by.
+        unknown: an id for what the file's would leave out.
+        cuts: those between words.
+    """
+
+    json: bytes | None = None
+    is_changed: bool = False
+    unknown: int | None = None
+    cuts: Cuts | None = None
+
+
+def _content_to_encode_by(file: str, special_tokens: str, eos_id: int | None) -> _Content:
     try:
         facts = orjson.loads(Path(file).read_bytes())
+        is_shorter = _shorten_merges(facts["model"])
         changed, unknown = with_unknown_token(facts) or (None, None)
         if special_tokens == "text":
             changed = without_special_tokens(changed or facts, eos_id) or changed
+        cuts = find_cuts_between_words(facts, special_tokens == "text")
     except (ValueError, KeyError, TypeError):  # the library will say what is wrong with it
-        return None, None
-    return (None if changed is None else orjson.dumps(changed)), unknown
+        return _Content()
+    is_changed = changed is not None
+    json = orjson.dumps(changed or facts) if is_changed or is_shorter else None
+    return _Content(json, is_changed, unknown, cuts)
+
+
+def _shorten_merges(model: dict[str, Any]) -> bool:
+    """Write merges as the library used to, "a b" for ["a", "b"], which it reads in half the memory; return whether
+    they are changed, which they are if that says the same."""
+    merges = model.get("merges")
+    if not merges or any(isinstance(merge, str) for merge in merges):
+        return False
+    if any(" " in left or " " in right or left.startswith("#version") for left, right in merges):
+        return False
+    for number, (left, right) in enumerate(merges):  # in place: there may be half a million
+        merges[number] = f"{left} {right}"
+    return True
 
 
 def require_gigatoken() -> Any:
@@ -220,7 +256,7 @@ def require_gigatoken() -> Any:
     return gigatoken
 
 
-class GigatokenEncoder:
+class GigatokenEncoder(_InPieces):
     """The same ``tokenizer.json`` through gigatoken, which is about twenty times as fast; decodes by ``tokenizers``.
 
     It remembers every word it has seen, without end; it is loaded anew when that has taken some tens of megabytes.
@@ -229,61 +265,67 @@ class GigatokenEncoder:
     def __init__(self, file: str, special_tokens: str = "text", eos_id: int | None = None) -> None:
         self._file, self._special_tokens, self._eos_id = file, special_tokens, eos_id
         self._new = require_gigatoken().Tokenizer.from_json
+        self._json, self.cuts = self._content()
         self._load()
+
+    def _content(self) -> tuple[bytes, Cuts | None]:
+        facts = orjson.loads(Path(self._file).read_bytes())
+        _shorten_merges(facts["model"])
+        cuts = find_cuts(facts, self._special_tokens == "text")
+        if self._special_tokens == "text":  # gigatoken has no switch for it, so it is not told of special tokens
+            facts = without_special_tokens(facts, self._eos_id) or facts
+            facts["added_tokens"] = [token for token in facts.get("added_tokens", []) if not token.get("special")]
+        return orjson.dumps(facts), cuts
 
     def _load(self) -> None:
         self._fast: Any = None  # free the one before
         return_memory()
-        facts = orjson.loads(Path(self._file).read_bytes())
-        self.cuts = find_cuts(facts, self._special_tokens == "text")
-        if self._special_tokens == "text":  # gigatoken has no switch for it, so it is not told of special tokens
-            facts = without_special_tokens(facts, self._eos_id) or facts
-            facts["added_tokens"] = [token for token in facts.get("added_tokens", []) if not token.get("special")]
         try:
-            self._fast = self._new(orjson.dumps(facts))
+            self._fast = self._new(self._json)
         except Exception as error:  # the library raises what Rust does
             why = str(error).partition("\n")[0].removesuffix(".")
             raise InputError(f"gigatoken cannot use {self._file}: {why}. Use --backend hf.") from error
         self._fast.encode_batch([""], parallel=False)  # makes its tables
-        del facts
         return_memory()
-        self._memory = resident_bytes()
-
-    @property
-    def exact(self) -> HuggingFaceEncoder:
-        """The encoder that this one must agree with; workers have no need of it."""
-        return HuggingFaceEncoder(self._file, self._special_tokens, self._eos_id)
+        self._growth = 0
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._decoder.decode(ids)
 
     @functools.cached_property
     def _decoder(self) -> HuggingFaceEncoder:
-        return self.exact
-
-    def encode(self, texts: Sequence[str]) -> _Encoded:
-        return in_pieces(texts, self._encode, lambda: self.cuts)
+        return HuggingFaceEncoder(self._file, self._special_tokens, self._eos_id)
 
     def _encode(self, texts: Sequence[str]) -> _Encoded:
-        if resident_bytes() - self._memory > _MAX_GROWTH:
+        if self._growth > _MAX_GROWTH:
             self._load()
+        before = resident_bytes()
         layout = self._fast.encode_batch(list(texts), parallel=False).layout
+        self._growth += resident_bytes() - before
         offsets = np.asarray(layout.offsets)
         return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets).astype(np.int64)
 
-    def check(self, texts: Sequence[str]) -> None:
-        """Raise InputError unless ``tokenizers`` gives the same ids for these texts."""
-        exact, texts = self.exact, [text[:LONG_TEXT] for text in texts]
-        for text, one in zip(texts, _split(*self.encode(texts))):
-            other = exact.encode([text])[0]  # one by one: the library takes a hundred times what it is given at once
-            if not np.array_equal(one, other):
-                raise InputError(
-                    f"gigatoken does not give the ids of the tokenizers library for the text {text[:60]!r}…"
-                    f" ({len(one):,} and {len(other):,} tokens). Use --backend hf."
-                )
+
+def check_gigatoken(
+    file: str, special_tokens: str = "text", eos_id: int | None = None, texts: Sequence[str] = ()
+) -> None:
+    """Raise InputError unless gigatoken gives the ids of the ``tokenizers`` library for these texts."""
+    texts = [text[:LONG_TEXT] for text in texts]
+    exact = load_encoder("hf", file, "hf", special_tokens, eos_id)
+    # One by one: the library takes a hundred times what it is given at once.
+    expected = [exact.encode([text])[0] for text in texts]
+    del exact
+    forget_encoders()  # the tables of two are too many
+    fast = load_encoder("hf", file, "gigatoken", special_tokens, eos_id)
+    for text, one, other in zip(texts, _split(*fast.encode(texts)), expected):
+        if not np.array_equal(one, other):
+            raise InputError(
+                f"gigatoken does not give the ids of the tokenizers library for the text {text[:60]!r}…"
+                f" ({len(one):,} and {len(other):,} tokens). Use --backend hf."
+            )
 
 
-_MAX_GROWTH = 40 << 20
+_MAX_GROWTH = 32 << 20
 
 
 def resident_bytes() -> int:
@@ -317,7 +359,7 @@ def return_large_blocks() -> None:
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
-class SentencePieceEncoder:
+class SentencePieceEncoder(_InPieces):
     """A SentencePiece model. ``special_tokens`` is about its control symbols and the end of text; other symbols that
     users defined are always parsed."""
 
@@ -337,9 +379,6 @@ class SentencePieceEncoder:
         size = self.processor.get_piece_size() if special_tokens == "parse" else 0
         controls = [number for number in range(size) if self.processor.is_control(number)]
         self._specials = {self.processor.id_to_piece(number): number for number in controls}
-
-    def encode(self, texts: Sequence[str]) -> _Encoded:
-        return in_pieces(texts, self._encode, lambda: self.cuts)
 
     @functools.cached_property
     def cuts(self) -> Cuts | None:
@@ -392,6 +431,12 @@ class BytesEncoder:
             return _joined([self._parsed(text) for text in texts])
         raw = [text.encode("utf-8") for text in texts]
         return np.frombuffer(b"".join(raw), np.uint8), np.fromiter(map(len, raw), np.int64, len(raw))
+
+    def encode_long(self, text: str) -> Iterator[NDArray[Any]]:
+        if self._parse:
+            yield self.encode([text])[0]
+        for start in range(0, 0 if self._parse else len(text), LONG_TEXT):
+            yield self.encode([text[start : start + LONG_TEXT]])[0]
 
     def _parsed(self, text: str) -> list[int]:
         parts = _parts(text, [_END_OF_BYTES])

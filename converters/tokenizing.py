@@ -12,7 +12,7 @@ import orjson
 from converters.job import Job, Progress
 from converters.locations import local_file, read_many, write_file
 from converters.stage import INTENDED, StageTask, stage_unit, unit_folder
-from converters.tokenizers import GigatokenEncoder, describe, load_encoder, require_gigatoken, return_memory
+from converters.tokenizers import check_gigatoken, describe, load_encoder, require_gigatoken, return_memory
 from mixer.errors import DataError
 from mixer.manifest import TokenizerInfo
 
@@ -82,16 +82,15 @@ def _tokenizer(job: Job) -> tuple[TokenizerInfo, str | None]:
 
 def _check_encoder(job: Job, tokenizer: TokenizerInfo, file: str | None) -> None:
     """Load the tokenizer; compare a fast backend with the exact one on documents of this corpus, before its use."""
-    texts: list[str] = []
-    if job.backend == "gigatoken":
+    file, special_tokens = file and local_file(file), job.stage_options.special_tokens
+    if file is not None and tokenizer.kind == "hf" and job.backend == "gigatoken":
         require_gigatoken()
         texts = _some_documents(job)  # before the tables of the encoders take memory, too
         return_memory()
-    file, special_tokens = file and local_file(file), job.stage_options.special_tokens
-    encoder = load_encoder(tokenizer.kind, file, job.backend, special_tokens, tokenizer.eos_id)
-    if isinstance(encoder, GigatokenEncoder):
-        encoder.check(texts)
+        check_gigatoken(file, special_tokens, tokenizer.eos_id, texts)
         return_memory()
+    else:
+        load_encoder(tokenizer.kind, file, job.backend, special_tokens, tokenizer.eos_id)
 
 
 def _some_documents(job: Job) -> list[str]:

@@ -1,15 +1,18 @@
-"""A long text has the ids that it has as a whole, wherever it is cut; a tokenizer without such places is not cut."""
+"""A long text has the ids that it has as a whole, wherever it is cut, or by Unigram such as are just as likely; a
+tokenizer without such places is not cut."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from converters.cutting import SideBySide, find_cuts
@@ -116,7 +119,7 @@ def test_ordinary_text_is_cut_into_pieces_of_about_the_size_asked(encoders, form
 
 
 UNCUT = {
-    "unigram without words": (models.Unigram([("<unk>", 0.0), ("▁", -1.0), ("a", -2.0)], 0), WHOLE),
+    "words as they are": (models.WordLevel({"<unk>": 0, "▁": 1, "a": 2}, unk_token="<unk>"), WHOLE),
     "dropout": (models.BPE(dropout=0.1), WHOLE),
     "whole words first": (models.BPE(ignore_merges=True), WHOLE),
     "suffixes": (models.BPE(end_of_word_suffix="</w>"), WHOLE),
@@ -207,19 +210,94 @@ def test_pieces_have_the_ids_of_the_whole_by_sentencepiece(sentencepieces, name,
     assert ids_of_pieces(encoder, text, size)[0] == encoder._encode([text])[0].tolist()
 
 
-def test_sentencepiece_texts_are_cut_and_unigrams_not(sentencepieces, tmp_path):
-    import sentencepiece
-
+def test_sentencepiece_texts_are_cut(sentencepieces):
     text = "the domain weights of a loss " * 100
     pieces = {name: ids_of_pieces(sentencepieces[name], text, 50)[1] for name in SENTENCEPIECE}
     assert pieces.pop("stripped") == 1  # a piece that began with a space would lose it
     assert pieces.pop("across") >= 1  # many of its tokens hold spaces
     assert min(pieces.values()) > 20
-    (tmp_path / "lines.txt").write_text("\n".join(" ".join(text.split()) for text in CORPUS))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "lines.txt"), model_prefix=str(tmp_path / "u"), vocab_size=59, minloglevel=2
-    )
-    assert SentencePieceEncoder(str(tmp_path / "u.model")).cuts is None
+
+
+# --- Unigram, whose sums are rounded -------------------------------------------------------------------------------
+
+
+class Scored(NamedTuple):
+    """A Unigram tokenizer, the score of each of its ids, and the ids that spell what it has no token for."""
+
+    encoder: Any
+    scores: NDArray[np.float64]
+    unknown: frozenset[int]
+
+    def likelihood(self, ids: list[int]) -> float:
+        return float(sum(self.scores[number] for number in ids if number not in self.unknown))
+
+    def unknowns(self, ids: list[int]) -> list[int]:
+        return [number for number in ids if number in self.unknown]
+
+
+@pytest.fixture(scope="module")
+def unigrams(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unigram")
+    made = {name: scored_tokenizer(folder / f"{name}.json", name) for name in UNIGRAMS}
+    if importlib.util.find_spec("sentencepiece"):
+        lines = "\n".join(" ".join(text.split()) for text in CORPUS * 3)
+        made |= {f"sentencepiece, {name}": scored_sentencepiece(folder, name, lines) for name in SENTENCEPIECE}
+    return made
+
+
+UNIGRAMS = [name for name in FORMS if "byte level" not in name and "words" not in name and "NFC" not in name]
+
+
+def scored_tokenizer(file: Path, form: str) -> Scored:
+    learned = Tokenizer(models.Unigram())
+    learned.pre_tokenizer = pre_tokenizers.Metaspace()
+    given = {"vocab_size": 200, "special_tokens": ["<unk>"], "unk_token": "<unk>", "show_progress": False}
+    learned.train_from_iterator(CORPUS, trainers.UnigramTrainer(**given))
+    vocabulary = [tuple(pair) for pair in json.loads(learned.to_str())["model"]["vocab"]]
+    vocabulary += [] if "▁" in dict(vocabulary) else [("▁", -5.0)]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, 0))
+    for part, value in FORMS[form].items():
+        setattr(tokenizer, part, value)
+    tokenizer.save(str(file))
+    return Scored(HuggingFaceEncoder(str(file)), np.array([score for _, score in vocabulary]), frozenset([0]))
+
+
+def scored_sentencepiece(folder: Path, name: str, lines: str) -> Scored:
+    import sentencepiece
+
+    (folder / "lines.txt").write_text(lines)
+    given = {"byte_fallback": True, "vocab_size": 330, "minloglevel": 2, **SENTENCEPIECE[name]}
+    given |= {"hard_vocab_limit": False}
+    sentencepiece.SentencePieceTrainer.train(input=str(folder / "lines.txt"), model_prefix=str(folder / name), **given)
+    encoder = SentencePieceEncoder(str(folder / f"{name}.model"))
+    processor = encoder.processor
+    numbers = range(processor.get_piece_size())
+    unknown = frozenset(number for number in numbers if processor.is_unknown(number) or processor.is_byte(number))
+    return Scored(encoder, np.array([processor.get_score(number) for number in numbers]), unknown)
+
+
+@pytest.mark.parametrize("name", [*UNIGRAMS, *(f"sentencepiece, {name}" for name in SENTENCEPIECE)])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=ADVERSARIAL, size=st.integers(1, 6))
+@example(text="aaab aa a bab ab 漢字 Ж <tool> two words " * 20, size=50)
+def test_pieces_are_as_likely_as_the_whole_by_unigram(unigrams, name, text, size):
+    if name not in unigrams:
+        pytest.skip("sentencepiece is not installed")
+    tokenizer = unigrams[name]
+    ids, _ = ids_of_pieces(tokenizer.encoder, text, size)
+    whole = tokenizer.encoder._encode([text])[0].tolist()
+    assert tokenizer.encoder.decode(ids) == tokenizer.encoder.decode(whole)
+    assert tokenizer.unknowns(ids) == tokenizer.unknowns(whole)
+    assert tokenizer.likelihood(ids) == pytest.approx(tokenizer.likelihood(whole), rel=1e-5)
+
+
+def test_texts_are_cut_by_unigram(unigrams):
+    text = "the domain weights of a loss " * 100
+    pieces = {name: ids_of_pieces(each.encoder, text, 50)[1] for name, each in unigrams.items()}
+    if "sentencepiece, stripped" in pieces:
+        assert pieces.pop("sentencepiece, stripped") == 1
+        assert pieces.pop("sentencepiece, across") >= 1
+    assert min(pieces.values()) > 20
 
 
 @pytest.mark.parametrize("source", ["trained", "gpt-neox", "cl100k_base"])

@@ -217,13 +217,12 @@ def test_gigatoken_writes_the_same_bytes(tmp_path, tokenizer_json):
 
 def test_gigatoken_is_refused_where_its_ids_differ(tokenizer_json, monkeypatch):
     pytest.importorskip("gigatoken")
-    from converters.tokenizers import GigatokenEncoder
+    from converters.tokenizers import GigatokenEncoder, check_gigatoken
 
-    encoder = GigatokenEncoder(str(tokenizer_json))
-    encoder.check(TEXTS)
+    check_gigatoken(str(tokenizer_json), texts=TEXTS)
     monkeypatch.setattr(GigatokenEncoder, "encode", lambda self, texts: (np.array([1, 2]), np.array([2])))
     with pytest.raises(InputError, match=r"gigatoken does not give the ids.*--backend hf"):
-        encoder.check(TEXTS)
+        check_gigatoken(str(tokenizer_json), texts=TEXTS)
 
 
 def test_text_that_a_tokenizer_has_no_token_for_is_shown(tmp_path):

@@ -55,10 +55,16 @@ def flat_parts(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, 
 
 # --- between words -------------------------------------------------------------------------------------------------
 
-# After a word that a line break, or a space and another word, follows.
+# After a word that a line break, or a space and another word, follows; the wider one also before Chinese and Japanese
+# punctuation, and after a line break.
 _AFTER_WORD = re.compile(r"[^\W_](?=\n)|[^\W\d_](?= [^\W\d_])")
+_AFTER_PHRASE = re.compile(_AFTER_WORD.pattern + r"|[^\W\d_](?=[、。，！？：；][^\W\d_])|(?<=\S)\n(?=[^\W\d_])")
 _BEFORE_SPACE = re.compile(r"[^\W\d_](?= [^\W\d_])")
-_BEFORE_ASCII = re.compile(r"[A-Za-z](?= [A-Za-z])")
+# The same where characters may be rewritten, which those of ASCII and Chinese ones are not by those next to them.
+_KEPT = "A-Za-z一-鿿"
+_BEFORE_ASCII = re.compile("[A-Za-z](?= [A-Za-z])")
+_BEFORE_KEPT = re.compile(f"[{_KEPT}。！？](?=[ \n][{_KEPT}])")
+_AFTER_CHARACTER = re.compile(f"[{_KEPT}](?= [{_KEPT}])|[一-鿿](?=[一-鿿])")  # where each is a word
 
 _UNICODE_FORMS = {"NFC", "NFD", "NFKC", "NFKD"}  # change nothing across a line break or space
 _LOCAL = {"BertNormalizer", "Lowercase", "Nmt", "Precompiled", "StripAccents"}  # nothing across ASCII
@@ -88,7 +94,6 @@ def find_cuts_between_words(facts: Mapping[str, Any], specials_are_text: bool = 
     from tokenizers import Tokenizer
 
     added, normalizers = _added_tokens(facts, specials_are_text), flat_parts(facts.get("normalizer"), "normalizers")
-
     if facts.get("pre_tokenizer") is None:
         return None
     parts = {key: facts.get(key) for key in ("normalizer", "pre_tokenizer")}
@@ -100,11 +105,20 @@ def find_cuts_between_words(facts: Mapping[str, Any], specials_are_text: bool = 
     plain = {each["type"] for each in normalizers} <= _UNICODE_FORMS
     if not plain and not all(map(_is_local, normalizers)):
         return None
-    for after in (_AFTER_WORD, _BEFORE_SPACE) if plain else (_BEFORE_ASCII,):
-        is_inside = any("\n" in token["content"] or after.search(token["content"]) for token in added)
-        if not is_inside and _splits(probe, after):
+    widest_first = (_AFTER_PHRASE, _AFTER_WORD) if plain else (_AFTER_CHARACTER, _BEFORE_KEPT)
+    for after in (*widest_first, _BEFORE_SPACE if plain else _BEFORE_ASCII):
+        if not any(_may_be_cut(token, after) for token in added) and _splits(probe, after):
             return functools.partial(cut_between_words, after=after)
     return None
+
+
+def _may_be_cut(token: Mapping[str, Any], after: re.Pattern[str]) -> bool:
+    """Return whether a cut may fall inside a token that is looked for in the text, or change what it takes with it."""
+    content = token["content"]
+    takes_more = token.get("rstrip") and content[-1:].isalnum()
+    looks_around = token.get("single_word") and after is _AFTER_CHARACTER
+    is_inside = any(cut.end() < len(content) for cut in after.finditer(content + "a"))
+    return bool("\n" in content or takes_more or looks_around or is_inside)
 
 
 def _is_local(normalizer: Mapping[str, Any]) -> bool:
@@ -115,7 +129,7 @@ def _is_local(normalizer: Mapping[str, Any]) -> bool:
     return normalizer["type"] in _LOCAL | _UNICODE_FORMS
 
 
-_PROBE = "one two\nthree 45\n\n6x\n\t7 été ü x2 y a b\nDon't STOP a\n"
+_PROBE = "one two\nthree 45\n\n6x\n\t7 été ü x2 y a b\nDon't STOP a\n一二，三四、五！六：七 八。\n九\n十 ten\n"
 
 
 def _splits(tokenizer: Any, after: re.Pattern[str]) -> bool:
@@ -144,7 +158,7 @@ class SideBySide:
         space: how a space is written.
         prefix: what is put before a text: nothing (""), a space where there is none ("missing"), or always ("always").
         added: tokens that are looked for in the text itself.
-        ascii_only: cut only between letters and digits of ASCII, and spaces: others may be rewritten together.
+        kept_only: cut only at letters and digits of ASCII, Chinese characters and spaces: others may be rewritten.
     """
 
     def __init__(
@@ -155,14 +169,14 @@ class SideBySide:
         space: str = SPACE,
         prefix: str = "",
         added: Sequence[str] = (),
-        ascii_only: bool = False,
+        kept_only: bool = False,
     ) -> None:
         written = [*tokens, *(content.replace(" ", space) for content in added)]
         self._pairs = {token[n : n + 2] for token in written for n in range(len(token) - 1)}
         self._known, self._space, self._prefix = known, space, prefix
         self._firsts, self._lasts = {content[:1] for content in added}, {content[-1:] for content in added}
-        self._is_usual = re.compile("[A-Za-z0-9]" if ascii_only else r"[^\s▁]").fullmatch
-        self._may_follow = re.compile("[A-Za-z0-9]" if ascii_only else "(?s:.)").fullmatch
+        self._is_usual = re.compile(f"[{_KEPT}0-9]" if kept_only else r"[^\s▁]").fullmatch
+        self._may_follow = re.compile(f"[{_KEPT}0-9]" if kept_only else "(?s:.)").fullmatch
 
     def __call__(self, text: str, size: int) -> Iterator[tuple[str, int]]:
         start = drop = 0
@@ -226,7 +240,7 @@ def find_cuts_side_by_side(facts: Mapping[str, Any], specials_are_text: bool = T
         space=SPACE if metaspaces or replaces else " ",
         prefix=prefix,
         added=[token["content"] for token in added],
-        ascii_only=len(marks) < len(normalizers),
+        kept_only=len(marks) < len(normalizers),
     )
 
 
@@ -259,7 +273,7 @@ def sentencepiece_cuts(processor: Any) -> Cuts | None:
         vocabulary,
         lambda character: character in vocabulary,
         prefix="always" if has_prefix else "",
-        ascii_only=strips or bool(normalizer.get(2, [b""])[-1]),  # precompiled_charsmap: rewrites characters
+        kept_only=strips or bool(normalizer.get(2, [b""])[-1]),  # precompiled_charsmap: rewrites characters
     )
 
 

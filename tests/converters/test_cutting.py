@@ -13,16 +13,17 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from converters.cutting import SideBySide, find_cuts
+from converters.tiktoken_ranks import NAMES
 from converters.tokenizers import HuggingFaceEncoder, SentencePieceEncoder, describe
 from converters.training import train_bpe
 from tests.converters.corpora import documents
 
 CORPUS = [*documents("web", 60), "a b  ab ba   e\u0301 aa bb two words 00 01 10 <tool>", "漢字 字漢\nab\n\na b\t漢字ab"]
 ODD = ["a", "b", "ab", " ", "  ", "▁", "\n", "\t", "\r\n", "漢", "字", "é", "e\u0301", "\u0301", "\u00a0", "ﬁ", "😀"]
-ODD += ["<tool>", "<s>", "two", "words", "0", "1", ".", "'s", "Ж", "x", "<"]
+ODD += ["，", "。", "。\n", "、", "！", "²", "<tool>", "<s>", "two", "words", "0", "1", ".", "'s", "Ж", "x", "<"]
 ADVERSARIAL = st.lists(st.sampled_from(ODD), min_size=1, max_size=40).map("".join)
 
 MARK = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -66,6 +67,11 @@ def trained(form: str, across: bool, fallback: bool, added: list[AddedToken]) ->
         setattr(tokenizer, name, part)
     tokenizer.add_tokens(added)
     return tokenizer
+
+
+def split_by(patterns: tuple[str, ...]) -> Any:
+    parts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    return pre_tokenizers.Sequence([*parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 ADDED = {"none": [], "added": [AddedToken("<tool>", normalized=False), AddedToken("two words", normalized=True)]}
@@ -150,6 +156,58 @@ def test_tokenizers_of_words_are_cut_between_them(text, size, kind, word_tokeniz
     encoder = word_tokenizers[kind]
     text = f"{text} a b {text}"
     assert ids_of_pieces(encoder, text, size)[0] == encoder._encode([text])[0].tolist()
+
+
+QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+DEEPSEEK = (
+    r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+)  # fmt: skip
+PATTERNS = {name: (pattern,) for name, (pattern, _) in NAMES.items()} | {"qwen2": (QWEN,), "deepseek_v3": DEEPSEEK}
+CHINESE = "一段很长的文字，没有空格。下一句也是如此！" * 50
+SPLITTERS: dict[str, tuple[Any, Any, int]] = {  # normalizer, pre-tokenizer, pieces of a long Chinese text at least
+    "gpt2": (None, pre_tokenizers.ByteLevel(add_prefix_space=False), 20),
+    "gpt2, NFKC": (normalizers.NFKC(), pre_tokenizers.ByteLevel(add_prefix_space=False), 20),
+    "gpt2, prefixed": (None, pre_tokenizers.ByteLevel(add_prefix_space=True), 1),
+    "bert": (normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer(), 20),
+    "whitespace": (None, pre_tokenizers.Whitespace(), 20),
+    "whitespace, lowercase": (normalizers.Lowercase(), pre_tokenizers.Whitespace(), 1),
+    "words": (None, pre_tokenizers.Metaspace(), 1),
+    **{name: (None, split_by(patterns), 20) for name, patterns in PATTERNS.items()},
+}
+
+
+@pytest.mark.parametrize("name", SPLITTERS)
+@settings(max_examples=200, deadline=None)
+@given(text=ADVERSARIAL, size=st.integers(1, 6))
+@example(text="字，字。\n字 a，b", size=1)
+def test_words_of_pieces_are_those_of_the_whole(name, text, size):
+    normalizer, splitter, fewest = SPLITTERS[name]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = splitter
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    cuts = find_cuts(json.loads(tokenizer.to_str()))
+
+    def words(text: str) -> list[str]:
+        normal = normalizer.normalize_str(text) if normalizer is not None else text
+        return [word for word, _ in splitter.pre_tokenize_str(normal)]
+
+    assert [word for piece, drop in cuts(text, size) for word in words(piece)[drop:]] == words(text)
+    assert len(list(cuts(CHINESE, 10))) >= fewest
+
+
+@pytest.mark.parametrize("token", ["字，", "a ", " a b", "b\nc", "tool"])
+def test_tokens_looked_for_in_the_text_are_never_cut(token):
+    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_tokens([AddedToken(token, normalized=False, rstrip=token == "tool")])
+    cuts = find_cuts(json.loads(tokenizer.to_str()))
+    text = f"x{token}字，字 y{token}字 a tool b"
+    pieces = [text] if cuts is None else [piece for piece, _ in cuts(text, 1)]
+    ids = [number for piece in pieces for number in tokenizer.encode(piece).ids]
+    assert ids == tokenizer.encode(text).ids
 
 
 @pytest.fixture(scope="module")

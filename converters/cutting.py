@@ -55,16 +55,20 @@ def flat_parts(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, 
 
 # --- between words -------------------------------------------------------------------------------------------------
 
-# After a word that a line break, or a space and another word, follows; the wider one also before Chinese and Japanese
-# punctuation, and after a line break.
+# After a word that a line break, or a space and another word, follows; wider ones also before Chinese and Japanese
+# punctuation and after a line break, and before digits.
 _AFTER_WORD = re.compile(r"[^\W_](?=\n)|[^\W\d_](?= [^\W\d_])")
-_AFTER_PHRASE = re.compile(_AFTER_WORD.pattern + r"|[^\W\d_](?=[、。，！？：；][^\W\d_])|(?<=\S)\n(?=[^\W\d_])")
+_LETTER = "[A-Za-zぁ-ゖァ-ヺ一-鿿]"
+_AFTER_PHRASE = re.compile(rf"{_AFTER_WORD.pattern}|{_LETTER}(?=[、。，！？：；]{_LETTER})|(?<=\S)\n(?={_LETTER})")
+_AFTER_LETTERS = re.compile(_AFTER_PHRASE.pattern + "|[A-Za-z](?=[0-9])")
 _BEFORE_SPACE = re.compile(r"[^\W\d_](?= [^\W\d_])")
 # The same where characters may be rewritten, which those of ASCII and Chinese ones are not by those next to them.
 _KEPT = "A-Za-z一-鿿"
 _BEFORE_ASCII = re.compile("[A-Za-z](?= [A-Za-z])")
 _BEFORE_KEPT = re.compile(f"[{_KEPT}。！？](?=[ \n][{_KEPT}])")
 _AFTER_CHARACTER = re.compile(f"[{_KEPT}](?= [{_KEPT}])|[一-鿿](?=[一-鿿])")  # where each is a word
+_WIDEST_FIRST = (_AFTER_LETTERS, _AFTER_PHRASE, _AFTER_WORD, _BEFORE_SPACE)
+_WIDEST_KEPT_FIRST = (_AFTER_CHARACTER, _BEFORE_KEPT, _BEFORE_ASCII)
 
 _UNICODE_FORMS = {"NFC", "NFD", "NFKC", "NFKD"}  # change nothing across a line break or space
 _LOCAL = {"BertNormalizer", "Lowercase", "Nmt", "Precompiled", "StripAccents"}  # nothing across ASCII
@@ -105,8 +109,7 @@ def find_cuts_between_words(facts: Mapping[str, Any], specials_are_text: bool = 
     plain = {each["type"] for each in normalizers} <= _UNICODE_FORMS
     if not plain and not all(map(_is_local, normalizers)):
         return None
-    widest_first = (_AFTER_PHRASE, _AFTER_WORD) if plain else (_AFTER_CHARACTER, _BEFORE_KEPT)
-    for after in (*widest_first, _BEFORE_SPACE if plain else _BEFORE_ASCII):
+    for after in _WIDEST_FIRST if plain else _WIDEST_KEPT_FIRST:
         if not any(_may_be_cut(token, after) for token in added) and _splits(probe, after):
             return functools.partial(cut_between_words, after=after)
     return None
@@ -201,7 +204,7 @@ class SideBySide:
             return False
         if behind == " ":
             is_apart = before + self._space not in self._pairs and not self._firsts & {behind, second}
-            return is_apart and bool(self._is_usual(second))
+            return is_apart and self._known(self._space) and bool(self._is_usual(second))
         alone = not self._prefix or self._space + behind not in self._pairs
         is_apart = before + behind not in self._pairs and behind not in self._firsts
         is_alone = is_apart and alone and bool(self._is_usual(behind) and self._may_follow(second))
@@ -269,9 +272,10 @@ def sentencepiece_cuts(processor: Any) -> Cuts | None:
     has_prefix, strips = (bool(normalizer.get(number, [1])[-1]) for number in (3, 4))  # add_dummy_prefix
     if SPACE not in vocabulary or (strips and not has_prefix):  # remove_extra_whitespaces: of every piece
         return None
+    has_bytes = bool(trainer.get(35, [0])[-1])  # byte_fallback
     return SideBySide(
         vocabulary,
-        lambda character: character in vocabulary,
+        lambda character: has_bytes or character in vocabulary,
         prefix="always" if has_prefix else "",
         kept_only=strips or bool(normalizer.get(2, [b""])[-1]),  # precompiled_charsmap: rewrites characters
     )

@@ -25,7 +25,6 @@ __all__ = [
     "SideBySide",
     "cut_between_words",
     "find_cuts",
-    "find_cuts_between_words",
     "flat_parts",
     "sentencepiece_cuts",
 ]
@@ -36,9 +35,20 @@ Cuts = Callable[[str, int], Iterator[tuple[str, int]]]
 SPACE = "▁"  # how a space is written in the vocabularies of SentencePiece
 
 
-def find_cuts(facts: Mapping[str, Any], specials_are_text: bool = True) -> Cuts | None:
-    """Return the cuts of a tokenizer, None if there are none; ``facts`` is the content of its ``tokenizer.json``."""
-    return find_cuts_between_words(facts, specials_are_text) or find_cuts_side_by_side(facts, specials_are_text)
+def find_cuts(
+    facts: Mapping[str, Any],
+    specials_are_text: bool = True,
+    read: Callable[[], Mapping[str, Any]] | None = None,
+) -> Cuts | None:
+    """Return the cuts of a tokenizer, None if there are none.
+
+    Args:
+        facts: the content of its ``tokenizer.json``; with ``read``, which returns that, it needs no model.
+        specials_are_text: whether special tokens are not looked for in the text.
+    """
+    if cuts := _between_words(facts, specials_are_text):
+        return cuts
+    return _side_by_side(facts if read is None else read(), specials_are_text)
 
 
 def _added_tokens(facts: Mapping[str, Any], specials_are_text: bool) -> list[Mapping[str, Any]]:
@@ -90,8 +100,8 @@ def cut_between_words(text: str, size: int, after: re.Pattern[str] = _AFTER_WORD
     yield text[start:], 0
 
 
-def find_cuts_between_words(facts: Mapping[str, Any], specials_are_text: bool = True) -> Cuts | None:
-    """Return cuts between words if the tokenizer splits text there, whatever stands around; ``facts`` need no model.
+def _between_words(facts: Mapping[str, Any], specials_are_text: bool = True) -> Cuts | None:
+    """Return cuts between words if the tokenizer splits text there, whatever stands around.
 
     So do byte-level tokenizers by their patterns (GPT-2's, cl100k's, Llama 3's), BERT's, and Metaspace with ``split``.
     """
@@ -211,7 +221,7 @@ class SideBySide:
         return is_alone and self._known(behind)
 
 
-def find_cuts_side_by_side(facts: Mapping[str, Any], specials_are_text: bool = True) -> Cuts | None:
+def _side_by_side(facts: Mapping[str, Any], specials_are_text: bool = True) -> Cuts | None:
     """Return cuts by what stands side by side in the vocabulary, for a model that is given no words.
 
     So are Llama 2's and Mistral's (Metaspace without ``split``, or ``▁`` put there by normalizers) and Gemma's.

@@ -22,19 +22,14 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from converters.cutting import (
-    Cuts,
-    find_cuts,
-    find_cuts_between_words,
-    find_cuts_side_by_side,
-    sentencepiece_cuts,
-)
+from converters.cutting import Cuts, find_cuts, sentencepiece_cuts
 from converters.special_tokens import without_special_tokens, without_symbol
 from converters.unknown import with_unknown_token
 from mixer.errors import InputError
@@ -136,7 +131,7 @@ class _InPieces:
 
     def encode_long(self, text: str) -> Iterator[NDArray[Any]]:
         is_cut = len(text) > LONG_TEXT and self.cuts is not None
-        for piece, drop in self.cuts(text, LONG_TEXT) if is_cut else [(text, 0)]:
+        for piece, drop in self.cuts(text, 1 << 16) if is_cut else [(text, 0)]:
             yield self._encode([piece])[0][drop:]
 
 
@@ -149,7 +144,7 @@ class HuggingFaceEncoder(_InPieces):
         content = _content_to_encode_by(file, special_tokens, eos_id)
         return_memory()  # as Python numbers and strings, several times what the tables take
         self._tokenizer = load_tokenizer_json(file, content.json)
-        self._unknown, self._is_changed, self._cuts = content.unknown, content.is_changed, content.cuts
+        self._unknown, self._is_changed, self._outline = content.unknown, content.is_changed, content.outline
         del content
         return_memory()
         self._tokenizer.no_truncation()
@@ -160,8 +155,7 @@ class HuggingFaceEncoder(_InPieces):
     @functools.cached_property
     def cuts(self) -> Cuts | None:
         """Where long texts may be cut; looked for when the first is met."""
-        specials_are_text = self._special_tokens == "text"
-        return self._cuts or find_cuts_side_by_side(orjson.loads(Path(self._file).read_bytes()), specials_are_text)
+        return find_cuts(self._outline, self._special_tokens == "text", lambda: _facts(self._file))
 
     def _encode(self, texts: Sequence[str]) -> _Encoded:
         try:
@@ -210,28 +204,32 @@ class _Content(NamedTuple):
         json: None if it is the file as it is.
         is_changed: whether some token has another name, so that it is not to decode by.
         unknown: an id for what the file's would leave out.
-        cuts: those between words.
+        outline: all of the file but its model.
     """
 
     json: bytes | None = None
     is_changed: bool = False
     unknown: int | None = None
-    cuts: Cuts | None = None
+    outline: Mapping[str, Any] = MappingProxyType({})
+
+
+def _facts(file: str) -> dict[str, Any]:
+    return orjson.loads(Path(file).read_bytes())
 
 
 def _content_to_encode_by(file: str, special_tokens: str, eos_id: int | None) -> _Content:
     try:
-        facts = orjson.loads(Path(file).read_bytes())
+        facts = _facts(file)
         is_shorter = _shorten_merges(facts["model"])
         changed, unknown = with_unknown_token(facts) or (None, None)
         if special_tokens == "text":
             changed = without_special_tokens(changed or facts, eos_id) or changed
-        cuts = find_cuts_between_words(facts, special_tokens == "text")
+        outline = {key: value for key, value in facts.items() if key != "model"}
     except (ValueError, KeyError, TypeError):  # the library will say what is wrong with it
         return _Content()
     is_changed = changed is not None
-    json = orjson.dumps(changed or facts) if is_changed or is_shorter else None
-    return _Content(json, is_changed, unknown, cuts)
+    content = orjson.dumps(changed or facts) if is_changed or is_shorter else None
+    return _Content(content, is_changed, unknown, outline)
 
 
 def _shorten_merges(model: dict[str, Any]) -> bool:
@@ -259,23 +257,30 @@ def require_gigatoken() -> Any:
 class GigatokenEncoder(_InPieces):
     """The same ``tokenizer.json`` through gigatoken, which is about twenty times as fast; decodes by ``tokenizers``.
 
-    It remembers every word it has seen, without end; it is loaded anew when that has taken some tens of megabytes.
+    It remembers every word it has seen, without end; it is loaded anew when that has taken 16 MiB.
     """
 
     def __init__(self, file: str, special_tokens: str = "text", eos_id: int | None = None) -> None:
         self._file, self._special_tokens, self._eos_id = file, special_tokens, eos_id
         self._new = require_gigatoken().Tokenizer.from_json
-        self._json, self.cuts = self._content()
+        self._json, self._outline = self._content()
         self._load()
 
-    def _content(self) -> tuple[bytes, Cuts | None]:
-        facts = orjson.loads(Path(self._file).read_bytes())
+    def _content(self) -> tuple[bytes, dict[str, Any]]:
+        """Return what to encode by, and all of the file but its model."""
+        with open(self._file, "rb") as file:
+            facts = json.load(file)  # orjson keeps some of what it reads, between which memory is not given back
         _shorten_merges(facts["model"])
-        cuts = find_cuts(facts, self._special_tokens == "text")
+        outline = {key: value for key, value in facts.items() if key != "model"}
         if self._special_tokens == "text":  # gigatoken has no switch for it, so it is not told of special tokens
             facts = without_special_tokens(facts, self._eos_id) or facts
             facts["added_tokens"] = [token for token in facts.get("added_tokens", []) if not token.get("special")]
-        return orjson.dumps(facts), cuts
+        return orjson.dumps(facts), outline
+
+    @functools.cached_property
+    def cuts(self) -> Cuts | None:
+        """Where long texts may be cut; looked for when the first is met."""
+        return find_cuts(self._outline, self._special_tokens == "text", lambda: _facts(self._file))
 
     def _load(self) -> None:
         self._fast: Any = None  # free the one before
@@ -285,7 +290,7 @@ class GigatokenEncoder(_InPieces):
         except Exception as error:  # the library raises what Rust does
             why = str(error).partition("\n")[0].removesuffix(".")
             raise InputError(f"gigatoken cannot use {self._file}: {why}. Use --backend hf.") from error
-        self._fast.encode_batch([""], parallel=False)  # makes its tables
+        self._fast.encode("")  # makes its tables
         return_memory()
         self._growth = 0
 
@@ -300,10 +305,11 @@ class GigatokenEncoder(_InPieces):
         if self._growth > _MAX_GROWTH:
             self._load()
         before = resident_bytes()
-        layout = self._fast.encode_batch(list(texts), parallel=False).layout
+        # One by one: its batches are no faster, and need the package awkward and all that this imports.
+        rows = [self._fast.encode(text) for text in texts]
         self._growth += resident_bytes() - before
-        offsets = np.asarray(layout.offsets)
-        return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets).astype(np.int64)
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        return np.concatenate(rows) if rows else np.empty(0, np.uint32), lengths
 
 
 def check_gigatoken(
@@ -325,7 +331,7 @@ def check_gigatoken(
             )
 
 
-_MAX_GROWTH = 32 << 20
+_MAX_GROWTH = 16 << 20
 
 
 def resident_bytes() -> int:

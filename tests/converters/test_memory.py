@@ -14,7 +14,7 @@ import click
 import pytest
 
 from benchmarks.conversion import measured
-from benchmarks.memory import CONVERT, FILES, documents, giant, lines, wide_documents
+from benchmarks.memory import CONVERT, FILES, documents, giant, lines, sentencepiece, wide_documents
 from converters.training import train_bpe
 
 MOST = 200 * 1e6 / (1 << 20)  # MiB
@@ -71,12 +71,21 @@ def test_packing_takes_a_shard_and_not_a_unit(tmp_path, options):
     assert converted(tmp_path / "a.txt", tmp_path / "out", **given)["peak_mb"] < MOST
 
 
-@pytest.mark.parametrize("backend", ["hf", "gigatoken"])
-def test_documents_up_to_the_limit_are_encoded(tmp_path, backend):
-    pytest.importorskip("tokenizers" if backend == "hf" else backend)
-    (tmp_path / "tokenizer.json").write_text(train_bpe(list(documents(100_000)), 1000))
-    source = wide_documents(tmp_path / "in", 1 if backend == "hf" else 4)
-    given = {"tokenizer": str(tmp_path / "tokenizer.json"), "backend": backend, "unit_size": "16MiB", "seq_len": 2048}
+@pytest.mark.parametrize("kind", ["hf", "gigatoken", "o200k_base", "gigatoken, o200k_base", "unigram"])
+def test_documents_up_to_the_limit_are_encoded(tmp_path, kind):
+    needed = {"hf": "tokenizers", "o200k_base": "bpe_openai", "unigram": "sentencepiece"}
+    for part in kind.split(", "):
+        pytest.importorskip(needed.get(part, part))
+    if kind == "unigram":
+        tokenizer = sentencepiece(tmp_path, list(documents(100_000)), kind, vocab_size=400)
+    elif "o200k_base" in kind:
+        tokenizer = "tiktoken:o200k_base"
+    else:
+        tokenizer = str(tmp_path / "tokenizer.json")
+        Path(tokenizer).write_text(train_bpe(list(documents(100_000)), 1000))
+    source = wide_documents(tmp_path / "in", 4 if kind == "gigatoken" else 1)
+    backend = "gigatoken" if "gigatoken" in kind else "hf"
+    given = {"tokenizer": tokenizer, "backend": backend, "unit_size": "16MiB", "seq_len": 2048}
     facts = converted(source, tmp_path / "out", **given)
     assert facts["peak_mb"] < MOST
     assert "oversized" not in facts

@@ -21,7 +21,7 @@ from converters import workplace
 from converters.committing import pack
 from converters.domains import load_mapping
 from converters.engines import check_engine, kept_running, run_tasks, start_workers
-from converters.extending import known_inputs
+from converters.extending import known_inputs, stage_of_extension
 from converters.job import STAGE, Job, Progress
 from converters.locations import Location, load_manifest, local_file, output_location
 from converters.options import DEFAULT_EXCLUDE, PackOptions, StageOptions, size_in_bytes
@@ -131,11 +131,13 @@ def convert(
         fingerprint: how changed inputs are noticed: by size, time and ``ends`` (the first and last MiB), or with
             ``full`` by every byte, which reads them once more; times then do not matter.
         stage: folder or URL for the tokenised documents, kept for packing again; default: inside ``out``, removed at
-            the end.
+            the end. Extensions have folders of their own in it.
         keep_stage: keep it inside ``out``.
-        extend: add the inputs that are new to the finished shards in ``out``, in new shards; all else must be as
-            before. Copies (``dedupe``) are looked for among the new documents only.
-        fresh: start over, deleting what an earlier conversion left in ``out`` and ``stage``.
+        extend: add the inputs that are new to the finished shards in ``out``, in new shards; all options but those
+            that choose files must be as before. Copies (``dedupe``, and ``copies_across_splits`` in the manifest) are
+            looked for among the new documents only.
+        fresh: start over, deleting what an earlier conversion left in ``out`` and ``stage``; with ``extend``, only
+            what an unfinished extension left.
         progress: called with ``Progress`` as work gets done.
     Raises:
         InputError: for wrong options or inputs, or if ``out`` holds something else.
@@ -182,8 +184,9 @@ def convert(
     require_room(id_dtype(vocab_size).name, pack_options, stage_options.max_record_bytes)
     asked = given if tokenizer is not None else None
     known = None if base is None else known_inputs(where, base)
-    staged = output_location(stage) if stage else where / STAGE
-    plan = make_plan(inputs, stage_options, _identity(asked, train_tokenizer), known, [str(where), str(staged)])
+    stages = output_location(stage) if stage else where / STAGE
+    plan = make_plan(inputs, stage_options, _identity(asked, train_tokenizer), known, [str(where), str(stages)])
+    staged = stages if base is None else stage_of_extension(stages, base, is_new=bool(plan.units))
     run = functools.partial(run_tasks, engine, workers=workers)
     job = Job(
         where, staged, plan, stage_options, pack_options, given, backend, run, progress or (lambda _: None), base,

@@ -19,7 +19,9 @@ from converters.splits import HeldOut
 from mixer.errors import InputError
 from mixer.manifest import Domain, Manifest, Split
 
-__all__ = ["fixed_splits", "input_row", "known_inputs", "merged", "save_inputs"]
+__all__ = ["fixed_splits", "input_row", "known_inputs", "merged", "save_inputs", "stage_of_extension"]
+
+EXTENSION = "extension"  # name of stage folders, before their number
 
 
 def save_inputs(out: Location, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -45,6 +47,15 @@ def known_inputs(out: Location, manifest: Manifest) -> dict[str, dict[str, Any]]
     except (OSError, ValueError) as error:
         raise InputError(f"cannot extend {out}: its list of inputs {name} is missing or damaged ({error}).") from error
     return {row["name"]: row for row in rows}
+
+
+def stage_of_extension(stages: Location, base: Manifest, is_new: bool) -> Location:
+    """Return the stage folder of a new extension, or of what finished the shards that are there.
+
+    Each has its own below the first one's, so that a stage that is kept holds all that the shards are made of.
+    """
+    number = len(base.converter.get("extensions", [])) + is_new
+    return stages / f"{EXTENSION}.{number}" if number else stages
 
 
 def fixed_splits(base: Manifest | None) -> dict[str, HeldOut]:

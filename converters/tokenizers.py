@@ -257,7 +257,7 @@ def require_gigatoken() -> Any:
 class GigatokenEncoder(_InPieces):
     """The same ``tokenizer.json`` through gigatoken, which is about twenty times as fast; decodes by ``tokenizers``.
 
-    It remembers every word it has seen, without end; it is loaded anew when that has taken 16 MiB.
+    It remembers every word it has seen, without end; it is loaded anew when that has taken 24 MiB.
     """
 
     def __init__(self, file: str, special_tokens: str = "text", eos_id: int | None = None) -> None:
@@ -290,7 +290,7 @@ class GigatokenEncoder(_InPieces):
         except Exception as error:  # the library raises what Rust does
             why = str(error).partition("\n")[0].removesuffix(".")
             raise InputError(f"gigatoken cannot use {self._file}: {why}. Use --backend hf.") from error
-        self._fast.encode("")  # makes its tables
+        self._fast.encode(b"")  # makes its tables
         return_memory()
         self._growth = 0
 
@@ -305,8 +305,9 @@ class GigatokenEncoder(_InPieces):
         if self._growth > _MAX_GROWTH:
             self._load()
         before = resident_bytes()
-        # One by one: its batches are no faster, and need the package awkward and all that this imports.
-        rows = [self._fast.encode(text) for text in texts]
+        # One by one: its batches are no faster, and need the package awkward and all that this imports. As bytes: of a
+        # text it would leave the UTF-8 in it.
+        rows = [self._fast.encode(text.encode("utf-8")) for text in texts]
         self._growth += resident_bytes() - before
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         return np.concatenate(rows) if rows else np.empty(0, np.uint32), lengths
@@ -331,7 +332,7 @@ def check_gigatoken(
             )
 
 
-_MAX_GROWTH = 16 << 20
+_MAX_GROWTH = 24 << 20
 
 
 def resident_bytes() -> int:

@@ -8,27 +8,35 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from converters.extending import input_row, known_inputs
+from converters.extending import EXTENSION, input_row, known_inputs
+from converters.inspecting import read_index
 from converters.job import PACK, QUARANTINE, STAGE, TOKENIZER, Job
 from converters.locations import Location, children, load_manifest, remove_tree, write_whole
 from converters.locks import Lock, lock
 from converters.plan import difference
 from mixer.errors import InputError
 from mixer.manifest import FILE_NAME, Manifest, domain_folder
+from mixer.mds import index_bytes
 from mixer.side_columns import FOLDER as COLUMNS
 
 __all__ = ["begin", "clean_up", "clear", "finished", "has_leftovers", "locked"]
 
 
 def clear(job: Job) -> bool:
-    """Remove what an earlier conversion left in ``out`` and in the stage folder, and nothing else; say if any."""
+    """Remove what an earlier conversion left in ``out`` and in the stage folder, and nothing else; say if any.
+
+    Of an extension: only what it left while it was unfinished, so that the shards are as they were before it.
+    """
+    if job.base is not None:
+        return _clear_extension(job, job.base)
     if (job.out / FILE_NAME).exists():
         names = [domain_folder(name) for name in load_manifest(job.out).names]
     else:
@@ -42,11 +50,44 @@ def clear(job: Job) -> bool:
         for name in (*names, TOKENIZER, COLUMNS, f"{PACK}/shards"):
             remove_tree(job.out / name)
         if staged:
-            remove_tree(job.stage / "units")
+            for name in ["units", *(name for name in children(job.stage) if name.startswith(f"{EXTENSION}."))]:
+                remove_tree(job.stage / name)
             (job.stage / "tokenizer.json").unlink(missing_ok=True)
         for file in (job.stage / "plan.json", job.out / PACK / "request.json"):
             file.unlink(missing_ok=True)
     return True
+
+
+def _clear_extension(job: Job, base: Manifest) -> bool:
+    staged = (job.stage / "plan.json").exists()
+    if not staged and not has_leftovers(job):
+        return False
+    with locked(job):
+        (job.out / PACK / "request.json").unlink(missing_ok=True)
+        if staged:
+            (job.stage / "plan.json").unlink(missing_ok=True)
+            remove_tree(job.stage / "units")
+        before = {split.path: split for domain in base.domains.values() for split in domain.splits.values()}
+        records = job.out / PACK / "shards"
+        for path in [f"{name}/{split}" for name in children(records) for split in children(records / name)]:
+            if path in before:
+                _remove_added(job.out / path, before[path].num_shards)
+            else:
+                remove_tree(job.out / path)
+        for name in set(children(records)) - {path.partition("/")[0] for path in before}:
+            remove_tree(job.out / name)
+        remove_tree(records)
+    return True
+
+
+def _remove_added(folder: Location, num_shards: int) -> None:
+    """Leave the first shards of a folder, and an index of them alone."""
+    entries = read_index(folder)[:num_shards]
+    write_whole(folder / "index.json", index_bytes(entries))
+    listed = {data["basename"] for entry in entries for data in (entry["zip_data"], entry["raw_data"]) if data}
+    for name in children(folder):
+        if name.startswith("shard.") and name not in listed:
+            (folder / name).unlink()
 
 
 def _input_lists(out: Location) -> list[str]:
@@ -62,11 +103,11 @@ def finished(job: Job, is_ours: bool = False) -> Manifest | None:
         manifest = load_manifest(job.out)
         before, now = dict(manifest.converter.get("request", {})), job.request()
         if job.base is not None:
-            before.pop("source", None)
-            now.pop("source")
+            for facts, name in itertools.product((before, now), ("source", "include", "exclude")):
+                facts.pop(name, None)
         if before.get("source") != now.get("source"):
             _name_inputs(job, manifest, before, now)
-        _refuse_difference(before, now, job.out, is_finished=True)
+        _refuse_difference(before, now, job.out, "--out", is_extended=job.base is not None, is_finished=True)
         return manifest if job.base is None or not job.plan.units else None
     if names and not is_ours and not {STAGE, PACK} & {*names}:
         raise InputError(f"{job.out} is neither empty nor a conversion that can go on; choose another --out.")
@@ -107,14 +148,28 @@ def begin(job: Job) -> None:
     """
     _remove_half_written(job)
     staged = {**job.plan.facts, "inputs": job.plan.inputs}
+    if job.tokenizer is not None:  # it may be one that was trained for the shards to extend
+        staged["tokenizer"] = {**staged["tokenizer"], "fingerprint": job.tokenizer.fingerprint}
     if not children(job.stage / "units") and _differs(job.stage / "plan.json", staged):
         for name in ("tokenizer.json", "plan.json"):
             (job.stage / name).unlink(missing_ok=True)
-    _same_or_new(job.stage / "plan.json", staged, job.stage, "--out" if job.stage == job.out / STAGE else "--stage")
-    extends = {} if job.base is None else {"extends": hashlib.sha256(job.base.to_json().encode()).hexdigest()}
-    if not {*children(job.out)} - {STAGE, PACK}:
+    option = "--out" if job.stage.parent == job.out / STAGE or job.stage == job.out / STAGE else "--stage"
+    _same_or_new(job.stage / "plan.json", staged, job.stage, option, is_extended=job.base is not None)
+    request = job.request()
+    if job.base is not None:
+        request["extends"] = hashlib.sha256(job.base.to_json().encode()).hexdigest()
+    if not _has_shards(job, request):
+        remove_tree(job.out / PACK / "shards")
         (job.out / PACK / "request.json").unlink(missing_ok=True)
-    _same_or_new(job.out / PACK / "request.json", {**job.request(), **extends}, job.out)
+    _same_or_new(job.out / PACK / "request.json", request, job.out, "--out", is_extended=job.base is not None)
+
+
+def _has_shards(job: Job, request: Mapping[str, Any]) -> bool:
+    """Return whether a request has led to shards that are not finished."""
+    if job.base is None:
+        return bool({*children(job.out)} - {STAGE, PACK})
+    before = _load(job.out / PACK / "request.json") or {}
+    return before.get("extends") == request["extends"] and bool(children(job.out / PACK / "shards"))
 
 
 def _remove_half_written(job: Job) -> None:
@@ -141,15 +196,17 @@ def clean_up(job: Job, locks: list[Lock], keep_stage: bool) -> None:
         each.end()
     if not keep_stage:
         remove_tree(job.stage)
+        if not children(job.out / STAGE):  # in which an extension has its own
+            remove_tree(job.out / STAGE)
     remove_tree(job.out / PACK)  # last: while it is there, something may be left to tidy up
 
 
-def _same_or_new(file: Location, facts: dict[str, Any], folder: Location, option: str = "--out") -> None:
+def _same_or_new(file: Location, facts: dict[str, Any], folder: Location, option: str, is_extended: bool) -> None:
     before = _load(file)
     if before is None:
         write_whole(file, orjson.dumps(facts))
     else:
-        _refuse_difference(before, facts, folder, option)
+        _refuse_difference(before, facts, folder, option, is_extended)
 
 
 def _differs(file: Location, facts: dict[str, Any]) -> bool:
@@ -165,17 +222,25 @@ def _load(file: Location) -> dict[str, Any] | None:
 
 
 def _refuse_difference(
-    before: dict[str, Any], now: dict[str, Any], folder: Location, option: str = "--out", is_finished: bool = False
+    before: dict[str, Any],
+    now: dict[str, Any],
+    folder: Location,
+    option: str,
+    is_extended: bool,
+    is_finished: bool = False,
 ) -> None:
     lines = difference(before, orjson.loads(orjson.dumps(now)))
-    if lines:
-        more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
-        only_new = all(
-            line.startswith("extensions: ") or (line.startswith("inputs: ") and line.endswith(" is new"))
-            for line in lines
-        )
-        extend = " add what is new with --extend," if only_new and is_finished else ""
-        raise InputError(
-            f"{folder} holds a conversion with other inputs or options: {'; '.join(lines[:8])}{more}. Repeat those,"
-            f"{extend} choose another {option}, or start over with --fresh."
-        )
+    if not lines:
+        return
+    more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
+    only_new = all(
+        line.startswith("extensions: ") or (line.startswith("inputs: ") and line.endswith(" is new")) for line in lines
+    )
+    extend = " add what is new with --extend," if only_new and is_finished else ""
+    if not is_extended:
+        advice = f"Repeat those,{extend} choose another {option}, or start over with --fresh."
+    elif is_finished:
+        advice = f"An extension has the options of before: repeat those, or choose another {option}."
+    else:
+        advice = "Repeat those, or start the extension over with --extend --fresh, which leaves finished shards alone."
+    raise InputError(f"{folder} holds a conversion with other inputs or options: {'; '.join(lines[:8])}{more}. {advice}")

@@ -10,7 +10,6 @@ are kept in the user's cache folder, so that a restart does not parse it again.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from mixer.errors import DataError, InputError
+from mixer.mapping import map_file
 
 __all__ = ["ShardIndex", "read_index"]
 
@@ -179,7 +179,7 @@ def _recall(path: Path, stat: os.stat_result) -> ShardIndex | None:
         if kept is None or not kept.is_file():
             return None
         with open(kept, "rb") as file:
-            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            content = map_file(file.fileno(), os.fstat(file.fileno()).st_size)
         head, at = orjson.loads(content[:_HEAD_BYTES].tobytes().rstrip()), _HEAD_BYTES
         facts = content[at : (at := at + head["facts"])]
         arrays: dict[str, Any] = {}

@@ -157,7 +157,7 @@ class Mixer:
             ExhaustedError: if a domain would be read more often than allowed and the policy is to refuse; nothing has
                 moved.
         """
-        weights, self._weights, self._stages = _in_force(self.snapshot())
+        weights, base, stages = _in_force(self.snapshot())
         counts, credit = self._allocate(weights)
         firsts = self._positions
         # Listed domain by domain, then put into an order that is random but the same on every rank.
@@ -169,6 +169,7 @@ class Mixer:
         draws = Draws(self.step, ids[places], positions[places], counts, firsts, places)
         if self._means is not None:
             self._tokens = self._tokens + self._tokens_of(counts)
+        self._weights, self._stages = base, stages
         self._credit, self._positions, self._drawn = credit, firsts + counts, self._drawn + counts
         self.step += 1
         return draws

@@ -12,7 +12,6 @@ hold is an error that names domain, file and remedy. ``prepare`` does all this a
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import threading
 import time
@@ -30,6 +29,7 @@ from mixer.errors import DataError, InputError
 from mixer.folders import load_manifest
 from mixer.index import ShardIndex, cache_folder, read_index
 from mixer.manifest import Manifest
+from mixer.mapping import map_file
 
 if TYPE_CHECKING:
     from mixer.cache import RemoteCache
@@ -281,7 +281,7 @@ class DomainShards:
                 stat = os.fstat(file.fileno())
                 if stat.st_size != size_bytes:
                     raise self._damaged(path, f"has {stat.st_size:,} bytes, its index says {size_bytes:,}")
-                return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), stat
+                return map_file(file.fileno(), size_bytes), stat
         except FileNotFoundError:
             raise self._damaged(path, "is missing") from None
         except OSError as error:

@@ -16,21 +16,16 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
 from mixer.names import plot_label
+from mixer.pictures import GREY, known, look, name_ends, telling
 
 __all__ = ["plot_comparison", "plot_trajectory"]
 
-# Okabe & Ito's colours, safe for colour-blind readers; the style changes after each run through them.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 4)))
-MAX_NAMED = 12
-GREY = "#BBBBBB"
 _RC: Any = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -55,8 +50,7 @@ def plot_trajectory(
 ) -> Path:
     """Draw one line per domain over the steps and save it as PNG.
 
-    Of more than ``MAX_NAMED`` domains half that many with the largest last values, and as many others that moved over
-    the widest range, are coloured and named; the rest are thin grey lines.
+    Of many domains only those that ``telling`` picks are coloured and named; the rest are thin grey lines.
 
     Args:
         steps, values: (N,) and (N, D); NaN where a domain was absent.
@@ -67,12 +61,12 @@ def plot_trajectory(
     with plt.rc_context(_RC):
         figure, axes = plt.subplots(figsize=(8, min(4.2 + 0.1 * max(len(names) - 7, 0), 7.0)))
         lines = [_running_mean(line, smooth) if smooth > 1 else line for line in values.T]
-        named = _telling(lines)
+        named = telling(lines)
         for index, line in enumerate(lines):
             if index not in named:
                 axes.plot(steps, line, color=GREY, linewidth=0.6, zorder=1)
                 continue
-            colour, style = _look(index)
+            colour, style = look(index)
             if smooth > 1:
                 axes.plot(steps, values[:, index], color=colour, alpha=0.18, linewidth=0.8)
             axes.plot(steps, line, color=colour, linestyle=style, linewidth=1.8)
@@ -80,13 +74,13 @@ def plot_trajectory(
             axes.axhline(baseline, color="#999999", linewidth=0.8, linestyle=(0, (1, 2)))
         if result is not None:
             for index in named:
-                mark: Any = {"color": _look(index)[0], "markersize": 5, "clip_on": False}
+                mark: Any = {"color": look(index)[0], "markersize": 5, "clip_on": False}
                 axes.plot(steps[-1:], result[index : index + 1], "D", **mark)
         rest = len(names) - len(named)
         axes.set(title=plot_label(title), xlabel=f"step (grey: {rest} other domains)" if rest else "step", ylabel=unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(x=0.01)
-        _name_ends(axes, [(_known(lines[index])[-1], names[index], index) for index in named])
+        name_ends(axes, [(known(lines[index])[-1], names[index], index) for index in named])
         return _save(figure, path)
 
 
@@ -103,7 +97,7 @@ def plot_comparison(path: str | os.PathLike[str], losses: Mapping[str, Mapping[s
         figure, axes = plt.subplots(figsize=(8, 0.9 + 0.32 * len(domains) * max(1, len(others))))
         height = 0.8 / max(1, len(others))
         for row, name in enumerate(others):
-            colour, _ = _look(row)
+            colour, _ = look(row)
             gaps = np.array([losses[name][domain] - losses[baseline][domain] for domain in domains])
             where = np.arange(len(domains)) + (row - (len(others) - 1) / 2) * height
             axes.barh(where, gaps, height=height * 0.9, color=colour, label=plot_label(name))
@@ -128,71 +122,6 @@ def plot_comparison(path: str | os.PathLike[str], losses: Mapping[str, Mapping[s
         below = axes.transAxes + ScaledTranslation(0, -0.5, figure.dpi_scale_trans)  # half an inch, under the label
         axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, ncols=4)
         return _save(figure, path)
-
-
-def _look(index: int) -> tuple[str, Any]:
-    return COLOURS[index % len(COLOURS)], STYLES[index // len(COLOURS) % len(STYLES)]
-
-
-def _known(line: NDArray[Any]) -> NDArray[Any]:
-    return line[np.isfinite(line)]
-
-
-def _telling(lines: Sequence[NDArray[Any]]) -> list[int]:
-    """Return which lines to name: all that have values, or those that ``plot_trajectory`` describes."""
-    present = [index for index, line in enumerate(lines) if len(_known(line))]
-    if len(present) <= MAX_NAMED:
-        return present
-    largest = sorted(present, key=lambda index: -_known(lines[index])[-1])[: MAX_NAMED // 2]
-    others = [index for index in present if index not in largest]
-    moved = sorted(others, key=lambda index: -np.ptp(_known(lines[index])))[: MAX_NAMED - len(largest)]
-    return sorted([*largest, *moved])
-
-
-def _name_ends(axes: Axes, ends: Sequence[tuple[float, str, int]]) -> None:
-    """Write each line's name right of its end, with a thin line that leads there."""
-    low, high = axes.get_ylim()
-    ordered = sorted(ends)
-    inches = axes.bbox.height / axes.figure.dpi
-    places = spread(np.array([(value - low) / (high - low) for value, _, _ in ordered]), 0.16 / inches)
-    for (value, name, index), place in zip(ordered, places):
-        colour, style = _look(index)
-        leader: Any = {"arrowstyle": "-", "color": colour, "linestyle": style, "linewidth": 0.9}
-        axes.annotate(
-            plot_label(name),
-            (1.0, value),
-            xycoords=("axes fraction", "data"),
-            xytext=(1.06, place),
-            textcoords="axes fraction",
-            arrowprops={**leader, "relpos": (0, 0.5), "shrinkA": 2, "shrinkB": 0},
-            color=colour,
-            va="center",
-            fontsize=9,
-            annotation_clip=False,
-        )
-
-
-def spread(places: NDArray[np.float64], gap: float) -> NDArray[np.float64]:
-    """Return ascending places in 0…1 moved apart by ``gap`` or, if there is no room for that, evenly.
-
-    Neighbours that are too close are centred on their common mean, so that all move as little as can be.
-
-    >>> spread(np.array([0.5, 0.5, 0.9]), 0.1).round(2).tolist(), spread(np.array([0.0, 0.0]), 0.2).tolist()
-    ([0.45, 0.55, 0.9], [0.0, 0.2])
-    """
-    if len(places) < 2:
-        return np.clip(places, 0, 1)
-    gap = min(gap, 1 / (len(places) - 1))
-    steps = gap * np.arange(len(places))
-    blocks: list[list[float]] = []  # pooled by adjacent violators: sum and count
-    for place in places - steps:
-        blocks.append([place, 1])
-        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
-            total, count = blocks.pop()
-            blocks[-1][0] += total
-            blocks[-1][1] += count
-    pooled = np.repeat([total / count for total, count in blocks], [int(count) for _, count in blocks])
-    return np.clip(pooled, 0, 1 - steps[-1]) + steps
 
 
 def _running_mean(line: NDArray[Any], window: int) -> NDArray[Any]:

@@ -232,7 +232,8 @@ def stats(shards: str, split: str, max_tokens: str, plot: str | None, as_json: b
     import json
 
     from converters.options import size_in_bytes
-    from converters.statistics import check_picture, domain_statistics, plot_statistics
+    from converters.statistics import domain_statistics, plot_statistics
+    from mixer.pictures import check_picture
     from mixer.units import short
 
     if plot:

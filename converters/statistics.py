@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +23,9 @@ from mixer.manifest import Manifest
 from mixer.names import plot_label
 from mixer.units import short
 
-__all__ = ["DomainStatistics", "check_picture", "domain_statistics", "entropies", "plot_statistics"]
+__all__ = ["DomainStatistics", "domain_statistics", "entropies", "plot_statistics"]
+
+LIGHT, DARK = "#9db8d2", "#33658a"  # of one hue, apart by lightness alone: for every reader, and in print
 
 
 class DomainStatistics(NamedTuple):
@@ -147,51 +148,37 @@ def _bits(counts: NDArray[np.int64]) -> float:
     return float(-(share * np.log2(share)).sum())
 
 
-def check_picture(path: str | os.PathLike[str]) -> None:
-    """Raise InputError unless a picture can be written there."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
-    if Path(path).suffix[1:].lower() not in kinds:
-        raise InputError(f"cannot draw {path}: its name must end in one of {', '.join(kinds)}.")
-    if not Path(path).absolute().parent.is_dir():
-        raise InputError(f"cannot draw {path}: there is no such folder.")
-
-
 def plot_statistics(rows: list[DomainStatistics], path: str | os.PathLike[str]) -> None:
-    """Write a picture: distribution of document lengths, and entropies, per domain."""
+    """Write a picture: how long documents are, and entropies, a row per domain."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib import ticker
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, max(4.5, 1.2 + 0.3 * len(rows))))
-    colors = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(rows)))
-    by_length = sorted((row for row in rows if len(row.lengths)), key=lambda row: row.quantiles[1])
-    for row, color in zip(by_length, colors):  # shortest first, so that colours and lines have one order
-        ordered = np.sort(row.lengths)
-        shares = np.arange(len(ordered) + 1) / len(ordered)
-        places = np.concatenate((ordered[:1], ordered))
-        left.step(places, shares, where="post", color=color, label=plot_label(row.domain))
-    left.set(xscale="log", xlabel="tokens per document", ylabel="share of documents up to this length", ylim=(0, 1.02))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, max(2.5, 1.4 + 0.32 * len(rows))), sharey=True)
+    place = np.arange(len(rows))
+    for y, row in zip(place, rows):
+        if len(row.lengths):
+            low, median, high = row.quantiles
+            left.plot([row.lengths.min(), row.lengths.max()], [y, y], color=LIGHT, linewidth=1.5)
+            left.plot([low, high], [y, y], color=LIGHT, linewidth=8, solid_capstyle="butt")
+            left.plot([median], [y], "o", color=DARK)
+    left.set(xscale="log", xlabel="tokens per document\n(dot: median; bar: 10th to 90th percentile; line: all)")
     first, last = left.get_xlim()
     between = (1, 2, 5) if last < 200 * first else (1, 3) if last < 1e5 * first else (1,)  # room for so many numbers
     left.xaxis.set_major_locator(ticker.LogLocator(subs=between))
     left.xaxis.set_major_formatter(ticker.FuncFormatter(lambda length, _: short(length)))
     left.xaxis.set_minor_formatter(ticker.NullFormatter())
-    left.set_title("Document lengths", loc="left")
-    left.grid(alpha=0.25)
-    if by_length:
-        left.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    place = np.arange(len(rows))
-    right.barh(place - 0.2, [row.h1 for row in rows], 0.4, color="#9db8d2", label="H1: single tokens")
-    right.barh(place + 0.2, [row.h2 for row in rows], 0.4, color="#33658a", label="H2: given the token before")
-    right.set(yticks=place, yticklabels=[plot_label(row.domain) for row in rows], xlabel="bits per token")
-    right.set_title("Entropy", loc="left")
-    right.invert_yaxis()
-    right.legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0))
+    left.set_title("Document lengths", loc="left", fontweight="bold")
+    left.set(yticks=place, yticklabels=[plot_label(row.domain) for row in rows], ylim=(len(rows) - 0.4, -0.6))
+    right.barh(place - 0.2, [row.h1 for row in rows], 0.4, color=LIGHT)
+    right.barh(place + 0.2, [row.h2 for row in rows], 0.4, color=DARK)
+    right.set_xlabel("bits per token\n(light: H1, of single tokens; dark: H2, given the token before)")
+    right.set_title("Entropy", loc="left", fontweight="bold")
     for axes in (left, right):
+        axes.grid(axis="x", alpha=0.25)
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -161,8 +161,10 @@ def _table(plan: Any, tokens: Any, budget: int | None) -> Any:
     show_default=True,
     help="A mixture file (also one with stages), or 'proportional' or 'uniform'.",
 )
-@click.option("--batches", default=1000, show_default=True, help="Batches to plan.")
-@click.option("--batch-size", default=64, show_default=True, help="Samples in the global batch.")
+@click.option("--batches", default=1000, show_default=True, type=click.IntRange(1), help="Batches to plan.")
+@click.option(
+    "--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Samples in the global batch."
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--max-epochs", type=float, help="Read no domain more often than this.")
 @click.option("--on-exhausted", default="repeat", show_default=True, type=click.Choice(["repeat", "drop", "stop"]))
@@ -192,10 +194,13 @@ def simulate(
 
     from mixer.folders import load_manifest
     from mixer.names import plain
+    from mixer.pictures import check_picture
     from mixer.setup import mixer_for, resolve_curriculum
     from mixer.simulation import draw_plot
     from mixer.simulation import simulate as run
 
+    if plot is not None:
+        check_picture(plot)
     manifest = load_manifest(shards)
     stages = resolve_curriculum(mixture, manifest, force=force)
     options: dict[str, Any] = {
@@ -227,8 +232,8 @@ def _simulation_table(run: Any, batch_size: int) -> Any:
     total = max(int(counted.sum()), 1)
     title = f"{run.steps[-1]:,} batches of {batch_size:,}: {total:,} {unit}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("domain", overflow="fold")
-    for column in ("weight now", "samples", "share", "epochs", "first batch", "worst error"):
+    table.add_column("\ndomain", overflow="fold")
+    for column in ("weight\nnow", "\nsamples", "\nshare", "\nepochs", "first\nbatch", "worst\nerror"):
         table.add_column(column, justify="right")
     for i, name in enumerate(run.names):
         drawn, first = int(run.drawn[-1, i]), int(run.first_step[i])

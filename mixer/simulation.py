@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mixer.errors import ExhaustedError
 from mixer.mixer import Mixer, RunEnded
-from mixer.names import plot_label
+from mixer.pictures import GREY, look, name_ends, telling
 
 __all__ = ["Simulation", "draw_plot", "simulate"]
 
@@ -69,31 +69,37 @@ def simulate(mixer: Mixer, num_batches: int) -> Simulation:
 
 
 def draw_plot(run: Simulation, path: str, num_samples: NDArray[np.int64]) -> None:
-    """Write a picture: the weights in force, and the epochs of every domain, over the batches."""
+    """Write a picture: the weights in force, and the epochs of every domain, over the batches.
+
+    Of many domains those are named that say most, in either half; the rest are thin grey lines.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 8), sharex=True, gridspec_kw={"hspace": 0.15})
     epochs = run.drawn / np.maximum(num_samples, 1)
-    for i, name in enumerate(run.names):
-        # Names of the cycle, so that more than ten domains can be told apart by the style of their lines, too.
-        look = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4]}
-        above.plot(run.steps, run.weights[:, i], label=plot_label(name), **look)
-        below.plot(run.steps, epochs[:, i], **look)
-    above.set_title("weights in force", loc="left")
+    rest = len(run.names) - len(telling(list(epochs.T)))
+    above.set_title("Weights in force", loc="left", fontweight="bold")
+    below.set_title("Times each domain has been read", loc="left", fontweight="bold")
     above.set(ylabel="weight", ylim=(0, 1.05 * max(run.weights.max(), 1e-9)))
-    below.set_title("times each domain has been read", loc="left")
-    below.set(ylabel="epochs", xlabel="batches")
+    below.set(ylabel="epochs", ylim=(0, 1.05 * max(epochs.max(), 1e-9)))
+    below.set_xlabel(f"batches (grey: {rest} other domains)" if rest else "batches")
     read = epochs[-1][epochs[-1] > 0]
     if len(read) and read.max() > 20 * read.min():  # of very unequal domains the slow ones would lie on the axis
         below.set(yscale="log", ylim=(min(read.min(), 0.5) / 2, 2 * read.max()))
         below.yaxis.set_major_formatter("{x:g}")
-    if len(run.names) <= 24:
-        figure.legend(loc="outside right upper", fontsize="small", frameon=False)
-    for axes in (above, below):
+    for axes, lines in ((above, run.weights), (below, epochs)):
+        named = telling(list(lines.T))
+        for i in range(len(run.names)):
+            colour, style = look(i) if i in named else (GREY, "-")
+            thin = {} if i in named else {"linewidth": 0.6, "zorder": 1}
+            axes.plot(run.steps, lines[:, i], color=colour, linestyle=style, **thin)
+        axes.margins(x=0.01)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    figure.savefig(path, dpi=150)
+        lowest = axes.get_ylim()[0]
+        name_ends(axes, [(max(lines[-1, i], lowest), run.names[i], i) for i in named])
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)

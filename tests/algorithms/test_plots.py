@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.text import Annotation
 
-from algorithms.plots import GREY, MAX_NAMED, plot_trajectory, spread
+from algorithms.plots import plot_trajectory
+from mixer.pictures import GREY, MAX_NAMED, spread
 
 
 @pytest.fixture

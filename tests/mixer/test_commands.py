@@ -165,6 +165,39 @@ def test_simulation_shows_what_the_loader_then_delivers(shards, tmp_path):
         assert f" {one['samples']} " in line and f"{one['epochs']:.3f}" in line
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [(["--plot", "s.doc"], "its name must end in one of .*png"), (["--plot", "nowhere/s.png"], "no such folder")],
+)
+def test_a_picture_that_cannot_be_drawn_is_refused_first(shards, options, message):
+    with pytest.raises(InputError, match=message):
+        simulated(shards, *options)
+
+
+def test_no_batch_is_no_simulation(shards):
+    assert "0 is not in the range x>=1" in simulated(shards, "--batches", 0).output
+
+
+def test_of_many_domains_those_are_named_that_say_most_in_either_half(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+
+    from mixer import Mixer
+    from mixer.pictures import MAX_NAMED
+    from mixer.simulation import draw_plot
+    from mixer.simulation import simulate as run
+
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: kept.append(figure))
+    sizes = {f"d{i:02}": 10 + i for i in range(30)}  # d29 has the most weight, d00 is read the most often
+    mixer = Mixer(sizes, weights=[1 + i / 100 for i in range(30)], batch_size=60)
+    draw_plot(run(mixer, 20), str(tmp_path / "s.png"), mixer.num_samples)
+    above, below = ({text.get_text() for text in axes.findobj(Annotation)} for axes in kept[0].axes)
+    assert len(above) == len(below) == MAX_NAMED
+    assert "d29" in above and "d00" in below
+    assert kept[0].axes[1].get_xlabel() == "batches (grey: 18 other domains)"
+
+
 def test_simulation_reads_no_shard_and_says_where_a_run_ends(tmp_path):
     root = write_shards(tmp_path, {"book": 3, "web": 400})
     for path in root.rglob("*.mds"):

@@ -168,7 +168,7 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
         """Return the tokens of n samples, each of its own length, in the stored dtype."""
         samples = self._domain_firsts[domain_ids] + sample_ids
         shards = self._firsts.searchsorted(samples, side="right") - 1
-        self._get_views([shard for shard in dict.fromkeys(shards.tolist()) if shard not in self._views])
+        self._get_views(shards.tolist())
         found = []
         for shard, row in zip(shards.tolist(), (samples - self._firsts[shards]).tolist()):
             view = self._views[shard]
@@ -186,15 +186,18 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
             try:
                 data, first, stride, starts, _ = views[shard]
             except KeyError:  # rare: look for all that this batch lacks at once
-                self._get_views([other for other in dict.fromkeys(wanted) if other not in views])
+                self._get_views(wanted)
                 data, first, stride, starts, _ = views[shard]
             start = first + row * stride if starts is None else starts[row]
             target[at : at + width] = data[start : start + width]
             at += width
         return out
 
-    def _get_views(self, shards: list[int]) -> None:
-        """Map shards that are not mapped yet; several are fetched side by side."""
+    def _get_views(self, wanted: list[int]) -> None:
+        """Map those of a batch's shards that are not mapped yet; several are fetched side by side."""
+        shards = [shard for shard in dict.fromkeys(wanted) if shard not in self._views]
+        if not shards:
+            return
         began = time.perf_counter()
         domains = (np.searchsorted(self._domain_shards, shards, side="right") - 1).tolist()
         owners = [(self._of(d), shard - int(self._domain_shards[d])) for d, shard in zip(domains, shards)]
@@ -203,18 +206,18 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
         for shard, (owner, local) in zip(shards, owners):
             self._views[shard] = owner.view(local)
         if get_worker_info() is not None:
-            self._forget_oldest(domains)
+            self._forget_oldest(domains, set(wanted))
         self.waited_seconds += time.perf_counter() - began
 
-    def _forget_oldest(self, domains: list[int]) -> None:
+    def _forget_oldest(self, domains: list[int], wanted: set[int]) -> None:
         """Keep about two windows, in a worker process: it knows samples, and not where windows begin."""
         for d in set(domains):
             order, first, last = self.orders[d], int(self._domain_shards[d]), int(self._domain_shards[d + 1])
             assert order is not None
             mapped = [shard for shard in self._views if first <= shard < last]
-            kept = mapped[-2 * len(order.shards_at(0)[0]) - 2 :]
-            if len(kept) < len(mapped):
-                self._forget(d, {shard - first for shard in kept})
+            kept = wanted.union(mapped[-2 * order.window_shards - 2 :])
+            if not kept.issuperset(mapped):
+                self._forget(d, {shard - first for shard in kept if first <= shard < last})
 
     def _of(self, domain: int) -> DomainShards:
         shards = self.shards[domain]

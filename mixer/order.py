@@ -76,6 +76,11 @@ class Order:
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._current: Window | None = None
 
+    @property
+    def window_shards(self) -> int:
+        """The most shards that a window of the first epoch is read from; those of later epochs have about as many."""
+        return int(np.diff(self._epoch(0).firsts).max())
+
     def at(self, positions: Indices) -> Indices:
         """Return the sample indices (n,) at ascending stream positions (n,) ≥ 0."""
         if not len(positions):

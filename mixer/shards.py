@@ -285,7 +285,10 @@ class DomainShards:
         except FileNotFoundError:
             raise self._damaged(path, "is missing") from None
         except OSError as error:
-            raise self._damaged(path, f"cannot be read: {error.strerror}") from error
+            raise DataError(
+                f"domain {self.domain!r}, shard {path}: cannot be read: {error.strerror}. See to its permissions and to"
+                " the disk that it lies on, or restore it from where it came from."
+            ) from error
 
     def _check_hash(self, path: Path, data: memoryview, digest: bytes) -> None:
         hasher = mds.hasher(str(self.index.algorithm))

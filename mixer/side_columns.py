@@ -11,6 +11,7 @@ it. ``mixer score`` writes the same files to a folder of its own. The shards the
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,10 +23,12 @@ from numpy.typing import NDArray
 
 from mixer.errors import DataError, InputError
 from mixer.manifest import Manifest, domain_folder
+from mixer.mapping import map_file
 
 __all__ = ["FOLDER", "SideColumn", "column_folder", "file_digest", "find_columns", "shards_facts"]
 
 FOLDER = ".columns"
+_AT_HAND = 1 << 14  # files mapped at a time; the kernel allows 65,530 in all
 
 
 def column_folder(root: str | os.PathLike[str], name: str, split: str) -> Path:
@@ -150,7 +153,9 @@ class SideColumn:
                     f"{path} is missing or damaged. Remove it and {self.folder / 'result.json'}, and run the same"
                     f" `mixer {self.command}` again."
                 )
-            self._tables[key] = np.load(path, mmap_mode="r")
+            if len(self._tables) >= _AT_HAND:
+                del self._tables[next(iter(self._tables))]
+            self._tables[key] = _mapped(path)
         return self._tables[key]
 
     def path(self, domain: str, shard: int) -> Path:
@@ -159,3 +164,12 @@ class SideColumn:
 
     def __getstate__(self) -> Mapping[str, Any]:
         return {**self.__dict__, "_tables": {}}
+
+
+def _mapped(path: Path) -> NDArray[Any]:
+    """Return the array of an ``.npy`` file where it lies, read-only; ``np.load`` would keep the file open."""
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        content = map_file(file.fileno(), os.fstat(file.fileno()).st_size)
+        return np.frombuffer(content, dtype, math.prod(shape), file.tell()).reshape(shape)

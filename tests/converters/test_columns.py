@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -88,6 +89,17 @@ def test_arrays_by_domain_keep_their_dtype_and_shape(shards, tmp_path):
     assert str(batch["scores"].dtype) == "torch.float16"
     firsts = batch["scores"][:, 0].tolist()
     assert firsts == [np.float16(3 * sample) for sample in batch["sample_ids"].tolist()]
+
+
+def test_columns_at_hand_keep_no_files_open_and_are_limited_in_number(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("mixer.side_columns._AT_HAND", 2)
+    add_column(shards, "quality", [write_table(tmp_path / "q.jsonl", rows_of(shards))])
+    column, before = SideColumn(shards / ".columns" / "quality" / "train"), len(os.listdir("/dev/fd"))
+    for name, size in sizes(shards).items():
+        values = column.read(name, np.arange(size))
+        assert values.tolist() == pytest.approx([value_of(name, sample) for sample in range(size)])
+    assert sum(map(len, column.files.values())) > 2 == len(column._tables)
+    assert len(os.listdir("/dev/fd")) == before
 
 
 def test_column_in_the_shards_and_one_beside_them_come_in_the_order_asked(tmp_path):

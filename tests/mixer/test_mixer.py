@@ -135,6 +135,17 @@ def test_drop_ends_when_nothing_is_left():
     assert 265 - mixer.positions.sum() < 8
 
 
+@pytest.mark.parametrize("policy", EXHAUSTION)
+def test_a_batch_that_cannot_be_filled_moves_nothing(policy):
+    mixer = make(sizes={"a": 8}, weights=[1], max_epochs=1, on_exhausted=policy)
+    mixer.next_batch()
+    mixer.set_weights([1])
+    before = mixer.state_dict()
+    with pytest.raises((RunEnded, ExhaustedError)):
+        mixer.next_batch()
+    assert mixer.state_dict() == before
+
+
 def test_fraction_of_an_epoch_is_not_lost_to_rounding():
     assert make(sizes={"a": 30}, weights=[1], max_epochs=0.1, on_exhausted="stop").sample_limits.tolist() == [3]
 

@@ -83,6 +83,15 @@ def test_shards_travel_to_another_process(tmp_path):
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(shards)).read(np.array([49])), ROWS[49:])
 
 
+def test_shards_at_hand_keep_no_files_open(tmp_path):
+    """A process may have 1,024 by default, and twenty domains of long samples have more shards at hand than that."""
+    before = len(os.listdir("/dev/fd"))
+    write_domain(tmp_path, ROWS.astype(np.uint16), samples_per_shard=1)
+    shards = DomainShards("web", "train", tmp_path)
+    np.testing.assert_array_equal(shards.read(np.arange(50)), ROWS)
+    assert len(os.listdir("/dev/fd")) < before + 10
+
+
 def test_sample_outside_the_domain_is_refused(tmp_path):
     shards = DomainShards("web", "train", mds_folder(tmp_path, ROWS))
     for index in (-1, 50):
@@ -147,7 +156,7 @@ FAULTS = {
     "swapped with another": (swap, "xxh64|its index says"),
     "a folder": (
         lambda f, e: ((f / f"shard.00001.mds{e}").unlink(), (f / f"shard.00001.mds{e}").mkdir()),
-        "cannot be read|Is a dir",
+        "cannot be read: Is a dir",
     ),
 }
 

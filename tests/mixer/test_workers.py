@@ -10,11 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mixer import DataError, ExhaustedError, InputError, MixtureLoader
-from tests.helpers import assert_same, write_shards
+from tests.helpers import assert_same, row_of, write_shards
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"book": 3, "code": 150, "web": 400}
@@ -149,6 +150,18 @@ def kill_after_some(batch):
     if torch.utils.data.get_worker_info() is not None and batch["sample_ids"].sum() % 5 == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return double(batch)
+
+
+def test_worker_keeps_what_a_batch_needs_however_uneven_its_shards(tmp_path, monkeypatch):
+    """After many small extensions one window has a few large shards, another hundreds of small ones."""
+    monkeypatch.setattr("mixer.dataset.get_worker_info", lambda: True)
+    root, wanted = write_shards(tmp_path, {"web": 40}, samples_per_shard=1), np.arange(40)
+    for read in ("read", "read_lists"):
+        reader = make(root).reader
+        reader.orders[0].window_samples = 2
+        for samples in (wanted[:20], wanted):
+            rows = getattr(reader, read)(np.zeros_like(samples), samples)
+            np.testing.assert_array_equal(np.stack(rows), [row_of("web", i, 16) for i in samples])
 
 
 def test_without_a_transform_no_process_is_started_and_nothing_is_planned_ahead(shards):

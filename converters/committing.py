@@ -296,7 +296,7 @@ def _publish_quarantine(job: Job, staged: Staged) -> dict[str, Any]:
     """Gather the quarantined records of all units, in input order, into one file; say where."""
     if job.stage_options.on_bad_record != "quarantine" or not staged.bad_records:
         return {}
-    name = QUARANTINE if job.base is None else f"quarantine.{len(job.extensions()) + 1}.jsonl"
+    name = job.quarantine()
     with tempfile.NamedTemporaryFile(prefix="mixer-") as file:
         for unit in job.plan.units:
             source = unit_folder(job.stage, unit.number) / QUARANTINE

@@ -61,3 +61,7 @@ class Job:
     def extensions(self) -> list[dict[str, Any]]:
         """Return the facts of the extensions that were made before."""
         return list(self.base.converter.get("extensions", [])) if self.base else []
+
+    def quarantine(self) -> str:
+        """Return the name of the file for quarantined records."""
+        return QUARANTINE if self.base is None else f"quarantine.{len(self.extensions()) + 1}.jsonl"

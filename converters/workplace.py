@@ -63,7 +63,8 @@ def _clear_extension(job: Job, base: Manifest) -> bool:
     if not staged and not has_leftovers(job):
         return False
     with locked(job):
-        (job.out / PACK / "request.json").unlink(missing_ok=True)
+        for file in (job.out / PACK / "request.json", job.out / job.quarantine()):
+            file.unlink(missing_ok=True)
         if staged:
             (job.stage / "plan.json").unlink(missing_ok=True)
             remove_tree(job.stage / "units")
@@ -153,7 +154,7 @@ def begin(job: Job) -> None:
     if not children(job.stage / "units") and _differs(job.stage / "plan.json", staged):
         for name in ("tokenizer.json", "plan.json"):
             (job.stage / name).unlink(missing_ok=True)
-    option = "--out" if job.stage.parent == job.out / STAGE or job.stage == job.out / STAGE else "--stage"
+    option = "--out" if job.stage == job.out / STAGE else "--stage"
     _same_or_new(job.stage / "plan.json", staged, job.stage, option, is_extended=job.base is not None)
     request = job.request()
     if job.base is not None:
@@ -243,4 +244,5 @@ def _refuse_difference(
         advice = f"An extension has the options of before: repeat those, or choose another {option}."
     else:
         advice = "Repeat those, or start the extension over with --extend --fresh, which leaves finished shards alone."
-    raise InputError(f"{folder} holds a conversion with other inputs or options: {'; '.join(lines[:8])}{more}. {advice}")
+    changes = "; ".join(lines[:8]) + more
+    raise InputError(f"{folder} holds a conversion with other inputs or options: {changes}. {advice}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,98 @@ def test_interrupted_extension_leaves_the_old_shards_readable_and_goes_on(corpus
         (tmp_path / name.replace("/", "-")).rename(corpus / name)
     extend(corpus)
     assert tree_hash(tmp_path / "shards") == resumed
+
+
+def stopped_extension(corpus: Path, phase: str, **options: object) -> None:
+    """Extend until there is a unit, or a shard."""
+
+    def stop(event):
+        if event.phase == phase and event.done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extend(corpus, progress=stop, **options)
+
+
+@pytest.mark.parametrize("stop_at", ["tokenize", "pack", "commit"])
+def test_fresh_extension_starts_over_and_leaves_finished_shards_alone(corpus, tmp_path, monkeypatch, stop_at):
+    shutil.copytree(tmp_path / "shards", tmp_path / "before")
+    grow(corpus)
+    extend(corpus)
+    wanted = tree_hash(tmp_path / "shards")
+    shutil.rmtree(tmp_path / "shards")
+    (tmp_path / "before").rename(tmp_path / "shards")
+    for name in ("code", "law"):
+        write_jsonl(corpus / name / "wrong.jsonl", documents(f"wrong {name}", 90))
+    if stop_at == "commit":
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("converters.committing._commit", raise_interrupt)
+            extend(corpus)
+    else:
+        stopped_extension(corpus, stop_at)
+    for name in ("code", "law"):
+        (corpus / name / "wrong.jsonl").unlink()
+    with pytest.raises(InputError, match=r"wrong.jsonl is gone.*--extend --fresh, which leaves finished shards alone"):
+        extend(corpus)
+    extend(corpus, fresh=True)
+    assert verify(tmp_path / "shards", deep=True) == []
+    (corpus / "law").rmdir()
+    assert tree_hash(tmp_path / "shards") == wanted
+
+
+def raise_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_stage_that_is_kept_serves_extensions_too_and_packs_all_of_it_again(corpus, tmp_path, monkeypatch):
+    first = [corpus / "web", corpus / "code"]
+    stage, web = {"stage": tmp_path / "stage"}, corpus / "web" / "new.jsonl"
+    convert(first, tmp_path / "long", **stage, **OPTIONS)
+    write_jsonl(web, documents("more web", 200))
+    convert(first, tmp_path / "long", extend=True, **stage, **OPTIONS)
+    convert([*first, corpus / "book"], tmp_path / "long", extend=True, **stage, **OPTIONS)
+    assert sum(split.num_documents for split in Manifest.load(tmp_path / "long").domains["web"].splits.values()) == 500
+    assert verify(tmp_path / "long", deep=True) == []
+    monkeypatch.setattr("converters.tokenizing.stage_unit", None)  # nothing is tokenised from here on
+    late = web.rename(tmp_path / "new.jsonl")
+    short = {**OPTIONS, "seq_len": 32}
+    convert(first, tmp_path / "short", **stage, **short)
+    late.rename(web)
+    convert(first, tmp_path / "short", extend=True, **stage, **short)
+    manifest = convert([*first, corpus / "book"], tmp_path / "short", extend=True, **stage, **short)
+    assert manifest.names == ("book", "code", "web")
+
+
+def test_stage_kept_inside_does_not_hinder_an_extension_and_stays(corpus, tmp_path):
+    convert([corpus / "web"], tmp_path / "kept", keep_stage=True, **OPTIONS)
+    convert([corpus / "web", corpus / "code"], tmp_path / "kept", extend=True, **OPTIONS)
+    assert sorted(path.name for path in (tmp_path / "kept" / ".stage").iterdir()) == ["lock", "plan.json", "units"]
+
+
+def test_extension_does_not_take_units_of_another_trained_tokenizer(corpus, tmp_path):
+    options: dict = {**OPTIONS, "tokenizer": None, "train_tokenizer": 300, "stage": tmp_path / "stage"}
+    convert([corpus / "web"], tmp_path / "one", **options)
+    convert([corpus / "web", corpus / "book"], tmp_path / "one", extend=True, **options)
+    shutil.rmtree(tmp_path / "stage" / "units")
+    convert([corpus / "code"], tmp_path / "two", **options)
+    with pytest.raises(InputError, match="tokenizer fingerprint: sha256:"):
+        convert([corpus / "code", corpus / "book"], tmp_path / "two", extend=True, **options)
+
+
+def test_files_may_be_chosen_otherwise_in_an_extension(corpus, tmp_path):
+    grow(corpus)
+    assert extend(corpus, exclude=["wiki/*"]).names == ("book", "code", "web")
+    assert extend(corpus, include=["wiki/*"]).names == ("book", "code", "web", "wiki")
+    with pytest.raises(InputError, match=r"seed: 0 -> 1\. An extension has the options of before"):
+        extend(corpus, seed=1)
+
+
+def test_extension_goes_on_where_the_first_conversion_was_killed_before_it_tidied_up(corpus, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("converters.workplace.clean_up", lambda *_: None)
+        convert([corpus / "web"], tmp_path / "killed", **OPTIONS)
+    convert([corpus / "web", corpus / "code"], tmp_path / "killed", extend=True, **OPTIONS)
+    assert verify(tmp_path / "killed", deep=True) == []
 
 
 def test_changed_input_or_option_is_refused(corpus, tmp_path):

@@ -170,7 +170,12 @@ def write_report(
     searches: list[Path] = []
     mains: list[Path] = []
     for run in runs:
-        (searches if read_settings(run)["command"] == "optimize" else mains).append(run)
+        command = read_settings(run)["command"]
+        if command not in ("optimize", "train"):
+            raise InputError(
+                f"{run} was written by `mixer {command}`; a report is of `mixer optimize` and `mixer train`."
+            )
+        (searches if command == "optimize" else mains).append(run)
         read_result(run)
     domains = {tuple(sorted(read_settings(run)["shards"].items())) for run in runs}
     if len(domains) > 1:

@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mixer.errors import InputError
+from mixer.outputs import make_folder
 
 __all__ = ["begin_run", "finish_run", "read_result", "read_settings"]
 
@@ -44,7 +45,7 @@ def begin_run(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> di
             )
         if found == asked and "result.json" in content:
             return read_result(path)
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     _lock(path)
     _write(path / "run.json", asked)
     return None
@@ -136,10 +137,12 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        if not path.parent.exists():
+            raise InputError(f"there is no folder {path.parent}.") from error
         state = (
             "is unfinished: run its command again, it continues"
             if (path.parent / "run.json").exists()
-            else "holds no run of `mixer optimize` or `mixer train`"
+            else "holds no run of `mixer optimize`, `mixer train` or `mixer score`"
         )
         raise InputError(f"{path.parent} {state}.") from error
     except json.JSONDecodeError as error:

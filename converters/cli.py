@@ -163,17 +163,18 @@ def verify(shards: str, deep: bool, workers: int | None) -> int:
       mixer verify shards --deep      # every byte
     """
     from rich.console import Console
-    from rich.progress import Progress as Bar
 
     from converters.verifying import verify as run
+    from mixer.progress import LoggedProgress
 
     console = Console(stderr=True)
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("verify")
-        findings = run(
-            shards, deep=deep, workers=_workers(workers),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
+    with LoggedProgress(console=console, transient=console.is_terminal) as bar:
+
+        def update(done: int, total: int) -> None:
+            task = bar.task_ids[0] if bar.task_ids else bar.add_task("verify")
+            bar.update(task, completed=done, total=total)
+
+        findings = run(shards, deep=deep, workers=_workers(workers), progress=update)
     for finding in findings:
         click.echo(f"{finding.path}: {finding.what.removesuffix('.')}. To repair: {finding.repair}.")
     depth = "every byte was read" if deep else "structure and sizes; --deep reads every byte"

@@ -20,6 +20,7 @@ from converters.plan import Unit, make_plan
 from converters.readers import Bad
 from converters.stage import documents_of
 from mixer.errors import InputError
+from mixer.outputs import check_file
 
 __all__ = ["END_OF_TEXT", "sample_documents", "train_tokenizer", "trained_tokenizer"]
 
@@ -54,6 +55,7 @@ def train_tokenizer(
         sample_size: bytes of text to train on, spread evenly over the domains.
         options: ``domain``, ``text_field``, ``format``, ``include``, ``exclude``, ``seed``… as for ``convert``.
     """
+    check_file(out)
     checked = StageOptions(**options, train_tokenizer=vocab_size)
     texts = sample_documents(make_plan(inputs, checked, {}).units, checked, size_in_bytes(sample_size, "sample_size"))
     if not texts:

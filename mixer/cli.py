@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from typing import NoReturn
 
 import click
@@ -107,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
         _interrupted(argv)
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
         click.echo(f"Error: {_one_line(error)}", err=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
 

@@ -47,8 +47,11 @@ def weigh(
 
     from mixer.budget import plan_budget
     from mixer.folders import load_manifest
+    from mixer.outputs import check_file
     from mixer.units import parse_count
 
+    if out is not None:
+        check_file(out)
     manifest = load_manifest(shards)
     names = manifest.names
     tokens = np.array([manifest.split(name, "train").num_tokens for name in names], np.float64)

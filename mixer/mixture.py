@@ -120,12 +120,12 @@ class Mixture:
         unknown = sorted(set(self.weights) - set(manifest.names))
         missing = sorted(set(manifest.names) - set(self.weights))
         if unknown:
-            differences.append(f"it names domains without shards: {unknown}; the shards have {list(manifest.names)}")
+            differences.append(f"it names domains without shards: {unknown}")
         if missing:
-            differences.append(f"it says nothing of the domains {missing}; it has {sorted(self.weights)}")
-        made_for = self.provenance.get("tokenizer")
-        if made_for and made_for != manifest.tokenizer.fingerprint:
-            differences.append(f"it was made for tokenizer {made_for}, the shards for {manifest.tokenizer.fingerprint}")
+            differences.append(f"it says nothing of the domains {missing}")
+        made_for, theirs = self.provenance.get("tokenizer"), manifest.tokenizer.fingerprint
+        if made_for and made_for != theirs:
+            differences.append(f"it was made for tokenizer {_brief(made_for)}, the shards for {_brief(theirs)}")
         if not differences:
             return self
         if not force:
@@ -134,7 +134,17 @@ class Mixture:
                 "shards, change the mixture, or use force (--force) to go on anyway; that is recorded."
             )
         weights = {name: self.weights.get(name, 0.0) for name in manifest.names}
+        if not any(weights.values()):
+            raise InputError(
+                f"nothing of this mixture is left for these shards: it gives weights to {sorted(self.weights)}, the "
+                f"shards have {list(manifest.names)}. Use a mixture that names at least one of them."
+            )
         return Mixture(weights, {**self.provenance, "forced": differences})
+
+
+def _brief(fingerprint: object) -> str:
+    text = str(fingerprint)
+    return text if len(text) <= 20 else f"{text[:20]}…"
 
 
 def check_schema(path: str | os.PathLike[str], raw: Mapping[str, Any]) -> None:

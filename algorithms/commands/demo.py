@@ -47,10 +47,15 @@ def demo(out: Path, steps: int, seed: int, workers: int) -> None:
     from rich.console import Console
 
     from mixer.cli import cli
+    from mixer.errors import InputError
+    from mixer.outputs import make_folder
 
     for package in ("composer", "transformers"):  # known before minutes of work, not after
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    make_folder(out)
+    if any(out.iterdir()) and not (out / "corpus").is_dir():
+        raise InputError(f"{out} is not empty and holds no demo; choose another --out.")
     console = Console(stderr=True)
     start = time.monotonic()
     _prepare(out / "corpus", console)

@@ -19,6 +19,7 @@ from mixer.errors import InputError
 from mixer.manifest import Manifest
 from mixer.mixture import Mixture
 from mixer.names import plain
+from mixer.outputs import check_file
 from mixer.units import parse_count
 
 __all__ = ["propose", "regress"]
@@ -63,6 +64,7 @@ def regress(mixtures: Path, losses: Path, out: Path, shards: Path | None, budget
       mixer regress mixtures.csv losses.csv --pull 0.05 --prior by-size.json --out mixture.json
       mixer regress mixtures.csv losses.csv --shards shards --budget 50M --max-epochs 4 --out mixture.json
     """
+    check_file(out)
     runs, strip = read_runs(mixtures, losses), options.pop("strip")
     runs = runs._replace(domains=tuple(name.removeprefix(strip) for name in runs.domains))
     caps = _caps(runs, shards, options.pop("max_epochs"), budget)

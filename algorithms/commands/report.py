@@ -31,7 +31,9 @@ def report(runs: tuple[Path, ...], out: Path, baseline: str | None, objective: s
     from rich.console import Console
 
     from algorithms.report import comparison_table, write_report
+    from mixer.outputs import check_file
 
+    check_file(out)
     main_runs = write_report(runs, out, baseline=baseline, objective=objective)
     if main_runs:
         Console().print(comparison_table(main_runs, objective))

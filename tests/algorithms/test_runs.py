@@ -118,3 +118,35 @@ def test_a_damaged_result_is_named(tmp_path: Path) -> None:
     (tmp_path / "run" / "result.json").write_text('{"average": 1.')
     with pytest.raises(InputError, match=r"result\.json is damaged"):
         begin_run(tmp_path / "run", SETTINGS)
+
+
+def test_a_folder_that_cannot_be_made_is_a_wrong_input(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot make the folder .*run: Not a directory\. Choose another --out\."):
+        begin_run(tmp_path / "file" / "run", {})
+
+
+def test_a_folder_that_is_not_there_has_no_result(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"there is no folder .*nowhere"):
+        read_result(tmp_path / "nowhere")
+
+
+def test_a_report_is_not_of_scores(tmp_path: Path) -> None:
+    pytest.importorskip("composer", reason="needs the composer extra")
+    from algorithms.report import write_report
+
+    begin_run(tmp_path / "scores", {"command": "score", "shards": {}})
+    finish_run(tmp_path / "scores", {})
+    with pytest.raises(InputError, match="scores was written by `mixer score`; a report is of"):
+        write_report([tmp_path / "scores"], tmp_path / "report.html")
+
+
+def test_the_demo_takes_no_folder_that_holds_something_else(tmp_path: Path) -> None:
+    pytest.importorskip("composer", reason="needs the composer extra")
+    from click.testing import CliRunner
+
+    from algorithms.commands.demo import demo
+
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match="is not empty and holds no demo; choose another --out"):
+        CliRunner().invoke(demo, ["--out", str(tmp_path)], catch_exceptions=False)

@@ -236,6 +236,16 @@ def test_smaller_trained_tokenizer_than_asked_is_told(tmp_path):
     assert warning.startswith(f"the text gave a tokenizer of {manifest.tokenizer.vocab_size} ids, not 400")
 
 
+def test_a_tokenizer_that_cannot_be_written_is_refused_first(tmp_path):
+    with pytest.raises(InputError, match="it is a folder"):
+        train_tokenizer([tmp_path / "nothing"], tmp_path, vocab_size=300)
+
+
+def test_verify_says_in_a_log_how_far_it_is(shards):
+    result = CliRunner().invoke(cli.verify, [str(shards)], catch_exceptions=False)
+    assert "100%" in result.stderr and result.stdout.startswith("No findings")
+
+
 def test_trained_tokenizer_is_the_one_that_convert_trains(tmp_path, shards):
     path = train_tokenizer([tmp_path / "corpus"], tmp_path / "tokenizer.json", vocab_size=300)
     assert path.read_bytes() == (shards / "tokenizer" / "tokenizer.json").read_bytes()

@@ -12,6 +12,8 @@ from click.testing import CliRunner
 from mixer import DataError, InputError, Mixture
 from mixer.budget import REPETITION_DECAY, effective_size, plan_budget
 from mixer.commands import simulate, weigh
+from mixer.folders import load_manifest
+from mixer.outputs import check_file
 from mixer.units import parse_bytes, parse_count
 from tests.helpers import write_shards
 
@@ -80,6 +82,8 @@ def test_mixture_that_cannot_be_written_is_named_as_it_was_asked_for(shards, tmp
     (tmp_path / "file").touch()
     for place in (tmp_path, tmp_path / "file" / "m.json"):  # a folder, and one below a file
         with pytest.raises(DataError, match=f"cannot write the mixture {re.escape(str(place))}: "):
+            Mixture({"web": 1.0}).save(place)
+        with pytest.raises(InputError, match=f"cannot write {re.escape(str(place))}: .* is a f"):  # before the work
             run(shards, "--method", "uniform", "--out", place)
     assert [path.name for path in tmp_path.parent.glob(".*.tmp")] == []
 
@@ -141,6 +145,16 @@ def test_numbers_that_are_none_are_refused(text):
         parse_count(text)
     with pytest.raises(InputError, match="20GB"):
         parse_bytes(text)
+
+
+def test_a_file_may_lie_in_a_folder_that_is_not_there_yet(tmp_path):
+    check_file(tmp_path / "new" / "folder" / "m.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_a_mixture_for_other_domains_force_leaves_nothing(shards):
+    with pytest.raises(InputError, match=r"nothing of this mixture is left .*\['news'\], the shards have \['book', "):
+        Mixture({"news": 1.0}).check(load_manifest(shards), force=True)
 
 
 # --- simulate ------------------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ from algorithms.references import Reference, as_reference
 from algorithms.references.frozen import is_encoder_decoder, language_model, logits_of, unwrapped
 from algorithms.rule_run import RuleRun
 from algorithms.rules.base import Domains, UpdateRule
+from algorithms.same_tokenizer import check_vocabulary
 from algorithms.signals import Signals
 from algorithms.trajectory import Rows
 from mixer.errors import DataError, InputError
@@ -187,6 +188,14 @@ class DomainReweighting(Algorithm):
                 raise InputError("without a rule, and with a loader that has no weights, there is no mixture.")
             facts = {"rule": None, **shards_provenance(self._loader)}
             return Mixture(dict(zip(run.names, drawn.tolist())), {**facts, **provenance})
+        needed = self.rule.first_move(len(run.names))
+        if run.num_updates < needed:
+            log.warning(
+                "after %d updates %r still has the weights it began with: the first that can move them is number %d.",
+                run.num_updates,
+                self.rule.name,
+                needed,
+            )
         facts = {
             "rule": self.rule.name,
             "settings": dict(self.rule.settings),
@@ -237,6 +246,7 @@ class DomainReweighting(Algorithm):
             self._begin(state)
         loader = self._loader = state.dataloader
         check_same_domains(self.domains, domains_of(self._given_domains, loader).names)
+        check_vocabulary(self._model, loader, "the model in training")
         if self.reference is not None:
             self.reference.to(next(state.model.parameters()).device)
             self.reference.bind(self.domains, loader)

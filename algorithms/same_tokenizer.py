@@ -10,7 +10,7 @@ from typing import Any
 from mixer.errors import InputError
 from mixer.manifest import Manifest
 
-__all__ = ["check_tokenizer"]
+__all__ = ["check_tokenizer", "check_vocabulary"]
 
 
 def check_tokenizer(model: str | os.PathLike[str], shards: str | os.PathLike[str], manifest: Manifest) -> None:
@@ -35,6 +35,22 @@ def check_tokenizer(model: str | os.PathLike[str], shards: str | os.PathLike[str
         raise InputError(
             f"the model {model} was trained with another tokenizer: {difference}. Give a model of the shards' "
             "tokenizer, or convert with the model's: mixer convert --tokenizer."
+        )
+
+
+def check_vocabulary(model: Any, loader: Any, what: str) -> None:
+    """Raise InputError where a model knows fewer ids than the shards may hold: an index error, later, says nothing.
+
+    Args:
+        model: nothing is raised where its ``config`` does not tell, or the loader has no manifest.
+        what: what the message calls the model, such as "the reference".
+    """
+    known = getattr(getattr(model, "config", None), "vocab_size", None)
+    used = loader.manifest.tokenizer.vocab_size if hasattr(loader, "manifest") else 0
+    if known is not None and known < used:
+        raise InputError(
+            f"{what} has a vocabulary of {known} ids, the shards use {used}. Give a model of the tokenizer of these "
+            "shards, or convert with the model's: mixer convert --tokenizer."
         )
 
 

@@ -131,16 +131,31 @@ def check_shards(where: Path, settings: Mapping[str, Any], domains: Sequence[str
             "use MixtureLoader, or put the losses into the batch as 'reference_loss'."
         )
     facts = shards_facts(manifest, settings["split"])
-    for key in ("tokenizer", "seq_len", "shards"):
+    for key in ("tokenizer", "seq_len"):
         if settings[key] != facts[key]:
             raise InputError(
                 f"{where} was computed for {key} {settings[key]}, the loader reads {facts[key]}. "
                 "Run `mixer score` for these shards."
             )
+    if settings["shards"] != facts["shards"]:
+        raise InputError(
+            f"{where} was computed for other shards than the loader reads: "
+            f"{_difference(settings['shards'], facts['shards'])}. Run `mixer score` for these shards."
+        )
     if getattr(loader, "split", settings["split"]) != settings["split"]:
         raise InputError(f"{where} holds losses of split {settings['split']!r}, the loader reads {loader.split!r}.")
     if tuple(domains) != tuple(manifest.names):
         raise InputError(f"{where} is of the domains {list(manifest.names)}, the run's are {list(domains)}.")
+
+
+def _difference(scored: Mapping[str, str], read: Mapping[str, str]) -> str:
+    """Say which domains differ in two mappings of domains to fingerprints."""
+    kinds = {
+        "the loader has no domains": sorted(set(scored) - set(read)),
+        "nothing was computed for the domains": sorted(set(read) - set(scored)),
+        "other samples are in the domains": sorted(d for d in set(scored) & set(read) if scored[d] != read[d]),
+    }
+    return "; ".join(f"{kind} {names}" for kind, names in kinds.items() if names)
 
 
 class CachedLosses(Reference):

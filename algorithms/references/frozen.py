@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from algorithms.losses import labels_of, token_losses
 from algorithms.references.base import Reference
-from algorithms.same_tokenizer import check_tokenizer
+from algorithms.same_tokenizer import check_tokenizer, check_vocabulary
 from mixer.errors import InputError
 
 __all__ = ["FrozenModel", "fingerprint_of", "is_encoder_decoder", "language_model", "logits_of", "unwrapped"]
@@ -93,13 +93,7 @@ class FrozenModel(Reference):
                 f"the reference is {kinds[not self._shift]}, the model in training {kinds[not self.shift]}: their "
                 "losses are of different tokens. Give a reference of the same kind."
             )
-        known = getattr(getattr(self.model, "config", None), "vocab_size", None)
-        used = loader.manifest.tokenizer.vocab_size if hasattr(loader, "manifest") else 0
-        if known is not None and known < used:
-            raise InputError(
-                f"the reference has a vocabulary of {known} ids, the shards use {used}. Give a reference that was "
-                "trained with the tokenizer of these shards."
-            )
+        check_vocabulary(self.model, loader, "the reference")
         if self.folder is not None and hasattr(loader, "folder"):
             check_tokenizer(self.folder, loader.folder, loader.manifest)
 

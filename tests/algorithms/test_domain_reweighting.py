@@ -24,6 +24,7 @@ from algorithms.losses import token_losses
 from algorithms.micro_batch import share_of_the_sum
 from algorithms.references import CachedLosses, FrozenModel, LossesInBatch, as_reference
 from algorithms.rules.base import UpdateRule
+from algorithms.rules.odm import odm
 from algorithms.signals import Signals, loss_histogram
 from mixer.errors import DataError, InputError
 from mixer.mixture import Mixture
@@ -382,6 +383,18 @@ def test_updates_every_few_batches_or_samples_use_all_sums_in_between() -> None:
         fit(algorithm, steps=5, micro=12)
         assert algorithm.trajectory.steps.tolist() == rows
     assert algorithm.trajectory.num_tokens.sum(1).tolist() == [3 * 12 * 11, 2 * 12 * 11]
+
+
+def test_a_mixture_that_could_not_move_yet_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    early, moved = DomainReweighting(odm()), DomainReweighting(odm())
+    fit(early, steps=3)
+    assert early.mixture().weights == pytest.approx(dict.fromkeys(DOMAINS, 1 / 3))
+    assert "after 3 updates 'odm' still has the weights it began with" in caplog.text
+    assert "is number 4." in caplog.text
+    caplog.clear()
+    fit(moved, steps=4)
+    assert moved.mixture().weights != pytest.approx(dict.fromkeys(DOMAINS, 1 / 3))
+    assert "still has the weights" not in caplog.text
 
 
 def test_mixture_says_how_it_was_made(tmp_path: Any) -> None:

@@ -130,9 +130,11 @@ def test_composers_own_metrics_see_labels_in_training_and_evaluation(shards: Pat
     assert np.isfinite(log.series["metrics/held-out/LanguageCrossEntropy"][0][1].item())
 
 
-def test_a_reference_with_a_smaller_vocabulary_is_refused(shards: Path) -> None:
+def test_a_model_with_a_smaller_vocabulary_is_refused(shards: Path) -> None:
     small = llama()
     small.resize_token_embeddings(VOCAB - 1)
+    with pytest.raises(InputError, match="the model in training has a vocabulary of 31 ids, the shards use 32"):
+        fit(DomainReweighting(group_dro()), model=wrap(small), loader=make_loader(shards))
     with pytest.raises(InputError, match="the reference has a vocabulary of 31 ids, the shards use 32"):
         fit(DomainReweighting(doremi(), reference=small), loader=make_loader(shards))
 

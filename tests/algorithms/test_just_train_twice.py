@@ -166,6 +166,6 @@ def test_the_second_model_trains_on_them(shards: Path, tmp_path: Path) -> None:
 def test_scores_of_other_shards_are_refused(shards: Path, tmp_path: Path) -> None:
     other = write_shards(tmp_path / "other", {**SIZES, "books": 31}, seq_len=12, vocab_size=VOCAB, rows=row)
     scores = score(other, FrozenModel(llama()), tmp_path / "scores", per="sample")
-    with pytest.raises(InputError, match="was computed for shards"):
+    with pytest.raises(InputError, match="computed for other shards than the loader reads"):
         upsample(shards, scores, tmp_path / "again")
     assert not (tmp_path / "again").exists()

@@ -118,15 +118,20 @@ def test_scores_of_another_model_do_not_mix(shards: Path, scores: Path) -> None:
 
 
 def test_scores_of_other_shards_are_refused(scores: Path, tmp_path: Path) -> None:
-    other = write_shards(tmp_path / "other", {**SIZES, "web": 91}, seq_len=12, vocab_size=VOCAB, rows=row)
-    with pytest.raises(InputError, match=r"was computed for shards .* the loader reads"):
+    sizes = {"books": SIZES["books"], "web": 91}
+    other = write_shards(tmp_path / "other", sizes, seq_len=12, vocab_size=VOCAB, rows=row)
+    message = (
+        r"other shards than the loader reads: the loader has no domains \['code'\]; other samples are in the domains "
+        r"\['web'\]\. Run `mixer score`"
+    )
+    with pytest.raises(InputError, match=message):
         fit(DomainReweighting(doremi(), reference=scores), loader=make_loader(other))
 
 
 def test_a_loop_of_ones_own_is_bound_to_its_shards_alike(shards: Path, scores: Path, tmp_path: Path) -> None:
     DomainLosses(make_loader(shards), reference=CachedLosses(scores))
     other = write_shards(tmp_path / "other", {**SIZES, "web": 91}, seq_len=12, vocab_size=VOCAB, rows=row)
-    with pytest.raises(InputError, match=r"was computed for shards .* the loader reads"):
+    with pytest.raises(InputError, match=r"loader reads: other samples are in the domains .*'web'\]"):
         DomainLosses(make_loader(other), reference=CachedLosses(scores))
     with pytest.raises(InputError, match=r"names alone do not say which are read: DomainLosses\(loader"):
         DomainLosses(list(SIZES), reference=CachedLosses(scores))

@@ -114,8 +114,7 @@ def comparison_table(runs: Sequence[Path], objective: str | Mapping[str, float] 
     """
     results = {_name(run, runs): read_result(run) for run in runs}
     first = next(iter(results.values()))
-    # Tokens, which is what weights are shares of where samples differ in length; older results know samples only.
-    unit, sizes = ("tokens", first["sizes"]) if "sizes" in first else ("samples", first["num_samples"])
+    unit, sizes = _sizes(first)
     total = sum(sizes.values())
     best = {name: min(result["heldout"][name]["loss"] for result in results.values()) for name in sizes}
     title = "Held-out log-perplexity (nats per token) under each mixture"
@@ -146,6 +145,18 @@ def comparison_table(runs: Sequence[Path], objective: str | Mapping[str, float] 
     return table
 
 
+def _sizes(result: Mapping[str, Any]) -> tuple[str, dict[str, int]]:
+    """Tokens, which is what weights are shares of where samples differ in length; older results know samples only."""
+    return ("tokens", result["sizes"]) if "sizes" in result else ("samples", result["num_samples"])
+
+
+def _shares(run: Path) -> dict[str, float]:
+    """Return each domain's share of the data that a run was of, the largest first."""
+    _, sizes = _sizes(read_result(run))
+    total = sum(sizes.values())
+    return {name: sizes[name] / total for name in sorted(sizes, key=lambda name: -sizes[name])}
+
+
 def _totals(
     results: Sequence[Mapping[str, Any]], objective: str | Mapping[str, float] | None
 ) -> dict[str, list[float]]:
@@ -155,7 +166,7 @@ def _totals(
         return totals
     first = results[0]
     weights = objective if isinstance(objective, Mapping) else None
-    weights = weights or objective_weights(str(objective), first.get("sizes") or first["num_samples"])
+    weights = weights or objective_weights(str(objective), _sizes(first)[1])
     losses = [{name: row["loss"] for name, row in result["heldout"].items()} for result in results]
     return {**totals, "objective": [weighted_average(row, weights) for row in losses]}
 
@@ -187,7 +198,8 @@ def write_report(
     comparison = None
     if len(mains) > 1:
         losses = {
-            _name(run, mains): {name: row["loss"] for name, row in read_result(run)["heldout"].items()} for run in mains
+            _name(run, mains): {name: read_result(run)["heldout"][name]["loss"] for name in _shares(mains[0])}
+            for run in mains
         }
         comparison = _embed(
             plot_comparison(out.with_suffix(".comparison.png"), losses, baseline=_baseline(mains, baseline))
@@ -202,12 +214,19 @@ def write_report(
                     "settings": read_settings(run),
                     "result": read_result(run),
                     "mixture": Mixture.load(run / "mixture.json"),
+                    "shares": _shares(_last_round(run) / "proxy"),
                     "plots": plots[str(run)],
                 }
                 for run in searches
             ],
             mains=[
-                {"name": _name(run, mains), "settings": read_settings(run), "result": read_result(run)} for run in mains
+                {
+                    "name": _name(run, mains),
+                    "settings": read_settings(run),
+                    "result": read_result(run),
+                    "shares": _shares(run),
+                }
+                for run in mains
             ],
             best={
                 name: min(read_result(run)["heldout"][name]["loss"] for run in mains)

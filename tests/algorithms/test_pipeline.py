@@ -430,6 +430,9 @@ def test_the_report_shows_every_run(shards: Path, search: Path, tmp_path: Path) 
     result = json.loads((mains[0] / "result.json").read_text())
     assert f"{result['average']:.3f}" in page and f"{result['heldout']['wiki']['loss']:.3f}" in page
     assert page.count("data:image/png;base64,") == len(draw_search(search)) + 1
+    total = sum(result["sizes"].values())
+    for name, size in result["sizes"].items():  # in the table of the search, and in that of the main runs
+        assert page.count(f"<td>{name}</td><td>{100 * size / total:.2f}%</td>") == 2
     table = comparison_table(mains)
     assert [str(column.header) for column in table.columns][2::2] == ["proportional\nweight", "uniform\nweight"]
     with pytest.raises(InputError, match="no run 'main-x' to compare with; there are proportional, uniform"):

@@ -60,6 +60,8 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
     ) -> None:
         if dtype not in ("int64", "stored"):
             raise InputError(f"dtype must be 'int64' or 'stored'; got {dtype!r}.")
+        if isinstance(columns, str):
+            raise InputError(f"columns takes names of columns in a list; got {columns!r}. Write [{columns!r}].")
         self._as_int64 = dtype == "int64"
         self.manifest = manifest or load_manifest(root, cache)
         self.domains = self.manifest.names

@@ -31,6 +31,7 @@ Ids = NDArray[np.int64]
 Weights = Mapping[str, float] | Sequence[float] | Vector
 
 VERSION = 1
+_STATE = {"seed", "window", "step", "batch_size", "scheduled", "domains"}
 _FINGERPRINT = 16  # hex digits kept in a state: enough to tell data apart, and short
 _FOREVER = np.int64(1) << np.int64(62)
 
@@ -206,7 +207,8 @@ class Mixer:
     def _allocate(self, weights: Vector) -> tuple[Ids, Vector]:
         if self._limits is None:
             return self._share_out(weights, self._credit, self.batch_size)
-        remaining = self._limits - self._positions
+        # Below 0 where a run goes on with less than it has read.
+        remaining = np.maximum(self._limits - self._positions, 0)
         if (remaining > 0).all():
             counts, credit = self._share_out(weights, self._credit, self.batch_size)
             if not (counts > remaining).any():
@@ -433,7 +435,9 @@ class Mixer:
 
     def _checked(self, state: Mapping[str, Any], remap: bool) -> Mapping[str, Any]:
         """Return the saved domains, or refuse a state that was made for something else."""
-        if state.get("version") != VERSION or "domains" not in state:
+        if not isinstance(state, Mapping):
+            raise InputError(f"a mixer state is a dict, as state_dict() returns it; got {state!r:.80}.")
+        if state.get("version") != VERSION or not _STATE <= set(state):
             raise InputError(
                 f"this is not a mixer state of version {VERSION}: it has version {state.get('version')!r} and keys"
                 f" {sorted(state)[:8]}. Load it with the version of domain-mixer that saved it."

@@ -58,7 +58,12 @@ def test_columns_belong_to_the_samples_that_the_ids_name(shards):
 
 
 @pytest.mark.parametrize(
-    ("columns", "text"), [(["title"], r"'code' has no columns \['title'\]"), (["blob"], "as pickle")]
+    ("columns", "text"),
+    [
+        (["title"], r"'code' has no columns \['title'\]"),
+        (["blob"], "as pickle"),
+        ("text", r"names of columns in a list; got 'text'\. Write \['text'\]"),
+    ],
 )
 def test_unknown_and_unsafe_columns_are_refused(shards, columns, text):
     with pytest.raises(InputError, match=text):

@@ -146,6 +146,19 @@ def test_a_batch_that_cannot_be_filled_moves_nothing(policy):
     assert mixer.state_dict() == before
 
 
+def test_run_may_go_on_with_fewer_epochs_than_a_domain_was_read():
+    mixer = make()
+    for _ in range(5):
+        mixer.next_batch()  # of "book" more than one epoch
+    state, others = mixer.state_dict(), make(on_exhausted="drop")
+    others.load_state_dict(state)
+    assert others.next_batch().counts[0] == 0
+    refusing = make(max_epochs=1)
+    refusing.load_state_dict(state)
+    with pytest.raises(ExhaustedError, match="'book' after 1 epochs"):
+        refusing.next_batch()
+
+
 def test_fraction_of_an_epoch_is_not_lost_to_rounding():
     assert make(sizes={"a": 30}, weights=[1], max_epochs=0.1, on_exhausted="stop").sample_limits.tolist() == [3]
 

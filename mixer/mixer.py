@@ -437,7 +437,7 @@ class Mixer:
         """Return the saved domains, or refuse a state that was made for something else."""
         if not isinstance(state, Mapping):
             raise InputError(f"a mixer state is a dict, as state_dict() returns it; got {state!r:.80}.")
-        if state.get("version") != VERSION or not _STATE <= set(state):
+        if state.get("version") != VERSION or not _STATE.issubset(state):
             raise InputError(
                 f"this is not a mixer state of version {VERSION}: it has version {state.get('version')!r} and keys"
                 f" {sorted(state)[:8]}. Load it with the version of domain-mixer that saved it."

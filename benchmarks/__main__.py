@@ -1,7 +1,7 @@
 """Run the quick measurements one after another, each in its own process so that none warms up another.
 
     python -m benchmarks            # minutes; small data
-    python -m benchmarks --full     # an hour: what the README shows
+    python -m benchmarks --full     # an hour: what docs/benchmarks.md shows
 
 ``python -m benchmarks.peers`` installs what we compare with, once. ``summary`` puts what concerns the loader into one
 table beside the goals.

@@ -18,7 +18,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
 from mixer.names import plot_label
@@ -94,7 +93,7 @@ def plot_comparison(path: str | os.PathLike[str], losses: Mapping[str, Mapping[s
     domains = list(losses[baseline])
     others = [name for name in losses if name != baseline]
     with plt.rc_context(_RC):
-        figure, axes = plt.subplots(figsize=(8, 0.9 + 0.32 * len(domains) * max(1, len(others))))
+        figure, axes = plt.subplots(figsize=(8, 0.9 + len(domains) * max(0.32, 0.2 * len(others))))
         height = 0.8 / max(1, len(others))
         for row, name in enumerate(others):
             colour, _ = look(row)
@@ -113,14 +112,14 @@ def plot_comparison(path: str | os.PathLike[str], losses: Mapping[str, Mapping[s
                 )
         axes.axvline(0, color="#333333", linewidth=0.8)
         axes.set_yticks(np.arange(len(domains)), [plot_label(domain) for domain in domains])
-        axes.invert_yaxis()
+        axes.set_ylim(len(domains) - 0.5, -0.5)
         axes.margins(x=0.15)
-        axes.set(
-            title=f"Held-out loss against the {plot_label(baseline)} mixture (left is better)",
-            xlabel="difference in nats per token",
-        )
-        below = axes.transAxes + ScaledTranslation(0, -0.5, figure.dpi_scale_trans)  # half an inch, under the label
-        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, ncols=4)
+        axes.set_xlabel("difference in nats per token")
+        # Above the bars, where it is seen first, however many domains follow.
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0)
+        legend_lines = -(-len(others) // 4)
+        title = f"Held-out loss against the {plot_label(baseline)} mixture (left is better)"
+        axes.set_title(title, pad=8 + 20 * legend_lines)
         return _save(figure, path)
 
 

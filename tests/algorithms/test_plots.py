@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.text import Annotation
 
-from algorithms.plots import plot_trajectory
+from algorithms.plots import plot_comparison, plot_trajectory
 from mixer.pictures import GREY, MAX_NAMED, spread
 
 
@@ -67,6 +67,17 @@ def test_what_comes_of_the_weights_is_marked_beside_where_they_ended(tmp_path, f
     marks = [line for line in lines if line.get_marker() == "D"]
     assert [mark.get_ydata().tolist() for mark in marks] == [[0.6], [0.4]]
     assert [mark.get_color() for mark in marks] == [line.get_color() for line in lines[:2]]
+
+
+def test_a_comparison_names_its_runs_above_the_bars_however_many_domains_there_are(tmp_path, figures):
+    losses = {run: {f"d{index}": 3.0 + index for index in range(40)} for run in ("main", "other", "third")}
+    plot_comparison(tmp_path / "c.png", losses, baseline="main")
+    (axes,) = figures[0].axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["other", "third"]
+    renderer = figures[0].canvas.get_renderer()
+    legend, title = axes.get_legend().get_window_extent(renderer), axes._left_title.get_window_extent(renderer)
+    assert axes.bbox.y1 - 1 <= legend.y0 < legend.y1 <= title.y0
+    assert axes.get_ylim() == (39.5, -0.5)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(0.001, 0.2))

@@ -74,8 +74,7 @@ def test_a_comparison_names_its_runs_above_the_bars_however_many_domains_there_a
     plot_comparison(tmp_path / "c.png", losses, baseline="main")
     (axes,) = figures[0].axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["other", "third"]
-    renderer = figures[0].canvas.get_renderer()
-    legend, title = axes.get_legend().get_window_extent(renderer), axes._left_title.get_window_extent(renderer)
+    legend, title = axes.get_legend().get_window_extent(), axes._left_title.get_window_extent()
     assert axes.bbox.y1 - 1 <= legend.y0 < legend.y1 <= title.y0
     assert axes.get_ylim() == (39.5, -0.5)
 

@@ -197,8 +197,8 @@ def convert(
         with _naming_full_disk(job.out), workplace.locked(job) as locks, kept_running(engine, workers):
             manifest = workplace.finished(job)  # another process may have finished it just now
             if manifest is None:
-                workplace.begin(job)
-                start_workers(workers, len(plan.units))
+                job = workplace.begin(job)
+                start_workers(workers, len(job.plan.units))
                 manifest = pack(job, tokenize(job), locks)
             workplace.clean_up(job, locks, keep_stage or stage is not None)
     return manifest

@@ -11,6 +11,7 @@ import fnmatch
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import os
 from collections import Counter
@@ -40,9 +41,10 @@ from converters.token_shards import holds_tokens, in_its_domain, is_conversion_f
 from converters.urls import is_url, without_query
 from mixer.errors import DataError, InputError
 
-__all__ = ["Plan", "Unit", "difference", "make_plan"]
+__all__ = ["CHOOSING", "Plan", "Unit", "around_finished", "difference", "is_mended", "make_plan", "piece_keys"]
 
 _HEAD_BYTES = 1 << 20
+CHOOSING = ("include", "exclude")  # options that say which files are inputs, and nothing of their text
 _MIN_UNIT, _MAX_UNIT = 2 << 20, 128 << 20
 
 
@@ -109,6 +111,7 @@ def make_plan(
         files, rows = [files[number] for number in new], [rows[number] for number in new]
         warnings = _copies_of_known(rows, known)
     unit_bytes = options.unit_bytes or _default_unit(sum(piece.size_bytes for piece in files))
+    files = [piece._replace(digest=f"{row['version']} {row['hash']}") for piece, row in zip(files, rows)]
     pieces = (part for piece in files for part in _cut(piece, unit_bytes))
     units = [Unit(number, tuple(group)) for number, group in enumerate(_grouped(pieces, unit_bytes))]
     facts = {**options.facts(), "unit_bytes": unit_bytes, "tokenizer": dict(tokenizer)}
@@ -127,7 +130,8 @@ def _require_token_shards(files: Sequence[Piece], options: StageOptions) -> None
 
 
 def _default_unit(total_bytes: int) -> int:
-    return max(_MIN_UNIT, min(_MAX_UNIT, total_bytes // 256))
+    """Return a power of two, which stays the same if a file is mended or left out."""
+    return 1 << max(_MIN_UNIT, min(_MAX_UNIT, total_bytes // 256)).bit_length() - 1
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -418,6 +422,59 @@ def _grouped(pieces: Iterator[Piece], unit_bytes: int) -> Iterator[list[Piece]]:
         size += piece_bytes(piece)
     if group:
         yield group
+
+
+# --- going on ------------------------------------------------------------------------------------------------------
+
+
+def piece_keys(unit: Unit) -> list[str]:
+    """Return for each piece of a unit what tells it, and its file's content, from all others."""
+    facts = ([piece.root, piece.name, piece.digest, piece.start, piece.stop] for piece in unit.pieces)
+    return [xxhash.xxh3_64_hexdigest(orjson.dumps(each)) for each in facts]
+
+
+def around_finished(plan: Plan, finished: Mapping[int, Sequence[str]]) -> Plan | None:
+    """Return the plan with units that were finished before as they were, and all else cut anew around them.
+
+    Args:
+        finished: the keys of their pieces, by number.
+    Returns: None if the plan lacks a piece of them, or has it elsewhere.
+    """
+    firsts = {keys[0]: number for number, keys in finished.items()}
+    pieces = [piece for unit in plan.units for piece in unit.pieces]
+    keys = [key for unit in plan.units for key in piece_keys(unit)]
+    free = (number for number in itertools.count() if number not in finished)
+    units: list[Unit] = []
+    loose: list[Piece] = []
+
+    def cut_loose() -> None:
+        units.extend(Unit(next(free), tuple(group)) for group in _grouped(iter(loose), plan.facts["unit_bytes"]))
+        loose.clear()
+
+    at = 0
+    while at < len(pieces):
+        number = firsts.pop(keys[at], None)
+        if number is None:
+            loose.append(pieces[at])
+            at += 1
+            continue
+        stop = at + len(finished[number])
+        if keys[at:stop] != list(finished[number]):
+            return None
+        cut_loose()
+        units.append(Unit(number, tuple(pieces[at:stop])))
+        at = stop
+    cut_loose()
+    return None if firsts else plan._replace(units=units)
+
+
+def is_mended(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return whether files were only written anew, or chosen by other globs, since a plan was written down."""
+    if any(before.get(key) != now.get(key) for key in {*before, *now} - {"inputs", "units", *CHOOSING}):
+        return False
+    if any(before[key] != now[key] for key in CHOOSING):
+        return True
+    return [row["name"] for row in before["inputs"]] == [row["name"] for row in now["inputs"]]
 
 
 # --- comparing -----------------------------------------------------------------------------------------------------

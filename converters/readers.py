@@ -41,7 +41,8 @@ MAX_RECORD_BYTES = 8 << 20  # by default: a text takes up to four times as much,
 class Piece(NamedTuple):
     """A part of one input file: all of it (``stop`` None), a byte range of lines, or a range of row groups.
 
-    ``name`` is what people and domain rules see: the path below the input it was found in.
+    ``name`` is what people and domain rules see: the path below the input it was found in. ``digest`` tells the file's
+    content, as far as a changed one is noticed.
     """
 
     path: str
@@ -53,6 +54,7 @@ class Piece(NamedTuple):
     start: int = 0
     stop: int | None = None
     max_record_bytes: int = MAX_RECORD_BYTES
+    digest: str = ""
 
 
 class Row(NamedTuple):

@@ -7,10 +7,12 @@ with the difference.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
+import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,15 @@ from converters.inspecting import read_index
 from converters.job import PACK, QUARANTINE, STAGE, TOKENIZER, Job
 from converters.locations import Location, children, load_manifest, remove_tree, write_whole
 from converters.locks import Lock, lock
-from converters.plan import difference
+from converters.plan import CHOOSING, around_finished, difference, is_mended, piece_keys
 from mixer.errors import InputError
 from mixer.manifest import FILE_NAME, Manifest, domain_folder
 from mixer.mds import index_bytes
 from mixer.side_columns import FOLDER as COLUMNS
 
 __all__ = ["begin", "clean_up", "clear", "finished", "has_leftovers", "locked"]
+
+log = logging.getLogger(__name__)
 
 
 def clear(job: Job) -> bool:
@@ -104,7 +108,7 @@ def finished(job: Job, is_ours: bool = False) -> Manifest | None:
         manifest = load_manifest(job.out)
         before, now = dict(manifest.converter.get("request", {})), job.request()
         if job.base is not None:
-            for facts, name in itertools.product((before, now), ("source", "include", "exclude")):
+            for facts, name in itertools.product((before, now), ("source", *CHOOSING)):
                 facts.pop(name, None)
         if before.get("source") != now.get("source"):
             _name_inputs(job, manifest, before, now)
@@ -142,27 +146,62 @@ def has_leftovers(job: Job) -> bool:
     return (job.out / PACK).exists()
 
 
-def begin(job: Job) -> None:
+def begin(job: Job) -> Job:
     """Write down what is asked, or compare it with what was asked before; clear what a killed run half wrote.
 
-    A request that led to no unit, or no shard, gives way to another one.
+    A request that led to no unit, or no shard, gives way to another one, and a file that no finished unit is of to a
+    mended one. Returns the job with the units that are finished under the numbers that they have.
     """
     _remove_half_written(job)
-    staged = {**job.plan.facts, "inputs": job.plan.inputs}
-    if job.tokenizer is not None:  # it may be one that was trained for the shards to extend
-        staged["tokenizer"] = {**staged["tokenizer"], "fingerprint": job.tokenizer.fingerprint}
-    if not children(job.stage / "units") and _differs(job.stage / "plan.json", staged):
-        for name in ("tokenizer.json", "plan.json"):
-            (job.stage / name).unlink(missing_ok=True)
-    option = "--out" if job.stage == job.out / STAGE else "--stage"
-    _same_or_new(job.stage / "plan.json", staged, job.stage, option, is_extended=job.base is not None)
+    job = _with_units_of_before(job)
     request = job.request()
     if job.base is not None:
         request["extends"] = hashlib.sha256(job.base.to_json().encode()).hexdigest()
     if not _has_shards(job, request):
         remove_tree(job.out / PACK / "shards")
         (job.out / PACK / "request.json").unlink(missing_ok=True)
-    _same_or_new(job.out / PACK / "request.json", request, job.out, "--out", is_extended=job.base is not None)
+    file = job.out / PACK / "request.json"
+    before = _load(file)
+    if before is None:
+        write_whole(file, orjson.dumps(request))
+    else:
+        _refuse_difference(before, request, job.out, "--out", is_extended=job.base is not None)
+    return job
+
+
+def _with_units_of_before(job: Job) -> Job:
+    """Write the plan down; return the job with the units that are finished under the numbers that they have."""
+    file = job.stage / "plan.json"
+    finished = {name for name in children(job.stage / "units") if name.isdigit()}
+    before, facts = _load(file), _staged_facts(job)
+    units = {} if before is None else before.pop("units", {})
+    lines = [] if before is None else difference(before, facts)
+    if lines and not finished:
+        (job.stage / "tokenizer.json").unlink(missing_ok=True)
+        before, lines = None, []
+    plan = around_finished(job.plan, {int(name): units.get(name, [""]) for name in finished})
+    if before is not None and lines:
+        if plan is None or job.tokenizer is None or not is_mended(before, facts):
+            option = "--out" if job.stage == job.out / STAGE else "--stage"
+            _refuse_difference(before, facts, job.stage, option, is_extended=job.base is not None)
+        log.warning("%s. None of this is in a finished unit: all %s stay.", _listed(lines), f"{len(finished):,}")
+    if plan is None:
+        raise InputError(
+            f"{job.stage} holds units of inputs that were named otherwise (NAME=PATH), or cut by another version."
+            " Name them as before, choose another folder, or start over with --fresh."
+        )
+    keys = {f"{unit.number:06d}": piece_keys(unit) for unit in plan.units}
+    if before is None or lines or keys != units:
+        write_whole(file, orjson.dumps({**facts, "units": keys}))
+    return dataclasses.replace(job, plan=plan)
+
+
+def _staged_facts(job: Job) -> dict[str, Any]:
+    """Return what decides the contents of the stage, as JSON gives it back."""
+    facts: dict[str, Any] = {**job.plan.facts, "inputs": job.plan.inputs}
+    if job.tokenizer is not None:  # it may be one that was trained for the shards to extend
+        facts["tokenizer"] = {**facts["tokenizer"], "fingerprint": job.tokenizer.fingerprint}
+    return orjson.loads(orjson.dumps(facts))
 
 
 def _has_shards(job: Job, request: Mapping[str, Any]) -> bool:
@@ -202,19 +241,6 @@ def clean_up(job: Job, locks: list[Lock], keep_stage: bool) -> None:
     remove_tree(job.out / PACK)  # last: while it is there, something may be left to tidy up
 
 
-def _same_or_new(file: Location, facts: dict[str, Any], folder: Location, option: str, is_extended: bool) -> None:
-    before = _load(file)
-    if before is None:
-        write_whole(file, orjson.dumps(facts))
-    else:
-        _refuse_difference(before, facts, folder, option, is_extended)
-
-
-def _differs(file: Location, facts: dict[str, Any]) -> bool:
-    before = _load(file)
-    return before is not None and bool(difference(before, orjson.loads(orjson.dumps(facts))))
-
-
 def _load(file: Location) -> dict[str, Any] | None:
     try:
         return orjson.loads(file.read_bytes())
@@ -233,7 +259,6 @@ def _refuse_difference(
     lines = difference(before, orjson.loads(orjson.dumps(now)))
     if not lines:
         return
-    more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
     only_new = all(
         line.startswith("extensions: ") or (line.startswith("inputs: ") and line.endswith(" is new")) for line in lines
     )
@@ -244,5 +269,8 @@ def _refuse_difference(
         advice = f"An extension has the options of before: repeat those, or choose another {option}."
     else:
         advice = "Repeat those, or start the extension over with --extend --fresh, which leaves finished shards alone."
-    changes = "; ".join(lines[:8]) + more
-    raise InputError(f"{folder} holds a conversion with other inputs or options: {changes}. {advice}")
+    raise InputError(f"{folder} holds a conversion with other inputs or options: {_listed(lines)}. {advice}")
+
+
+def _listed(lines: Sequence[str]) -> str:
+    return "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gzip
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from converters import committing, convert, tokenizing
-from mixer.errors import InputError
+from mixer.errors import DataError, InputError
 from tests.converters.corpora import tree_hash, write_corpus, write_jsonl
 
 OPTIONS = {"tokenizer": None, "train_tokenizer": 300, "seq_len": 32, "unit_size": 1500, "shard_size": 4000}
@@ -293,6 +294,44 @@ def test_file_that_was_written_anew_is_refused_while_it_is_being_converted(tmp_p
     os.utime(tmp_path / "corpus" / "web" / "a.jsonl", (1, 1))
     with pytest.raises(InputError, match=r"a.jsonl has the same size and ends, but was written anew\. Repeat"):
         convert([tmp_path / "corpus"], tmp_path / "shards", **OPTIONS)
+
+
+def archives(folder: Path, damaged: str) -> Path:
+    """Write archives of which several make a unit; the damaged one is the second half of its unit."""
+    for number in range(6):
+        write_jsonl(folder / "web" / f"{number}.jsonl", [f"{number} {line} {'xyz' * 20}" for line in range(40)])
+    for path in sorted((folder / "web").iterdir()):
+        data = gzip.compress(path.read_bytes(), mtime=0)
+        path.with_name(f"{path.name}.gz").write_bytes(data[: len(data) // 3] if path.name == damaged else data)
+        path.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("way", ["mended", "left out"])
+def test_damaged_file_can_be_mended_or_left_out_and_finished_units_stay(tmp_path, monkeypatch, caplog, way):
+    corpus = archives(tmp_path / "corpus", damaged="3.jsonl")
+    size = (corpus / "web" / "0.jsonl.gz").stat().st_size
+    options: dict = {"tokenizer": "bytes", "seq_len": 32, "unit_size": int(size * 1.5), "held_out": 0.1}
+    with pytest.raises(DataError, match=r"3.jsonl.gz is truncated or damaged .* leave it out with --exclude"):
+        convert([corpus], tmp_path / "shards", **options)
+    assert finished_units(tmp_path / "shards") >= 2
+    if way == "mended":
+        shutil.copy(archives(tmp_path / "good", damaged="") / "web" / "3.jsonl.gz", corpus / "web")
+    else:
+        options["exclude"] = ["3.jsonl.gz"]
+    staged: list[str] = []
+    original = tokenizing.stage_unit
+
+    def recording(task):
+        staged.extend(piece.name for piece in task.unit.pieces)
+        return original(task)
+
+    monkeypatch.setattr("converters.tokenizing.stage_unit", recording)
+    convert([corpus], tmp_path / "shards", **options)
+    assert "web/0.jsonl.gz" not in staged
+    assert "None of this is in a finished unit" in caplog.text
+    convert([corpus], tmp_path / "direct", **options)
+    assert tree_hash(tmp_path / "shards") == tree_hash(tmp_path / "direct")
 
 
 @pytest.mark.parametrize("is_fresh", [False, True], ids=["", "fresh"])

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -82,12 +82,17 @@ def read_runs(mixtures: str | os.PathLike[str], losses: str | os.PathLike[str]) 
 
     Mixtures are normalised: printed weights rarely sum to 1.
 
-    Raises: InputError: if the runs differ, or an entry is not a number.
+    Raises: InputError: if the runs differ, or an entry is not a finite number, naming the run.
     """
     domains, numbers, weights = _read_table(mixtures)
     metrics, others, values = _read_table(losses)
+    if len(numbers) != len(others):
+        raise InputError(f"{mixtures} has {len(numbers)} runs, {losses} {len(others)}; they must agree.")
     if numbers != others:
-        raise InputError(f"{mixtures} has the runs {numbers[:3]}..., {losses} has {others[:3]}...; they must agree.")
+        place = next(n for n, (one, other) in enumerate(zip(numbers, others)) if one != other)
+        raise InputError(
+            f"run {place + 1} of {mixtures} is {numbers[place]!r}, of {losses} {others[place]!r}; they must agree."
+        )
     if np.any(weights < 0) or np.any(weights.sum(axis=1) <= 0):
         raise InputError(f"{mixtures} has a run whose weights are negative or all 0.")
     untried = [name for name, used in zip(domains, weights.any(axis=0)) if not used]
@@ -267,12 +272,31 @@ _SMOOTHING = 0.002
 def _read_table(path: str | os.PathLike[str]) -> tuple[tuple[str, ...], list[str], Matrix]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            header, *rows = list(csv.reader(file))
-        return tuple(header[1:]), [row[0] for row in rows], np.array([[float(x) for x in row[1:]] for row in rows])
+            header, *rows = [row for row in csv.reader(file) if row]
     except OSError as error:
         raise InputError(f"cannot read the runs {path}: {error.strerror}.") from error
     except ValueError as error:
         raise InputError(f"{path} is not a table of runs, a header and a row of numbers per run: {error}.") from error
+    names = header[1:]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"the header of {path} has the columns {twice} more than once; give each a name of its own.")
+    return tuple(names), [row[0] for row in rows], np.array([_numbers(path, row, names) for row in rows])
+
+
+def _numbers(path: str | os.PathLike[str], row: Sequence[str], names: Sequence[str]) -> list[float]:
+    where = f"{path} is not a table of runs, a header and a row of numbers per run: the run {row[0]!r} has"
+    if len(row) != len(names) + 1:
+        raise InputError(f"{where} {len(row) - 1} entries, the header {len(names)} after the first column.")
+    numbers = []
+    for name, text in zip(names, row[1:]):
+        try:
+            numbers.append(float(text))
+        except ValueError:
+            numbers.append(np.nan)
+        if not np.isfinite(numbers[-1]):
+            raise InputError(f"{where} {text!r} for {name!r}. Leave the run out of both tables.")
+    return numbers
 
 
 def checked_runs(mixtures: ArrayLike, losses: ArrayLike) -> tuple[Matrix, Matrix]:

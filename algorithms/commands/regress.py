@@ -20,6 +20,7 @@ from mixer.manifest import Manifest
 from mixer.mixture import Mixture
 from mixer.names import plain
 from mixer.outputs import check_file
+from mixer.projection import project
 from mixer.units import parse_count
 
 __all__ = ["propose", "regress"]
@@ -93,6 +94,7 @@ def propose(
     if law != "log-linear" and objective == "worst":
         raise InputError("--objective worst needs the log-linear law, whose least losses are known exactly.")
     uniform = np.full(len(runs.domains), 1.0 / len(runs.domains))
+    project(uniform, floor, upper, names=runs.domains)  # bounds that leave no mixture are an error that names domains
     metrics = list(runs.metrics)
     if law == "trees":  # a thousand for each loss: one fit, of what is aimed at
         runs, importance = runs._replace(losses=(runs.losses @ importance)[:, None]), np.ones(1)

@@ -201,12 +201,29 @@ def test_tables_of_different_runs_are_refused_and_printed_weights_normalised(tmp
     runs = read_runs(tmp_path / "w.csv", tmp_path / "l.csv")
     assert runs.domains == ("code", "web") and runs.metrics == ("loss",)
     np.testing.assert_allclose(runs.mixtures, [[0.25, 0.75], [0.5, 0.5]])
-    with pytest.raises(InputError, match="they must agree"):
+    with pytest.raises(InputError, match=r"run 2 of .*w.csv is '2', of .*other.csv '3'; they must agree"):
         read_runs(tmp_path / "w.csv", tmp_path / "other.csv")
-    with pytest.raises(InputError, match="not a table of runs"):
+    with pytest.raises(InputError, match=r"not a table of runs.* the run '1' has 'much' for 'loss'"):
         read_runs(tmp_path / "w.csv", tmp_path / "broken.csv")
     with pytest.raises(InputError, match="cannot read the runs"):
         read_runs(tmp_path / "absent.csv", tmp_path / "l.csv")
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ("index,loss\n1,3.0\n", r"w.csv has 2 runs, .*l.csv 1; they must agree"),
+        ("index,loss\n1,3.0\n2,nan\n", r"the run '2' has 'nan' for 'loss'\. Leave the run out of both"),
+        ("index,loss\n1,3.0\n2,2.5,1\n", r"the run '2' has 2 entries, the header 1 after the first"),
+        ("index,loss,loss\n1,3,3\n2,2,2\n", r"the header of .*l.csv has the columns \['loss'\] more than once"),
+        ("", "l.csv is not a table of runs"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_named(tmp_path, losses, message):
+    (tmp_path / "w.csv").write_text("index,code,web\n1,0.2,0.6\n2,0.5,0.5\n\n")
+    (tmp_path / "l.csv").write_text(losses)
+    with pytest.raises(InputError, match=message):
+        read_runs(tmp_path / "w.csv", tmp_path / "l.csv")
 
 
 # ---------------------------------------------------------------- the command
@@ -246,6 +263,8 @@ def test_the_command_caps_domains_by_what_the_shards_hold(tmp_path):
     assert Mixture.load(tmp_path / "m.json").weights["code"] == pytest.approx(2 * 160 / 1000, abs=1e-6)
     with pytest.raises(InputError, match="belong together"):
         CliRunner().invoke(regress, [*arguments, "--max-epochs", "2"], catch_exceptions=False)
+    with pytest.raises(InputError, match=r"they sum to 1.5 > 1 \(code 0.5, law 0.5, web 0.5\)"):
+        CliRunner().invoke(regress, [*arguments, "--floor", "0.5"], catch_exceptions=False)
     with pytest.raises(InputError, match=r"the table has the domains \['train_code'"):
         CliRunner().invoke(regress, arguments[:2] + arguments[4:] + caps, catch_exceptions=False)
 

@@ -1,7 +1,8 @@
 """Check finished shards against their manifest: quickly by structure, or deeply by every byte.
 
     fast   manifest, tokenizer, list of inputs and index files by digest; every shard present with its size, and none
-           more; the accounting; columns beside the shards present and bound to them
+           more, and what readers unpacked beside them; the accounting; columns beside the shards present and bound
+           to them
     deep   also every shard's hashes and header, every token id below the vocabulary size
 
 Every finding is reported, not only the first, each with the file and what to do.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
@@ -217,26 +219,49 @@ def _check_others(folder: Location, split: Split, entries: Sequence[dict[str, An
 def _check_shard(check: _ShardCheck) -> _Checked:
     stored = check.entry.get("zip_data") or check.entry["raw_data"]
     path = location(check.folder) / stored["basename"]
+    unpacked = list(_check_unpacked(check, stored["basename"]))
+    wrong = _size_finding(path, stored, _REPAIR)
+    if wrong is not None or not check.deep:
+        return _Checked(check.folder, [*unpacked, *([wrong] if wrong else [])])
+    checked = _check_bytes(check, path, stored)
+    return checked._replace(findings=[*unpacked, *checked.findings])
+
+
+def _check_unpacked(check: _ShardCheck, packed: str) -> Iterator[Finding]:
+    """Check the copy that a reader may have unpacked beside a compressed shard, and which others then read unchecked."""
+    raw = check.entry["raw_data"]
+    path = location(check.folder) / raw["basename"]
+    if raw["basename"] == packed or not isinstance(path, Path) or not path.exists():
+        return
+    repair = f"remove it; readers unpack {packed} again"
+    wrong = _size_finding(path, raw, repair) or (_hash_finding(path, raw, repair) if check.deep else None)
+    if wrong is not None:
+        yield wrong
+
+
+def _size_finding(path: Location, stored: Mapping[str, Any], repair: str) -> Finding | None:
     try:
         size = size_of(path)
     except FileNotFoundError:
-        return _Checked(check.folder, [Finding(str(path), "is missing", _REPAIR)])
+        return Finding(str(path), "is missing", repair)
     except OSError as error:
-        return _Checked(check.folder, [Finding(str(path), f"cannot be read: {error.strerror or error}", _REPAIR)])
-    if size != stored["bytes"]:
-        return _Checked(
-            check.folder, [Finding(str(path), f"has {size:,} bytes, its index says {stored['bytes']:,}", _REPAIR)]
-        )
-    return _check_bytes(check, path, stored) if check.deep else _Checked(check.folder, [])
+        return Finding(str(path), f"cannot be read: {error.strerror or error}", repair)
+    if size == stored["bytes"]:
+        return None
+    return Finding(str(path), f"has {size:,} bytes, its index says {stored['bytes']:,}", repair)
 
 
-def _check_bytes(check: _ShardCheck, path: Location, stored: Mapping[str, Any]) -> _Checked:
+def _hash_finding(path: Location, stored: Mapping[str, Any], repair: str) -> Finding | None:
     for algorithm, expected in stored["hashes"].items():
         found = hash_hex(algorithm, path.read_bytes())
         if found != expected:
-            return _Checked(
-                check.folder, [Finding(str(path), f"has {algorithm} {found}, its index says {expected}", _REPAIR)]
-            )
+            return Finding(str(path), f"has {algorithm} {found}, its index says {expected}", repair)
+    return None
+
+
+def _check_bytes(check: _ShardCheck, path: Location, stored: Mapping[str, Any]) -> _Checked:
+    if wrong := _hash_finding(path, stored, _REPAIR):
+        return _Checked(check.folder, [wrong])
     try:
         raw = raw_shard(location(check.folder), check.entry)
         rows = shard_rows(location(check.folder), check.entry, check.column)

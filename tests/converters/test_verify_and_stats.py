@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import zstandard
 from click.testing import CliRunner
 
 from converters import cli, convert
@@ -103,10 +104,18 @@ def test_extension_that_was_killed_while_it_committed_is_to_be_continued(shards,
     assert verify(shards, deep=True) == []
 
 
-def test_shards_unpacked_beside_their_own_are_no_finding(shards):
+def test_shards_unpacked_beside_their_own_are_no_finding_unless_they_are_damaged(shards):
     for packed in shards.rglob("*.mds.zstd"):
-        packed.with_suffix("").touch()
-    assert verify(shards) == []
+        packed.with_suffix("").write_bytes(zstandard.decompress(packed.read_bytes()))
+    assert verify(shards, deep=True) == []
+    copy = first_shard(shards).with_suffix("")
+    flip(copy)
+    (found,) = verify(shards, deep=True)
+    assert (found.path, found.repair) == (str(copy), "remove it; readers unpack shard.00000.mds.zstd again")
+    copy.write_bytes(b"short")
+    assert [each.path for each in verify(shards)] == [str(copy)]
+    copy.unlink()
+    assert verify(shards, deep=True) == []
 
 
 def test_findings_are_counted_and_end_with_one_dot(shards):

@@ -220,9 +220,15 @@ class _Search:
     def check(self) -> None:
         """Refuse, before anything is trained, what would fail only afterwards.
 
-        Raises: InputError: for an interval without an update, floors that do not fit, a reference that is nowhere.
+        Raises: InputError: for a single domain, an interval without an update, floors that do not fit, a reference
+            that is nowhere.
         """
         settings = self.settings
+        if len(self.names) < 2:
+            raise InputError(
+                f"{self.shards} has one domain, {self.names[0]!r}, whose weight can only be 1. Convert with a --domain "
+                "rule that tells domains apart (file, field:..., path:...), or train on it by `mixer train`."
+            )
         _fixed_weights(settings.reference_mixture, self.manifest)
         self._check_updates()
         if settings.floor * len(self.names) > 1:

@@ -454,6 +454,15 @@ def test_an_unknown_method_or_setting_is_refused_before_anything_is_written(shar
     assert not (tmp_path / "run").exists()
 
 
+def test_a_single_domain_is_refused(tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards", {"web": 3}, validation={"web": 3}, seq_len=16, vocab_size=64, rows=_row)
+    with pytest.raises(
+        InputError, match=r"has one domain, 'web', whose weight can only be 1\. Convert with a --domain"
+    ):
+        find_mixture(tmp_path / "shards", SearchSettings(), tmp_path / "run", QUIET)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_that_is_nowhere_is_named() -> None:
     with pytest.raises(InputError, match="no model 'nan0': expected one of nano"):
         build_model("nan0", vocab_size=10, seq_len=4, seed=0)

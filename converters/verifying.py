@@ -228,7 +228,7 @@ def _check_shard(check: _ShardCheck) -> _Checked:
 
 
 def _check_unpacked(check: _ShardCheck, packed: str) -> Iterator[Finding]:
-    """Check the copy that a reader may have unpacked beside a compressed shard, and which others then read unchecked."""
+    """Check the copy that a reader may have unpacked beside a compressed shard, which other readers take unchecked."""
     raw = check.entry["raw_data"]
     path = location(check.folder) / raw["basename"]
     if raw["basename"] == packed or not isinstance(path, Path) or not path.exists():

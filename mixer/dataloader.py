@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import pickle
 import sys
 import time
 from collections import deque
@@ -42,6 +43,10 @@ __all__ = ["MixtureLoader", "resolve_mixture"]
 Batch = dict[str, torch.Tensor]
 _READ_AHEAD = 8
 _REMEMBERED = 8
+_IMPORTED = (
+    " If none lives to give a batch, see what they printed: workers import the program that started them, which must"
+    " make its loader below `if __name__ == '__main__':`."
+)
 
 
 class MixtureLoader(DataLoader[Any]):
@@ -56,7 +61,8 @@ class MixtureLoader(DataLoader[Any]):
         seed: of the order of samples and of the batches.
         rank, world_size: which share of every global batch to deliver; default torch.distributed's, else torchrun's.
         num_workers: processes that run ``collate`` and ``transform``. Without either none is started: reading in the
-            training process is faster than any hand-over from another.
+            training process is faster than any hand-over from another. They import the program that started them: what
+            it does belongs below ``if __name__ == "__main__":``.
         columns: other columns, of the shards or beside them (``mixer add-column``), to deliver with the tokens: tensors
             where all values have one shape, else lists; ``mixer.boundaries`` turns ``doc_starts`` into position ids.
         collate: from a list of samples (dicts of ``input_ids`` (n,), ``domain_ids``, ``sample_ids``, other columns) to
@@ -324,16 +330,28 @@ class MixtureLoader(DataLoader[Any]):
             yield batch
 
     def _ready(self) -> Iterator[Any]:
+        first = True
         try:
             self._plan.is_ours = True
             batches = super().__iter__()  # plans the first of them at once
             self._plan.is_ours = False
-            yield from batches
+            for batch in batches:
+                first = False
+                yield batch
         except (RuntimeError, EOFError, ConnectionError) as error:  # the latter: killed while it handed a batch over
             if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
                 raise
             what = " ".join(str(error).split())
-            raise DataError(f"a worker process of the loader died: {what}. Go on from the last state.") from error
+            raise DataError(
+                f"a worker process of the loader died: {what}. Go on from the last state.{_IMPORTED if first else ''}"
+            ) from error
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            if "pickle" not in str(error):
+                raise
+            raise InputError(
+                f"collate or transform cannot be sent to worker processes: {error}. Define it at the top level of a"
+                " module, or leave out num_workers."
+            ) from error
 
     # --- state -----------------------------------------------------------------------------------------------------
 

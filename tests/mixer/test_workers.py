@@ -164,6 +164,18 @@ def test_worker_keeps_what_a_batch_needs_however_uneven_its_shards(tmp_path, mon
             np.testing.assert_array_equal(np.stack(rows), [row_of("web", i, 16) for i in samples])
 
 
+def test_workers_that_cannot_begin_say_what_the_program_lacks(shards, monkeypatch):
+    with pytest.raises(InputError, match=r"cannot be sent to worker processes: .*top level of a module"):
+        next(iter(make(shards, transform=lambda batch: batch, num_workers=1)))
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", died)
+    with pytest.raises(DataError, match=r"exited unexpectedly\. Go on .*below `if __name__ =="):
+        next(iter(make(shards, num_workers=1)))
+
+
+def died(_):
+    raise RuntimeError("DataLoader worker (pid 1) exited unexpectedly")
+
+
 def test_without_a_transform_no_process_is_started_and_nothing_is_planned_ahead(shards):
     loader = make(shards, transform=None, num_workers=4, read_ahead=None)
     assert loader.num_workers == 0 and loader.read_ahead == 0

@@ -24,12 +24,12 @@ COMMANDS = {
     "demo": ("algorithms.commands.demo", "demo", "The whole job on text that every install already has."),
     "convert": ("converters.cli", "convert", "Corpora -> one set of MDS shards per domain."),
     "inspect": ("converters.cli", "inspect", "Domains, samples, tokens, shares; decoded samples."),
-    "verify": ("converters.cli", "verify", "Check shards by structure, or every byte; says how to repair."),
-    "add-column": ("converters.cli", "add_column", "Values per sample beside the shards: scores, reference losses."),
-    "stats": ("converters.cli", "stats", "Document lengths, bytes per token, duplicates, entropies; plot."),
+    "verify": ("converters.cli", "verify", "Check shards by structure or every byte; how to repair."),
+    "add-column": ("converters.cli", "add_column", "Values per sample beside the shards: scores, losses."),
+    "stats": ("converters.cli", "stats", "Document lengths, bytes per token, copies, entropies."),
     "train-tokenizer": ("converters.cli", "train_tokenizer", "A byte-level BPE on a seeded sample of the corpus."),
-    "weigh": ("mixer.commands", "weigh", "Weights from sizes alone: uniform, proportional, temperature, unimax."),
-    "simulate": ("mixer.commands", "simulate", "What a mixture will draw, batch by batch, without reading data."),
+    "weigh": ("mixer.commands", "weigh", "Weights from sizes alone: uniform, temperature, unimax."),
+    "simulate": ("mixer.commands", "simulate", "What a mixture will draw, without reading data."),
     "score": ("algorithms.commands.score", "score", "A reference's losses of every sample, computed once."),
     "optimize": (
         "algorithms.commands.optimize",
@@ -86,6 +86,8 @@ def cli(debug: bool) -> None:
       mixer convert corpus/ --out shards --train-tokenizer 8192 --seq-len 512
       mixer optimize shards --method doremi --steps 400 --out run
       mixer train shards --mixture run/mixture.json --steps 400 --out main
+
+    `mixer COMMAND --help` shows more.
     """
 
 

@@ -58,6 +58,16 @@ def test_errors_become_one_line_and_an_exit_code(
     assert debug_code == code and shown.startswith("Traceback") and shown.endswith(f"\n{line}")
 
 
+def test_every_command_has_one_line_on_eighty_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        mixer.cli.main(["--help"])
+    table = capsys.readouterr().out.partition("Commands:\n")[2]
+    assert [line.split()[0] for line in table.splitlines()] == list(mixer.cli.COMMANDS)
+
+
 def test_ctrl_c_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     @click.command()
     def interrupted() -> None:

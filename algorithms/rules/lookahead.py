@@ -127,8 +127,8 @@ def _centred(
         q = weights_of(gains.T @ p / entropy)
         left = losses - gains @ q
         slope = left + barrier / p
-        spread = p[:, None] * (gains - (gains @ q)[:, None])
-        curvature = (spread * q) @ spread.T / entropy + barrier * np.eye(p.size)
+        root = p[:, None] * (gains - (gains @ q)[:, None]) * np.sqrt(q / entropy)
+        curvature = root @ root.T + barrier * np.eye(p.size)  # numpy computes half of a product with its own transpose
         free, of_sum = np.linalg.solve(curvature, np.stack([p * slope, p], axis=1)).T
         move = p * (free - (p @ free) / (p @ of_sum) * of_sum)  # leaves the sum of p at 1
         rise, lowest = float(slope @ move), float(np.min(move / p))

@@ -85,7 +85,11 @@ def _workers(asked: int | None) -> int:
 @click.option("--stage", help="Folder or URL for the tokenised documents, kept for packing again.")
 @click.option("--keep-stage", is_flag=True, help="Keep the tokenised documents inside --out.")
 @click.option("--extend", is_flag=True, help="Add what is new in the inputs to finished shards, in new shards.")
-@click.option("--fresh", is_flag=True, help="Start over: delete what an earlier conversion left in --out and --stage.")
+@click.option(
+    "--fresh", is_flag=True,
+    help="Start over: delete what an earlier conversion left in --out and --stage; with --extend, only what an"
+    " unfinished extension left.",
+)  # fmt: skip
 def convert(inputs: tuple[str, ...], workers: int | None, **options: Any) -> None:
     """Convert text corpora to one set of MDS shards per domain.
 

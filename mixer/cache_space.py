@@ -112,8 +112,10 @@ class CacheSpace:
         if self.limit is None:
             return
         with self._mutex:
-            self._wanted[domain] = sorted(names)
-            path = self.own() / "wanted"
+            files, path = sorted(names), self.own() / "wanted"
+            if self._wanted.get(domain) == files and path.exists():
+                return  # a domain that is smaller than a batch begins anew in each of them
+            self._wanted[domain] = files
             path.parent.mkdir(parents=True, exist_ok=True)
             path.with_name("wanted.new").write_text(json.dumps(self._wanted))
             os.replace(path.with_name("wanted.new"), path)

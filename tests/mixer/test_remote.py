@@ -268,6 +268,16 @@ def test_what_is_fetched_ahead_evicts_nothing_that_any_process_wants(tmp_path):
         assert folder is not None and files(tmp_path) == ["b", "c"]
 
 
+def test_what_is_wanted_is_written_when_it_changes(tmp_path, monkeypatch):
+    """A domain smaller than a batch begins anew in each of them."""
+    space, replace, written = CacheSpace(tmp_path, 10), os.replace, []
+    monkeypatch.setattr(os, "replace", lambda *paths: written.append(replace(*paths)))
+    for domain, names in (("tiny", ["a"]), ("tiny", ["a"]), ("web", ["a"]), ("tiny", ["a", "b"])):
+        space.want(domain, names)
+    assert len(written) == 3
+    assert json.loads((space.own() / "wanted").read_text()) == {"tiny": ["a", "b"], "web": ["a"]}
+
+
 def test_claims_of_all_processes_count_and_those_who_find_no_room_wait_for_it(tmp_path):
     space, other, order = shelf(tmp_path, 30, "a"), shelf(tmp_path, 30, ""), []
 

@@ -60,7 +60,7 @@ from algorithms.references import Reference, as_reference
 from algorithms.references.frozen import is_encoder_decoder, language_model, logits_of, unwrapped
 from algorithms.rule_run import RuleRun
 from algorithms.rules.base import Domains, UpdateRule
-from algorithms.same_tokenizer import check_vocabulary
+from algorithms.same_tokenizer import check_room
 from algorithms.signals import Signals
 from algorithms.trajectory import Rows
 from mixer.errors import DataError, InputError
@@ -246,7 +246,7 @@ class DomainReweighting(Algorithm):
             self._begin(state)
         loader = self._loader = state.dataloader
         check_same_domains(self.domains, domains_of(self._given_domains, loader).names)
-        check_vocabulary(self._model, loader, "the model in training")
+        check_room(self._model, loader, "the model in training")
         if self.reference is not None:
             self.reference.to(next(state.model.parameters()).device)
             self.reference.bind(self.domains, loader)

@@ -1,4 +1,4 @@
-"""Whether a model reads the ids that a tokenizer has written: another tokenizer's ids mean something else, unseen."""
+"""Whether a model can read what a tokenizer has written: another tokenizer's ids mean something else, unseen."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from mixer.errors import InputError
 from mixer.manifest import Manifest
 
-__all__ = ["check_tokenizer", "check_vocabulary"]
+__all__ = ["check_room", "check_tokenizer"]
 
 
 def check_tokenizer(model: str | os.PathLike[str], shards: str | os.PathLike[str], manifest: Manifest) -> None:
@@ -38,20 +40,43 @@ def check_tokenizer(model: str | os.PathLike[str], shards: str | os.PathLike[str
         )
 
 
-def check_vocabulary(model: Any, loader: Any, what: str) -> None:
-    """Raise InputError where a model knows fewer ids than the shards may hold: an index error, later, says nothing.
+def check_room(model: nn.Module, loader: Any, what: str) -> None:
+    """Raise InputError where samples do not fit into a model: an index error, later, would say nothing.
+
+    That is where the shards may hold more ids than the model knows, or a sample more tokens than the model has learnt
+    positions for. Rotary and relative positions have no such end.
 
     Args:
         model: nothing is raised where its ``config`` does not tell, or the loader has no manifest.
         what: what the message calls the model, such as "the reference".
     """
-    known = getattr(getattr(model, "config", None), "vocab_size", None)
-    used = loader.manifest.tokenizer.vocab_size if hasattr(loader, "manifest") else 0
+    manifest, config = getattr(loader, "manifest", None), getattr(model, "config", None)
+    if manifest is None or config is None:
+        return
+    known, used = getattr(config, "vocab_size", None), manifest.tokenizer.vocab_size
     if known is not None and known < used:
         raise InputError(
             f"{what} has a vocabulary of {known} ids, the shards use {used}. Give a model of the tokenizer of these "
             "shards, or convert with the model's: mixer convert --tokenizer."
         )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or positions >= manifest.seq_len or manifest.variable_length:
+        return
+    if _learns_positions(model, positions):
+        raise InputError(
+            f"{what} has learnt {positions} positions, a sample of the shards has {manifest.seq_len} tokens. Give "
+            "another model, or convert with a smaller --seq-len."
+        )
+
+
+def _learns_positions(model: nn.Module, count: int) -> bool:
+    """Return whether the model has a table of ``count`` positions; OPT and its kin keep two more than they say."""
+    tables = (
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe"))
+    )
+    return any(0 <= table.num_embeddings - count <= 2 for table in tables)
 
 
 def _difference(theirs: Path, ours: Path) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from algorithms.losses import labels_of, token_losses
 from algorithms.references.base import Reference
-from algorithms.same_tokenizer import check_tokenizer, check_vocabulary
+from algorithms.same_tokenizer import check_room, check_tokenizer
 from mixer.errors import InputError
 
 __all__ = ["FrozenModel", "fingerprint_of", "is_encoder_decoder", "language_model", "logits_of", "unwrapped"]
@@ -93,7 +93,7 @@ class FrozenModel(Reference):
                 f"the reference is {kinds[not self._shift]}, the model in training {kinds[not self.shift]}: their "
                 "losses are of different tokens. Give a reference of the same kind."
             )
-        check_vocabulary(self.model, loader, "the reference")
+        check_room(self.model, loader, "the reference")
         if self.folder is not None and hasattr(loader, "folder"):
             check_tokenizer(self.folder, loader.folder, loader.manifest)
 

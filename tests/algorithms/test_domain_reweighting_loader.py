@@ -18,7 +18,7 @@ from algorithms.rules import UPDATE_RULES
 from mixer import Manifest, Mixture
 from mixer.dataloader import MixtureLoader
 from mixer.errors import InputError
-from tests.algorithms.tiny import VOCAB, gpt2, llama, wrap
+from tests.algorithms.tiny import SEQ_LEN, VOCAB, gpt2, llama, wrap
 from tests.algorithms.training_helpers import Metrics, fit, flat, make_trainer, parameters
 from tests.helpers import write_shards
 
@@ -137,6 +137,16 @@ def test_a_model_with_a_smaller_vocabulary_is_refused(shards: Path) -> None:
         fit(DomainReweighting(group_dro()), model=wrap(small), loader=make_loader(shards))
     with pytest.raises(InputError, match="the reference has a vocabulary of 31 ids, the shards use 32"):
         fit(DomainReweighting(doremi(), reference=small), loader=make_loader(shards))
+
+
+def test_a_model_with_too_few_learnt_positions_is_refused(shards: Path) -> None:
+    short = {"n_positions": SEQ_LEN - 1}
+    with pytest.raises(InputError, match="in training has learnt 11 positions, a sample of the shards has 12"):
+        fit(DomainReweighting(group_dro()), model=wrap(gpt2(**short)), loader=make_loader(shards))
+    with pytest.raises(InputError, match="the reference has learnt 11 positions"):
+        fit(DomainReweighting(doremi(), reference=gpt2(**short)), loader=make_loader(shards))
+    rotary = llama(max_position_embeddings=SEQ_LEN - 1)
+    fit(DomainReweighting(group_dro()), model=wrap(rotary), loader=make_loader(shards), steps=1)
 
 
 def test_the_very_next_batch_is_drawn_by_new_weights(shards: Path) -> None:

@@ -32,13 +32,14 @@ def llama(seed: int = 0, **overrides: Any) -> PreTrainedModel:
         "num_attention_heads": 2,
         **overrides,
     }
-    config = LlamaConfig(vocab_size=VOCAB, max_position_embeddings=SEQ_LEN, use_cache=False, **settings)
+    config = LlamaConfig(vocab_size=VOCAB, use_cache=False, **{"max_position_embeddings": SEQ_LEN, **settings})
     return _seeded(LlamaForCausalLM, config, seed)
 
 
-def gpt2(seed: int = 0, dropout: float = 0.0) -> PreTrainedModel:
+def gpt2(seed: int = 0, dropout: float = 0.0, n_positions: int = SEQ_LEN) -> PreTrainedModel:
     rates = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
-    config = GPT2Config(vocab_size=VOCAB, n_positions=SEQ_LEN, n_embd=16, n_layer=1, n_head=2, use_cache=False, **rates)
+    sizes = {"n_positions": n_positions, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    config = GPT2Config(vocab_size=VOCAB, use_cache=False, **sizes, **rates)
     return _seeded(GPT2LMHeadModel, config, seed)
 
 

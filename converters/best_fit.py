@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from converters.locations import read_items
 
-__all__ = ["Layout", "best_fit", "lay_out", "load_layout"]
+__all__ = ["Layout", "best_fit", "lay_out", "load_layout", "load_layouts"]
 
 WINDOW_TOKENS = 64 << 20
 WINDOW_DOCUMENTS = 1 << 17
@@ -69,6 +69,20 @@ def load_layout(path: str | os.PathLike[str], start: int, stop: int) -> Layout:
     first = read_items(f"{os.fspath(path)}.first", np.dtype(np.int64), start, stop - start + 1)
     table = read_items(f"{os.fspath(path)}.pieces", _PIECE, int(first[0]), int(first[-1] - first[0]))
     return Layout(table["start"], table["length"].astype(np.int64), first - first[0], table["is_document"])
+
+
+_PIECES_AT_ONCE = 1 << 17
+
+
+def load_layouts(path: str | os.PathLike[str], start: int, stop: int) -> Iterator[Layout]:
+    """Yield what ``load_layout`` returns in parts of some ``_PIECES_AT_ONCE``: a sample may hold thousands."""
+    first = read_items(f"{os.fspath(path)}.first", np.dtype(np.int64), start, stop - start + 1)
+    low = 0
+    while low < stop - start:
+        high = int(first.searchsorted(first[low] + _PIECES_AT_ONCE, "right")) - 1
+        high = min(max(high, low + 1), stop - start)
+        yield load_layout(path, start + low, start + high)
+        low = high
 
 
 _PIECE = np.dtype([("start", "<i8"), ("length", "<u4"), ("is_document", "?")])

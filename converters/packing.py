@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from converters.best_fit import load_layout
+from converters.best_fit import load_layouts
 from converters.locations import Location, location, size_of, write_whole
 from converters.options import PackOptions
 from converters.shuffling import Shuffled
@@ -96,8 +96,12 @@ def pack_tasks(
         if split.layout is None:
             stream, token = split.stream.part(token, token + num_tokens)
         else:
-            layout = load_layout(split.layout, split.first_sample + done, split.first_sample + done + count)
-            first, last = int(layout.start.min()), int((layout.start + layout.length).max())
+            start = split.first_sample + done
+            ranges = [
+                (int(layout.start.min()), int((layout.start + layout.length).max()))
+                for layout in load_layouts(split.layout, start, start + count)
+            ]
+            first, last = min(low for low, _ in ranges), max(high for _, high in ranges)
             stream, within = split.stream.part(first, last)
             token = first - within
         yield PackTask(
@@ -215,35 +219,57 @@ def _encoded(task: PackTask, columns: Mapping[str, str]) -> tuple[bytes | bytear
         shard, samples = empty_shard(columns, task.num_samples, **options.shard_facts())
         _fill(task, samples.reshape(-1))
         return shard, samples.size
-    rows, used = _rows(task)
-    values: dict[str, Any] = {"tokens": rows if options.packing == "none" else rows.values.reshape(len(rows), -1)}
-    if options.doc_starts:
-        values[DOC_STARTS] = _doc_starts(rows, used, task.eos_id, _starts_dtype(options))
-    if options.sample_ids:
-        values[SAMPLE_ID] = np.arange(task.first_id, task.first_id + task.num_samples, dtype=np.uint64)
-    return shard_buffer(columns, values, **options.shard_facts()), len(rows.values)
+    tokens = 0
+
+    def chunks() -> Iterator[dict[str, Any]]:
+        nonlocal tokens
+        number = task.first_id
+        for rows, used in _varying_rows(task) if options.packing == "none" else _even_rows(task):
+            values: dict[str, Any] = {}
+            values["tokens"] = rows if options.packing == "none" else rows.values.reshape(len(rows), -1)
+            if options.doc_starts:
+                values[DOC_STARTS] = _doc_starts(rows, used, task.eos_id, _starts_dtype(options))
+            if options.sample_ids:
+                values[SAMPLE_ID] = np.arange(number, number + len(rows), dtype=np.uint64)
+            number += len(rows)
+            tokens += len(rows.values)
+            yield values
+
+    return shard_buffer(columns, task.num_samples, chunks(), **options.shard_facts()), tokens
 
 
-def _rows(task: PackTask) -> tuple[Ragged, NDArray[np.int64]]:
-    """Return the samples, and how many tokens of each are not padding."""
-    if task.options.packing == "none":
-        rows = _varying_rows(task)
-        return rows, rows.lengths
-    tokens = np.empty(task.num_samples * task.options.seq_len, task.dtype)
-    return Ragged(tokens, np.full(task.num_samples, task.options.seq_len)), _fill(task, tokens)
+# Of a shard's samples, so that it is not in memory twice.
+_CHUNK_TOKENS = 4 << 20
+_Rows = tuple[Ragged, NDArray[np.int64]]  # samples, and how many tokens of each are not padding
 
 
-def _fill(task: PackTask, tokens: NDArray[Any]) -> NDArray[np.int64]:
+def _even_rows(task: PackTask) -> Iterator[_Rows]:
+    """Yield samples of one length, some at a time."""
+    seq_len = task.options.seq_len
+    most = max(1, _CHUNK_TOKENS // seq_len)
+    for first in range(0, task.num_samples, most):
+        count = min(most, task.num_samples - first)
+        some = task._replace(
+            first_token=task.first_token + (0 if task.layout else first * seq_len),
+            first_sample=task.first_sample + first,
+            num_samples=count,
+        )
+        tokens = np.empty(count * seq_len, task.dtype)
+        is_last = first + count == task.num_samples
+        yield Ragged(tokens, np.full(count, seq_len)), _fill(some, tokens, is_last)
+
+
+def _fill(task: PackTask, tokens: NDArray[Any], is_last: bool = True) -> NDArray[np.int64]:
     """Write the samples, one after another; return how many tokens of each are not padding."""
-    return _fill_evenly(task, tokens) if task.layout is None else _fill_by_layout(task, tokens)
+    return _fill_by_layout(task, tokens) if task.layout else _fill_evenly(task, tokens, is_last)
 
 
-def _fill_evenly(task: PackTask, tokens: NDArray[Any]) -> NDArray[np.int64]:
-    """Write samples cut evenly from the stream."""
+def _fill_evenly(task: PackTask, tokens: NDArray[Any], is_last: bool) -> NDArray[np.int64]:
+    """Write samples cut evenly from the stream, of which the last of all may be padded."""
     seq_len = task.options.seq_len
     at = task.stream.copy(tokens, task.first_token)
     missing = len(tokens) - at
-    if missing and (task.options.tail != "pad" or missing >= seq_len):
+    if missing and (task.options.tail != "pad" or missing >= seq_len or not is_last):
         raise _ends_early(task)
     tokens[at:] = task.eos_id
     used = np.full(task.num_samples, seq_len)
@@ -251,27 +277,37 @@ def _fill_evenly(task: PackTask, tokens: NDArray[Any]) -> NDArray[np.int64]:
     return used
 
 
-def _varying_rows(task: PackTask) -> Ragged:
-    """Return samples of their own lengths, which follow one another in the stream."""
-    tokens = np.empty(task.num_tokens, task.dtype)
-    stop = task.first_token + task.num_tokens
-    documents = np.concatenate([np.empty(0, np.int64), *task.stream.document_lengths(task.first_token, stop)])
-    lengths = _sample_lengths(documents, task.options.seq_len)
-    if task.stream.copy(tokens, task.first_token) != len(tokens) or len(lengths) != task.num_samples:
+def _varying_rows(task: PackTask) -> Iterator[_Rows]:
+    """Yield samples of their own lengths, which follow one another in the stream, some at a time."""
+    at, samples = task.first_token, 0
+    for documents in task.stream.document_lengths(at, at + task.num_tokens):
+        lengths = _sample_lengths(documents, task.options.seq_len)
+        ends = np.cumsum(lengths)
+        cuts = ends.searchsorted(np.arange(_CHUNK_TOKENS, int(lengths.sum()), _CHUNK_TOKENS), "right")
+        for some in np.split(lengths, np.unique(cuts[cuts > 0])):
+            tokens = np.empty(int(some.sum()), task.dtype)
+            if task.stream.copy(tokens, at) != len(tokens):
+                raise _ends_early(task)
+            at, samples = at + len(tokens), samples + len(some)
+            yield Ragged(tokens, some), some
+    if at != task.first_token + task.num_tokens or samples != task.num_samples:
         raise _ends_early(task)
-    return Ragged(tokens, lengths)
 
 
 def _fill_by_layout(task: PackTask, tokens: NDArray[Any]) -> NDArray[np.int64]:
     """Write samples put together by the layout."""
-    layout = load_layout(str(task.layout), task.first_sample, task.first_sample + task.num_samples)
     seq_len = task.options.seq_len
-    sample = np.repeat(np.arange(task.num_samples), np.diff(layout.first))
-    before = np.cumsum(layout.length) - layout.length
-    in_sample = before - before[layout.first[:-1]][sample]  # where in its sample a piece goes
     tokens[:] = task.eos_id
-    task.stream.copy_pieces(tokens, layout.start - task.first_token, layout.length, sample * seq_len + in_sample)
-    return np.bincount(sample, layout.length, task.num_samples).astype(np.int64)
+    used = [np.empty(0, np.int64)]
+    first = 0
+    for layout in load_layouts(str(task.layout), task.first_sample, task.first_sample + task.num_samples):
+        sample = np.repeat(np.arange(first, first + layout.num_samples), np.diff(layout.first))
+        before = np.cumsum(layout.length) - layout.length
+        in_sample = before - before[layout.first[:-1]][sample - first]  # where in its sample a piece goes
+        task.stream.copy_pieces(tokens, layout.start - task.first_token, layout.length, sample * seq_len + in_sample)
+        used.append(np.bincount(sample - first, layout.length, layout.num_samples).astype(np.int64))
+        first += layout.num_samples
+    return np.concatenate(used)
 
 
 def _ends_early(task: PackTask) -> DataError:

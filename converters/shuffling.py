@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from converters.locations import read_items
 from converters.stage import DOCUMENT
-from converters.streams import Stream, copy_slices, load_kept, open_tokens
+from converters.streams import Stream, copy_tokens, load_kept
 from converters.urls import is_url
 from mixer.randomness import key, random_bits
 
@@ -119,9 +119,7 @@ class Shuffled(NamedTuple):
         sources = rows["start"][document] + starts - rows["at"][document]
         by_unit = np.argsort(units, kind="stable")
         for here in np.split(by_unit, np.flatnonzero(np.diff(units[by_unit])) + 1):
-            spans = sources[here], lengths[here]
-            ids = open_tokens(self.stage, int(units[here[0]]), out.dtype.name, spans=spans)
-            copy_slices(ids, out, sources[here], lengths[here], places[here])
+            copy_tokens(self.stage, int(units[here[0]]), out, sources[here], lengths[here], places[here])
 
 
 def _documents_between(rows: NDArray[Any], start: int, stop: int) -> tuple[int, int]:
@@ -143,14 +141,16 @@ def shuffled(stream: Stream, seed: int, path: Path, *, bucket_documents: int = _
         for file in files:
             rows = np.fromfile(file, _KEYED)
             file.unlink()
-            ordered = np.empty(len(rows), _ROW)
             order = np.argsort(rows["key"], kind="stable")
-            for name in ("unit", "tokens", "start", "hash"):
-                ordered[name] = rows[name][order]
-            ends = at + np.cumsum(ordered["tokens"], dtype=np.int64)
-            ordered["at"] = ends - ordered["tokens"]
-            at = int(ends[-1]) if len(ends) else at
-            out.write(ordered.data)
+            for first in range(0, len(order), _ROWS_AT_ONCE):
+                some = rows[order[first : first + _ROWS_AT_ONCE]]
+                ordered = np.empty(len(some), _ROW)
+                for name in ("unit", "tokens", "start", "hash"):
+                    ordered[name] = some[name]
+                ends = at + np.cumsum(some["tokens"], dtype=np.int64)
+                ordered["at"] = ends - some["tokens"]
+                at = int(ends[-1])
+                out.write(ordered.data)
     return Shuffled(stream._replace(parts=()), str(path), at, 0, count)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import mmap
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ from converters.locations import FetchedArray, Location, UrlPath, location, read
 from converters.stage import DOCUMENT, Part, UnitTable, load_table, parts_of, unit_folder
 from mixer.errors import DataError
 
-__all__ = ["Stream", "copy_slices", "keep_first_copies", "load_kept", "open_tokens", "part_ranges"]
+__all__ = ["Stream", "copy_tokens", "keep_first_copies", "load_kept", "part_ranges"]
 
 HASHES = 1 << 64
 Key = TypeVar("Key")
@@ -120,8 +120,7 @@ class Stream(NamedTuple):
         lengths: NDArray[np.int64],
         places: NDArray[np.int64],
     ) -> None:
-        ids = open_tokens(self.stage, part.unit, out.dtype.name, runs.end, spans=(sources, lengths))
-        copy_slices(ids, out, sources, lengths, places)
+        copy_tokens(self.stage, part.unit, out, sources, lengths, places, expected=runs.end)
 
 
 class _Runs(NamedTuple):
@@ -145,46 +144,41 @@ class _Runs(NamedTuple):
         return starts[lengths > 0], lengths[lengths > 0]
 
 
-_MAPPED_BYTES = 32 << 20  # of a mapped file that stay with this process at a time
-_FAULT_BYTES = 64 << 10  # that Linux maps around whatever is touched
-
-
-def copy_slices(
-    ids: NDArray[Any] | FetchedArray,
+def copy_tokens(
+    stage: str,
+    unit: int,
     out: NDArray[Any],
     starts: NDArray[np.int64],
     lengths: NDArray[np.int64],
     places: NDArray[np.int64],
+    expected: int = 0,
 ) -> None:
-    """Copy each ``ids[start : start + length]`` to its place in ``out``."""
-    copied = 0
-    for start, length, place in zip(starts.tolist(), lengths.tolist(), places.tolist()):
-        out[place : place + length] = ids[start : start + length]
-        copied += length * out.itemsize + _FAULT_BYTES
-        if copied > _MAPPED_BYTES and isinstance(ids, np.memmap):
-            ids._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
-            copied = 0
+    """Copy runs of a unit's ids, each to its place in ``out``.
 
-
-def open_tokens(
-    stage: str,
-    unit: int,
-    dtype: str,
-    expected: int | None = None,
-    *,
-    spans: tuple[NDArray[np.int64], NDArray[np.int64]],
-) -> NDArray[Any] | FetchedArray:
-    """Return a unit's ids, memory-mapped; from a server, those that the spans (starts, lengths) name.
+    From a disk they are read right into it: mapped, every page around them would stay with this process for a while.
 
     Raises: DataError: if there are not as many as expected, of this part and those before.
     """
     file = unit_folder(stage, unit) / "tokens.bin"
+    runs = zip(starts.tolist(), lengths.tolist(), places.tolist())
     if isinstance(file, UrlPath):
-        return FetchedArray(file, np.dtype(dtype), *spans)
-    ids = np.memmap(file, dtype, "r")
-    if expected is not None and len(ids) < expected:
-        raise DataError(f"{file} holds {len(ids):,} tokens, expected {expected:,}. Run with --fresh.")
-    return ids
+        ids = FetchedArray(file, out.dtype, starts, lengths)
+        for start, length, place in runs:
+            out[place : place + length] = ids[start : start + length]
+        return
+    size, into = out.itemsize, out.data.cast("B")
+    with open(file, "rb", buffering=0) as raw:
+        held = os.fstat(raw.fileno()).st_size // size
+        if held < expected:
+            raise DataError(f"{file} holds {held:,} tokens, expected {expected:,}. Run with --fresh.")
+        for start, length, place in runs:
+            raw.seek(start * size)
+            at, stop = place * size, (place + length) * size
+            while at < stop:
+                count = raw.readinto(into[at:stop])
+                if not count:
+                    raise DataError(f"{file} ends before token {start + length:,}. Run with --fresh.")
+                at += count
 
 
 def part_ranges(parts: Sequence[tuple[Key, int]], start: int, stop: int) -> Iterator[tuple[Key, int, int]]:

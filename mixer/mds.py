@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -115,7 +115,8 @@ def encode_shard(
     names = sorted(columns)
     if any(encoded_size(columns[name]) is None for name in names):
         how: dict[str, Any] = {"compression": compression, "hashes": hashes, "size_limit": size_limit}
-        return bytes(shard_buffer(columns, samples, **how))
+        table = _as_table(names, samples)
+        return bytes(shard_buffer(columns, len(table[names[0]]), [table], **how))
     num_samples, row_bytes, body = _encode_fixed(names, columns, _as_table(names, samples))
     head = _head(np.full(num_samples, row_bytes, np.int64), _config_bytes(columns, compression, hashes, size_limit))
     return b"".join((head, body))
@@ -123,40 +124,47 @@ def encode_shard(
 
 def shard_buffer(
     columns: Mapping[str, str],
-    samples: NDArray[Any] | Mapping[str, Sequence[Any] | NDArray[Any]] | Sequence[Mapping[str, Any]],
+    num_samples: int,
+    chunks: Iterable[NDArray[Any] | Mapping[str, Sequence[Any] | NDArray[Any]] | Sequence[Mapping[str, Any]]],
     *,
     compression: str | None = None,
     hashes: Sequence[str] = (),
     size_limit: int | None = SIZE_LIMIT,
 ) -> bytearray:
-    """Return what ``encode_shard`` does, with less memory: samples are encoded a few at a time."""
+    """Return what ``encode_shard`` does of samples that come in chunks, so that only one of them is in memory.
+
+    Raises: ValueError: if there are not ``num_samples`` in all chunks.
+    """
     names = sorted(columns)
-    table = _as_table(names, samples)
     config = _config_bytes(columns, compression, hashes, size_limit)
-    count = len(table[names[0]])
-    shard = bytearray(4 + 4 * (count + 1) + len(config))
-    begin = len(shard)
-    sizes = np.zeros(count, np.int64)
+    shard = bytearray(4 + 4 * (num_samples + 1) + len(config))
+    sizes = np.zeros(num_samples, np.uint32)
     is_fixed = all(encoded_size(columns[name]) for name in names)
-    for start, some in _some_at_a_time(table, count):
-        stop = start + _SAMPLES_AT_ONCE
+    at = 0
+    for table in (some for chunk in chunks for some in _some_at_a_time(_as_table(names, chunk), names[0])):
+        stop = at + len(table[names[0]])
+        if stop > num_samples:
+            break
         if is_fixed:
-            _, sizes[start:stop], body = _encode_fixed(names, columns, some)
+            _, sizes[at:stop], body = _encode_fixed(names, columns, table)
             shard += body
         else:
-            sizes[start:stop], parts = _encode_rows(names, columns, some)
+            sizes[at:stop], parts = _encode_rows(names, columns, table)
             shard += b"".join(parts)
-    shard[:begin] = _head(sizes, config)
+        at = stop
+    if at != num_samples:
+        raise ValueError(f"{num_samples:,} samples were announced, {at:,} came.")
+    _write_head(shard, sizes, config)
     return shard
 
 
 _SAMPLES_AT_ONCE = 1 << 10
 
 
-def _some_at_a_time(table: Mapping[str, Any], count: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield number of the first sample and name → values of consecutive samples."""
+def _some_at_a_time(table: Mapping[str, Any], first_name: str) -> Iterator[dict[str, Any]]:
+    """Yield name → values of consecutive samples."""
     ends = {name: np.cumsum(each.lengths) for name, each in table.items() if isinstance(each, Ragged)}
-    for start in range(0, count, _SAMPLES_AT_ONCE):
+    for start in range(0, len(table[first_name]), _SAMPLES_AT_ONCE):
         some: dict[str, Any] = {}
         for name, values in table.items():
             if name in ends:
@@ -165,7 +173,7 @@ def _some_at_a_time(table: Mapping[str, Any], count: int) -> Iterator[tuple[int,
                 some[name] = Ragged(values.values[last - int(lengths.sum()) : last], lengths)
             else:
                 some[name] = values[start : start + _SAMPLES_AT_ONCE]
-        yield start, some
+        yield some
 
 
 def empty_shard(
@@ -206,15 +214,27 @@ def shard_of_rows(columns: Mapping[str, str], rows: Sequence[bytes], *, hashes: 
 
 def _head(sizes: NDArray[np.int64], config: bytes) -> bytes:
     """Return what stands before the samples of these sizes."""
-    offsets = np.zeros(len(sizes) + 1, np.int64)
-    np.cumsum(sizes, out=offsets[1:])
-    offsets += 4 + 4 * len(offsets) + len(config)
-    if offsets[-1] >= 1 << 32:
+    head = bytearray(4 + 4 * (len(sizes) + 1) + len(config))
+    _write_head(head, sizes, config)
+    return bytes(head)
+
+
+def _write_head(shard: bytearray, sizes: NDArray[Any], config: bytes) -> None:
+    """Fill in what stands before the samples of these sizes: their number, where each begins and the last ends, how
+    they are stored."""
+    count = len(sizes)
+    begin = 8 + 4 * count + len(config)
+    size = begin + int(sizes.sum(dtype=np.int64))
+    if size >= 1 << 32:
         raise InputError(
-            f"a shard of {offsets[-1]:,} bytes does not fit: MDS offsets are uint32. Give fewer samples per shard (here"
-            f" {len(sizes):,})."
+            f"a shard of {size:,} bytes does not fit: MDS offsets are uint32. Give fewer samples per shard (here"
+            f" {count:,})."
         )
-    return b"".join((np.uint32(len(sizes)).tobytes(), offsets.astype("<u4").tobytes(), config))
+    numbers = np.frombuffer(shard, "<u4", 2 + count)
+    numbers[0], numbers[1] = count, begin
+    np.cumsum(sizes, dtype=np.uint32, out=numbers[2:])
+    numbers[2:] += np.uint32(begin)
+    shard[begin - len(config) : begin] = config
 
 
 def shard_overhead(

@@ -71,6 +71,12 @@ def test_packing_takes_a_shard_and_not_a_unit(tmp_path, options):
     assert converted(tmp_path / "a.txt", tmp_path / "out", **given)["peak_mb"] < MOST
 
 
+def test_a_shard_of_a_million_short_documents_takes_no_more(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"".join(b"%014d\n" % (number * 48271) for number in range(1_600_000)))
+    given = {"format": "text-lines", "unit_size": "1GB", "seq_len": 2048, "packing": "best_fit", "shuffle_seed": 1}
+    assert converted(tmp_path / "a.txt", tmp_path / "out", **given)["peak_mb"] < MOST
+
+
 @pytest.mark.parametrize("kind", ["hf", "gigatoken", "o200k_base", "gigatoken, o200k_base", "unigram"])
 def test_documents_up_to_the_limit_are_encoded(tmp_path, kind):
     needed = {"hf": "tokenizers", "o200k_base": "bpe_openai", "unigram": "sentencepiece"}

@@ -207,7 +207,15 @@ def test_several_hashes_in_any_order_are_recorded_sorted(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"packing": "best_fit"}, {"packing": "none", "doc_starts": True}, {"shuffle_seed": 3}, {"dedupe": True}],
+    [
+        {"dedupe": True},
+        {"doc_starts": True, "sample_ids": True, "tail": "pad"},
+        {"packing": "best_fit"},
+        {"packing": "best_fit", "doc_starts": True, "shuffle_seed": 3},
+        {"packing": "none", "doc_starts": True},
+        {"packing": "none", "sample_ids": True, "shuffle_seed": 3},
+        {"shuffle_seed": 3},
+    ],
     ids=str,
 )
 def test_parts_of_a_unit_do_not_change_a_byte(tmp_path, monkeypatch, options):
@@ -216,7 +224,12 @@ def test_parts_of_a_unit_do_not_change_a_byte(tmp_path, monkeypatch, options):
     manifest = convert([tmp_path / "corpus"], tmp_path / "one", unit_size="1GB", keep_stage=True, **given)
     monkeypatch.setattr("converters.stage.PART_DOCUMENTS", 7)
     monkeypatch.setattr("converters.stage._BATCH_CHARACTERS", 2000)
-    monkeypatch.setattr("converters.streams._MAPPED_BYTES", 300)
+    for name, value in {
+        "packing._CHUNK_TOKENS": 300,
+        "best_fit._PIECES_AT_ONCE": 9,
+        "shuffling._ROWS_AT_ONCE": 9,
+    }.items():
+        monkeypatch.setattr(f"converters.{name}", value)
     convert([tmp_path / "corpus"], tmp_path / "many", unit_size="1GB", keep_stage=True, **given)
     units = [json.loads(path.read_text()) for path in sorted((tmp_path / "many").rglob("unit.json"))]
     assert max(len(unit["parts"]) for unit in units) > 5

@@ -492,7 +492,8 @@ def describe(tokenizer: str | os.PathLike[str], eos: str | None = None) -> Token
     if not file.is_file():
         raise InputError(
             f"no tokenizer at {file}: give a tokenizer.json, a .model of SentencePiece, a folder that holds one,"
-            " 'tiktoken:cl100k_base', 'tiktoken:o200k_base' or 'bytes'."
+            " 'tiktoken:cl100k_base', 'tiktoken:o200k_base' or 'bytes'. That of a model on the Hugging Face Hub must be"
+            " downloaded first."
         )
     fingerprint = "sha256:" + hashlib.sha256(file.read_bytes()).hexdigest()
     if file.suffix == ".model":

@@ -11,8 +11,9 @@ import orjson
 
 from converters.job import Job, Progress
 from converters.locations import local_file, read_many, write_file
+from converters.memory import return_memory
 from converters.stage import INTENDED, StageTask, stage_unit, unit_folder
-from converters.tokenizers import check_gigatoken, describe, load_encoder, require_gigatoken, return_memory
+from converters.tokenizers import check_gigatoken, describe, load_encoder, require_gigatoken
 from mixer.errors import DataError
 from mixer.manifest import TokenizerInfo
 

@@ -21,6 +21,8 @@ from converters.tokenizers import HuggingFaceEncoder, SentencePieceEncoder, desc
 from converters.training import train_bpe
 from tests.converters.corpora import documents
 
+pytestmark = pytest.mark.once
+
 CORPUS = [*documents("web", 60), "a b  ab ba   e\u0301 aa bb two words 00 01 10 <tool>", "漢字 字漢\nab\n\na b\t漢字ab"]
 ODD = ["a", "b", "ab", " ", "  ", "▁", "\n", "\t", "\r\n", "漢", "字", "é", "e\u0301", "\u0301", "\u00a0", "ﬁ", "😀"]
 ODD += ["，", "。", "。\n", "、", "！", "²", "<tool>", "<s>", "two", "words", "0", "1", ".", "'s", "Ж", "x", "<"]

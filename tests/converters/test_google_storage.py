@@ -22,6 +22,8 @@ from tests.converters.corpora import documents, write_corpus, write_jsonl
 from tests.converters.servers import assert_same_files, local_files, lock_of_another
 from tests.gs import gs_server
 
+pytestmark = pytest.mark.once
+
 OPTIONS: dict = {"tokenizer": "bytes", "seq_len": 64, "shard_size": 20_000, "unit_size": 20_000}
 
 

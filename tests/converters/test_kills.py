@@ -11,9 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from converters import convert
 from tests.converters.corpora import tree_hash, write_corpus
 from tests.converters.zygote import OPTIONS
+
+pytestmark = pytest.mark.once
 
 KILLS, WORKERS = 50, 2
 

@@ -15,6 +15,8 @@ from tests.converters.corpora import documents, tree_hash, write_corpus, write_j
 from tests.converters.servers import OddHandler, Wire, web_server
 from tests.s3 import upload
 
+pytestmark = pytest.mark.once
+
 OPTIONS: dict = {"tokenizer": "bytes", "seq_len": 64, "shard_size": 20_000, "unit_size": 20_000}
 
 

@@ -67,16 +67,16 @@ def flat_parts(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, 
 
 # After a word that a line break, or a space and another word, follows; wider ones also before Chinese and Japanese
 # punctuation and after a line break, and before digits.
-_AFTER_WORD = re.compile(r"[^\W_](?=\n)|[^\W\d_](?= [^\W\d_])")
+_AFTER_WORD = r"[^\W_](?=\n)|[^\W\d_](?= [^\W\d_])"
 _LETTER = "[A-Za-zぁ-ゖァ-ヺ一-鿿]"
-_AFTER_PHRASE = re.compile(rf"{_AFTER_WORD.pattern}|{_LETTER}(?=[、。，！？：；]{_LETTER})|(?<=\S)\n(?={_LETTER})")
-_AFTER_LETTERS = re.compile(_AFTER_PHRASE.pattern + "|[A-Za-z](?=[0-9])")
-_BEFORE_SPACE = re.compile(r"[^\W\d_](?= [^\W\d_])")
+_AFTER_PHRASE = rf"{_AFTER_WORD}|{_LETTER}(?=[、。，！？：；]{_LETTER})|(?<=\S)\n(?={_LETTER})"
+_AFTER_LETTERS = _AFTER_PHRASE + "|[A-Za-z](?=[0-9])"
+_BEFORE_SPACE = r"[^\W\d_](?= [^\W\d_])"
 # The same where characters may be rewritten, which those of ASCII and Chinese ones are not by those next to them.
 _KEPT = "A-Za-z一-鿿"
-_BEFORE_ASCII = re.compile("[A-Za-z](?= [A-Za-z])")
-_BEFORE_KEPT = re.compile(f"[{_KEPT}。！？](?=[ \n][{_KEPT}])")
-_AFTER_CHARACTER = re.compile(f"[{_KEPT}](?= [{_KEPT}])|[一-鿿](?=[一-鿿])")  # where each is a word
+_BEFORE_ASCII = "[A-Za-z](?= [A-Za-z])"
+_BEFORE_KEPT = f"[{_KEPT}。！？](?=[ \n][{_KEPT}])"
+_AFTER_CHARACTER = f"[{_KEPT}](?= [{_KEPT}])|[一-鿿](?=[一-鿿])"  # where each is a word
 _WIDEST_FIRST = (_AFTER_LETTERS, _AFTER_PHRASE, _AFTER_WORD, _BEFORE_SPACE)
 _WIDEST_KEPT_FIRST = (_AFTER_CHARACTER, _BEFORE_KEPT, _BEFORE_ASCII)
 
@@ -84,10 +84,10 @@ _UNICODE_FORMS = {"NFC", "NFD", "NFKC", "NFKD"}  # change nothing across a line 
 _LOCAL = {"BertNormalizer", "Lowercase", "Nmt", "Precompiled", "StripAccents"}  # nothing across ASCII
 
 
-def cut_between_words(text: str, size: int, after: re.Pattern[str] = _AFTER_WORD) -> Iterator[tuple[str, int]]:
+def cut_between_words(text: str, size: int, after: re.Pattern[str]) -> Iterator[tuple[str, int]]:
     """Yield pieces of about ``size``, cut after a word.
 
-    >>> [piece for piece, _ in cut_between_words("one two\\nthree.\\nfour five", 5)]
+    >>> [piece for piece, _ in cut_between_words("one two\\nthree.\\nfour five", 5, re.compile(_AFTER_WORD))]
     ['one two', '\\nthree.\\nfour', ' five']
     """
     start = 0
@@ -119,7 +119,7 @@ def _between_words(facts: Mapping[str, Any], specials_are_text: bool = True) -> 
     plain = {each["type"] for each in normalizers} <= _UNICODE_FORMS
     if not plain and not all(map(_is_local, normalizers)):
         return None
-    for after in _WIDEST_FIRST if plain else _WIDEST_KEPT_FIRST:
+    for after in map(re.compile, _WIDEST_FIRST if plain else _WIDEST_KEPT_FIRST):
         if not any(_may_be_cut(token, after) for token in added) and _splits(probe, after):
             return functools.partial(cut_between_words, after=after)
     return None
@@ -129,7 +129,7 @@ def _may_be_cut(token: Mapping[str, Any], after: re.Pattern[str]) -> bool:
     """Return whether a cut may fall inside a token that is looked for in the text, or change what it takes with it."""
     content = token["content"]
     takes_more = token.get("rstrip") and content[-1:].isalnum()
-    looks_around = token.get("single_word") and after is _AFTER_CHARACTER
+    looks_around = token.get("single_word") and after.pattern == _AFTER_CHARACTER
     is_inside = any(cut.end() < len(content) for cut in after.finditer(content + "a"))
     return bool("\n" in content or takes_more or looks_around or is_inside)
 

@@ -272,7 +272,7 @@ def put(where: UrlPath, data: bytes, **options: Any) -> None:
     where._ask("pipe_file", data, what="write", **options)
 
 
-def write_whole(where: Location, data: bytes | bytearray) -> None:
+def write_whole(where: Location, data: bytes | bytearray | memoryview) -> None:
     """Write a file that is there whole or not at all, also after a power failure."""
     if isinstance(where, UrlPath):
         return put(where, bytes(data))

@@ -212,7 +212,7 @@ def pack_shard(task: PackTask) -> dict[str, Any]:
     return record
 
 
-def _encoded(task: PackTask, columns: Mapping[str, str]) -> tuple[bytes | bytearray, int]:
+def _encoded(task: PackTask, columns: Mapping[str, str]) -> tuple[bytearray | memoryview, int]:
     """Return the raw bytes of the shard, and how many tokens are in it."""
     options = task.options
     if columns.keys() == {"tokens"} and options.packing != "none":

@@ -57,6 +57,8 @@ __all__ = [
 SIZE_LIMIT = 1 << 26  # MDSWriter's default
 
 _SCALARS = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
+Raw = bytes | bytearray | memoryview
+
 # The byte by which a dynamic ndarray names its dtype, and the two bits by which it names the dtype of its shape.
 _DTYPE_CODES = {
     "uint8": 8, "int8": 9, "uint16": 16, "int16": 17, "float16": 18, "uint32": 32, "int32": 33, "float32": 34,
@@ -183,7 +185,7 @@ def empty_shard(
     compression: str | None = None,
     hashes: Sequence[str] = (),
     size_limit: int | None = SIZE_LIMIT,
-) -> tuple[bytearray, NDArray[Any]]:
+) -> tuple[memoryview, NDArray[Any]]:
     """Return a shard of one fixed-length ndarray column, to be filled: its raw bytes, and a view (n, T) of the samples.
 
     For shards of half the memory: see ``encode_shard``, which gives the same bytes from an array.
@@ -194,10 +196,10 @@ def empty_shard(
     if dtype is None or shape is None or size is None:
         raise InputError(f"a column of fixed length was expected, got {encoding!r}.")
     head = _head(np.full(num_samples, size, np.int64), _config_bytes(columns, compression, hashes, size_limit))
-    raw = bytearray(len(head) + num_samples * size)
-    raw[: len(head)] = head
+    raw = np.empty(len(head) + num_samples * size, np.uint8)  # in large pages and not zeroed, unlike a bytearray
+    raw[: len(head)] = np.frombuffer(head, np.uint8)
     rows = np.frombuffer(raw, dtype, num_samples * int(np.prod(shape)), len(head))
-    return raw, rows.reshape(num_samples, *shape)
+    return raw.data, rows.reshape(num_samples, *shape)
 
 
 def shard_of_rows(columns: Mapping[str, str], rows: Sequence[bytes], *, hashes: Sequence[str] = ()) -> bytes:
@@ -251,7 +253,7 @@ def shard_overhead(
 def shard_entry(
     columns: Mapping[str, str],
     basename: str,
-    raw: bytes | bytearray | Mapping[str, Any],
+    raw: Raw | Mapping[str, Any],
     *,
     num_samples: int,
     compression: str | None = None,
@@ -507,7 +509,7 @@ def compression_extension(compression: str) -> str:
     return compression.partition(":")[0]
 
 
-def compress(compression: str, data: bytes | bytearray) -> bytes:
+def compress(compression: str, data: Raw) -> bytes:
     """Compress shard bytes by ``zstd`` or ``zstd:LEVEL`` (1–22; default 3).
 
     The frame carries a checksum, so that a flipped bit is found even where no hash is recorded.
@@ -749,7 +751,7 @@ def _config_bytes(
     return json.dumps(_config(columns, compression, hashes, size_limit), sort_keys=True).encode("utf-8")
 
 
-def _file_info(basename: str, data: bytes | bytearray | Mapping[str, Any], hashes: Sequence[str]) -> dict[str, Any]:
+def _file_info(basename: str, data: Raw | Mapping[str, Any], hashes: Sequence[str]) -> dict[str, Any]:
     if isinstance(data, Mapping):
         return {"basename": basename, "bytes": int(data["bytes"]), "hashes": dict(data["hashes"])}
     return {

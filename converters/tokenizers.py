@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -114,13 +115,14 @@ _DECODED_BEFORE = 16
 _Encoded = tuple[NDArray[Any], NDArray[np.int64]]
 
 
-class _InPieces:
+class _InPieces(ABC):
     """Gives a library long texts a piece at a time, as far as there are places to cut."""
 
     cuts: Any  # Cuts | None, found when they are needed
 
+    @abstractmethod
     def _encode(self, texts: Sequence[str]) -> _Encoded:
-        raise NotImplementedError
+        """Return what ``encode`` does, by the library as it is."""
 
     def encode(self, texts: Sequence[str]) -> _Encoded:
         if max(map(len, texts), default=0) <= LONG_TEXT:

@@ -171,7 +171,7 @@ _CHUNK = 1 << 16  # characters
 
 
 def _size_and_hash(text: str) -> tuple[int, int]:
-    """Return how many bytes a long text takes as UTF-8, and their hash, without making all of them at once."""
+    """Return how many bytes a text takes as UTF-8, and their hash, without making all those of a long one at once."""
     size, made = 0, xxhash.xxh3_64()
     for start in range(0, len(text), _CHUNK):
         raw = text[start : start + _CHUNK].encode("utf-8")
@@ -346,11 +346,7 @@ class _UnitWriter:
         del self._characters[domain], self._bytes[domain]
         documents = np.empty(len(waiting), DOCUMENT)
         for number, document in enumerate(waiting):
-            if len(document.text) <= _CHUNK:
-                raw = document.text.encode("utf-8")
-                documents[number] = 0, len(raw), xxhash.xxh3_64_intdigest(raw)
-            else:
-                documents[number] = 0, *_size_and_hash(document.text)
+            documents[number] = 0, *_size_and_hash(document.text)
         is_one = len(waiting) == 1 and waiting[0].ids is None
         lengths = self._write_long(waiting[0].text) if is_one else self._write(waiting)
         documents["tokens"] = lengths + 1
@@ -367,8 +363,8 @@ class _UnitWriter:
     def _write(self, documents: Sequence[Document]) -> NDArray[np.int64]:
         """Write the ids of documents, each with an end of text; return how many there are without."""
         ids, lengths = self._encode(documents)
-        ends = self._task.tokenizer.eos_id
-        self._tokens.write(np.insert(ids.astype(self._dtype, copy=False), np.cumsum(lengths), ends).data)
+        eos = self._task.tokenizer.eos_id
+        self._tokens.write(np.insert(ids.astype(self._dtype, copy=False), np.cumsum(lengths), eos).data)
         return lengths
 
     def _write_long(self, text: str) -> NDArray[np.int64]:

@@ -48,7 +48,7 @@ __all__ = [
     "load_encoder",
 ]
 
-LONG_TEXT = 1 << 18  # characters
+LONG_TEXT, PIECE = 1 << 18, 1 << 16  # characters: texts beyond this are cut, into pieces of that
 SPECIAL_TOKENS = ("text", "parse")
 
 # Names that end-of-text tokens go by, most usual first.
@@ -132,11 +132,24 @@ class _InPieces(ABC):
 
     def encode_long(self, text: str) -> Iterator[NDArray[Any]]:
         is_cut = len(text) > LONG_TEXT and self.cuts is not None
-        for piece, drop in self.cuts(text, 1 << 16) if is_cut else [(text, 0)]:
+        for piece, drop in self.cuts(text, PIECE) if is_cut else [(text, 0)]:
             yield self._encode([piece])[0][drop:]
 
 
-class HuggingFaceEncoder(_InPieces):
+class _TokenizerJson(_InPieces):
+    """What is the same for both libraries that read a ``tokenizer.json``."""
+
+    _file: str
+    _special_tokens: str
+    _outline: Mapping[str, Any]  # all of the file but its model
+
+    @functools.cached_property
+    def cuts(self) -> Cuts | None:
+        """Where long texts may be cut; looked for when the first is met."""
+        return find_cuts(self._outline, self._special_tokens == "text", lambda: _facts(self._file))
+
+
+class HuggingFaceEncoder(_TokenizerJson):
     """A ``tokenizer.json``."""
 
     def __init__(self, file: str, special_tokens: str = "text", eos_id: int | None = None) -> None:
@@ -152,11 +165,6 @@ class HuggingFaceEncoder(_InPieces):
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = special_tokens == "text"
         self._file, self._special_tokens = file, special_tokens
-
-    @functools.cached_property
-    def cuts(self) -> Cuts | None:
-        """Where long texts may be cut; looked for when the first is met."""
-        return find_cuts(self._outline, self._special_tokens == "text", lambda: _facts(self._file))
 
     def _encode(self, texts: Sequence[str]) -> _Encoded:
         try:
@@ -255,7 +263,7 @@ def require_gigatoken() -> Any:
     return gigatoken
 
 
-class GigatokenEncoder(_InPieces):
+class GigatokenEncoder(_TokenizerJson):
     """The same ``tokenizer.json`` through gigatoken, which is about twenty times as fast; decodes by ``tokenizers``.
 
     It remembers every word it has seen, without end; it is loaded anew when that has taken 24 MiB.
@@ -277,11 +285,6 @@ class GigatokenEncoder(_InPieces):
             facts = without_special_tokens(facts, self._eos_id) or facts
             facts["added_tokens"] = [token for token in facts.get("added_tokens", []) if not token.get("special")]
         return orjson.dumps(facts), outline
-
-    @functools.cached_property
-    def cuts(self) -> Cuts | None:
-        """Where long texts may be cut; looked for when the first is met."""
-        return find_cuts(self._outline, self._special_tokens == "text", lambda: _facts(self._file))
 
     def _load(self) -> None:
         self._fast: Any = None  # free the one before
@@ -412,8 +415,8 @@ class BytesEncoder:
     def encode_long(self, text: str) -> Iterator[NDArray[Any]]:
         if self._parse:
             yield self.encode([text])[0]
-        for start in range(0, 0 if self._parse else len(text), LONG_TEXT):
-            yield self.encode([text[start : start + LONG_TEXT]])[0]
+        for start in range(0, 0 if self._parse else len(text), PIECE):
+            yield self.encode([text[start : start + PIECE]])[0]
 
     def _parsed(self, text: str) -> list[int]:
         parts = _parts(text, [_END_OF_BYTES])

@@ -375,6 +375,7 @@ def test_long_texts_are_encoded_as_they_are_as_a_whole(request, monkeypatch, tmp
     texts = ["\n".join(CORPUS), code, "word\n" * 999 + "\r\n\n\n  end", "no line break " * 99, "short"]
     ids, lengths = encoder._encode(texts)
     monkeypatch.setattr("converters.tokenizers.LONG_TEXT", 50)
+    monkeypatch.setattr("converters.tokenizers.PIECE", 50)
     assert ids_of_pieces(encoder, code, 50)[1] > 10
     found, how_many = encoder.encode(texts)
     assert (found.tolist(), how_many.tolist()) == (ids.tolist(), lengths.tolist())

@@ -8,6 +8,7 @@ from the start of a text, rounding: where two ways are equally likely but for th
 
     cuts = find_cuts(facts)                      # of a tokenizer.json
     for piece, drop in cuts(text, 1 << 18):      # leave out the first ``drop`` ids of the piece
+    cuts.runs                                    # where a byte-pair encoding may be cut besides, see ``long_words``
 """
 
 from __future__ import annotations
@@ -16,21 +17,32 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
+from converters.long_words import Runs, find_runs
 from converters.special_tokens import read_varint
 
 __all__ = [
+    "SPACE",
+    "BetweenWords",
     "Cuts",
     "SideBySide",
-    "cut_between_words",
     "find_cuts",
     "flat_parts",
     "sentencepiece_cuts",
 ]
 
-# (text, size) -> pieces of about that many characters or more, and how many ids of each are to be left out.
-Cuts = Callable[[str, int], Iterator[tuple[str, int]]]
+
+class Cuts(Protocol):
+    """Where the texts of a tokenizer may be cut."""
+
+    @property
+    def runs(self) -> Runs | None:
+        """Where words may be cut by ``encode_long_word``; None if nowhere."""
+
+    def __call__(self, text: str, size: int) -> Iterator[tuple[str, int]]:
+        """Yield pieces of about ``size`` characters or more, and how many ids of each are to be left out."""
+
 
 SPACE = "▁"  # how a space is written in the vocabularies of SentencePiece
 
@@ -43,7 +55,7 @@ def find_cuts(
     """Return the cuts of a tokenizer, None if there are none.
 
     Args:
-        facts: the content of its ``tokenizer.json``; with ``read``, which returns that, it needs no model.
+        facts: the content of its ``tokenizer.json``; with ``read``, which returns that, it needs no tokens.
         specials_are_text: whether special tokens are not looked for in the text.
     """
     if cuts := _between_words(facts, specials_are_text):
@@ -84,20 +96,33 @@ _UNICODE_FORMS = {"NFC", "NFD", "NFKC", "NFKD"}  # change nothing across a line 
 _LOCAL = {"BertNormalizer", "Lowercase", "Nmt", "Precompiled", "StripAccents"}  # nothing across ASCII
 
 
-def cut_between_words(text: str, size: int, after: re.Pattern[str]) -> Iterator[tuple[str, int]]:
-    """Yield pieces of about ``size``, cut after a word.
+class BetweenWords:
+    """Cuts after a word.
 
-    >>> [piece for piece, _ in cut_between_words("one two\\nthree.\\nfour five", 5, re.compile(_AFTER_WORD))]
+    >>> [piece for piece, _ in BetweenWords(re.compile(_AFTER_WORD))("one two\\nthree.\\nfour five", 5)]
     ['one two', '\\nthree.\\nfour', ' five']
+
+    Args:
+        after: what matches the last character of such a word.
+        find: finds the runs, when they are needed.
     """
-    start = 0
-    while len(text) - start > size:
-        cut = after.search(text, start + size - 1)
-        if cut is None:
-            break
-        yield text[start : cut.end()], 0
-        start = cut.end()
-    yield text[start:], 0
+
+    def __init__(self, after: re.Pattern[str], find: Callable[[], Runs | None] = lambda: None) -> None:
+        self.after, self._find = after, find
+
+    @functools.cached_property
+    def runs(self) -> Runs | None:
+        return self._find()
+
+    def __call__(self, text: str, size: int) -> Iterator[tuple[str, int]]:
+        start = 0
+        while len(text) - start > size:
+            cut = self.after.search(text, start + size - 1)
+            if cut is None:
+                break
+            yield text[start : cut.end()], 0
+            start = cut.end()
+        yield text[start:], 0
 
 
 def _between_words(facts: Mapping[str, Any], specials_are_text: bool = True) -> Cuts | None:
@@ -121,8 +146,28 @@ def _between_words(facts: Mapping[str, Any], specials_are_text: bool = True) -> 
         return None
     for after in map(re.compile, _WIDEST_FIRST if plain else _WIDEST_KEPT_FIRST):
         if not any(_may_be_cut(token, after) for token in added) and _splits(probe, after):
-            return functools.partial(cut_between_words, after=after)
+            return BetweenWords(after, functools.partial(_runs_of_words, facts, probe, added))
     return None
+
+
+def _runs_of_words(facts: Mapping[str, Any], probe: Any, added: Sequence[Mapping[str, Any]]) -> Runs | None:
+    model = facts.get("model") or {}
+    if model.get("type", "BPE") != "BPE" or any(model.get(name) for name in _NOT_BY_PAIRS):
+        return None
+    parts = flat_parts(facts.get("pre_tokenizer"), "pretokenizers")
+    puts_space = {"ByteLevel": lambda part: part.get("add_prefix_space", True), "Metaspace": _puts_space}
+    has_prefix = any(part["type"] in puts_space and puts_space[part["type"]](part) for part in parts)
+    starts = [token["content"] for token in added]
+    if any(token.get(name) for token in added for name in ("lstrip", "rstrip")):
+        starts += [" ", "\n"]
+
+    def split(text: str) -> list[tuple[int, int]]:
+        return [place for _, place in probe.pre_tokenizer.pre_tokenize_str(text)]
+
+    return find_runs(split, starts, has_prefix)
+
+
+_NOT_BY_PAIRS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
 
 def _may_be_cut(token: Mapping[str, Any], after: re.Pattern[str]) -> bool:
@@ -152,7 +197,7 @@ def _splits(tokenizer: Any, after: re.Pattern[str]) -> bool:
         normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
         return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)]
 
-    return [word for piece, _ in cut_between_words(_PROBE, 1, after) for word in words(piece)] == words(_PROBE)
+    return [word for piece, _ in BetweenWords(after)(_PROBE, 1) for word in words(piece)] == words(_PROBE)
 
 
 # --- side by side --------------------------------------------------------------------------------------------------
@@ -172,6 +217,8 @@ class SideBySide:
         prefix: what is put before a text: nothing (""), a space where there is none ("missing"), or always ("always").
         added: tokens that are looked for in the text itself.
         kept_only: cut only at letters and digits of ASCII, Chinese characters and spaces: others may be rewritten.
+        by_pairs: whether tokens are those of a byte-pair encoding.
+        symbols: tokens that are looked for before any merge.
     """
 
     def __init__(
@@ -183,12 +230,17 @@ class SideBySide:
         prefix: str = "",
         added: Sequence[str] = (),
         kept_only: bool = False,
+        by_pairs: bool = False,
+        symbols: Sequence[str] = (),
     ) -> None:
         written = [*tokens, *(content.replace(" ", space) for content in added)]
         self._pairs = {token[n : n + 2] for token in written for n in range(len(token) - 1)}
         self._known, self._space, self._prefix = known, space, prefix
         self._firsts, self._lasts = {content[:1] for content in added}, {content[-1:] for content in added}
-        self._is_usual = re.compile(f"[{_KEPT}0-9]" if kept_only else r"[^\s▁]").fullmatch
+        usual = f"[{_KEPT}0-9]" if kept_only else r"[^\s▁]"
+        self._is_usual = re.compile(usual).fullmatch
+        firsts = "".join(re.escape(content[0]) for content in (*added, *symbols))
+        self.runs = Runs([f"(?![{firsts}]){usual}" if firsts else usual], bool(prefix)) if by_pairs else None
         self._may_follow = re.compile(f"[{_KEPT}0-9]" if kept_only else "(?s:.)").fullmatch
 
     def __call__(self, text: str, size: int) -> Iterator[tuple[str, int]]:
@@ -254,10 +306,11 @@ def _side_by_side(facts: Mapping[str, Any], specials_are_text: bool = True) -> C
         prefix=prefix,
         added=[token["content"] for token in added],
         kept_only=len(marks) < len(normalizers),
+        by_pairs=model.get("type", "BPE") == "BPE",
     )
 
 
-_NOT_PLAIN = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+_NOT_PLAIN = (*_NOT_BY_PAIRS, "ignore_merges")
 
 
 def _puts_space(metaspace: Mapping[str, Any]) -> bool:
@@ -288,10 +341,13 @@ def sentencepiece_cuts(processor: Any) -> Cuts | None:
         lambda character: has_bytes or character in vocabulary,
         prefix="always" if has_prefix else "",
         kept_only=strips or bool(normalizer.get(2, [b""])[-1]),  # precompiled_charsmap: rewrites characters
+        by_pairs=trainer.get(3, [_UNIGRAM])[-1] == _BPE,
+        symbols=[str(_fields(piece)[1][-1], "utf-8") for piece in model.get(1, []) if piece.endswith(_USER_DEFINED)],
     )
 
 
 _UNIGRAM, _BPE = 1, 2
+_USER_DEFINED = b"\x18\x04"  # how a piece of this type ends
 
 
 def _fields(message: bytes) -> dict[int, list[Any]]:

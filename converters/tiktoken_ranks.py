@@ -19,7 +19,7 @@ from typing import Any
 
 from mixer.errors import InputError
 
-__all__ = ["NAMES", "tokenizer_file"]
+__all__ = ["NAMES", "byte_characters", "tokenizer_file"]
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -66,7 +66,7 @@ def tokenizer_file(name: str) -> Path:
 def as_tokenizer_json(name: str, ranks: dict[bytes, int]) -> dict[str, Any]:
     """Return the content of a ``tokenizer.json`` with these ranks."""
     pattern, eos = NAMES[name]
-    characters = _byte_characters()
+    characters = byte_characters()
     spelled = {token: "".join(characters[byte] for byte in token) for token in ranks}
     merges = [_merge(token, ranks) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -104,7 +104,7 @@ def _merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     return parts[0], parts[1]
 
 
-def _byte_characters() -> dict[int, str]:
+def byte_characters() -> dict[int, str]:
     """Return the printable character by which byte-level tokenizers write each byte (GPT-2's table)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]

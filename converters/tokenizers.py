@@ -19,7 +19,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -28,9 +28,11 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from converters.cutting import Cuts, find_cuts, sentencepiece_cuts
+from converters.cutting import SPACE, Cuts, find_cuts, flat_parts, sentencepiece_cuts
+from converters.long_words import encode_long_word
 from converters.memory import resident_bytes, return_large_blocks, return_memory
 from converters.special_tokens import without_special_tokens, without_symbol
+from converters.tiktoken_ranks import byte_characters
 from converters.unknown import with_unknown_token
 from mixer.errors import InputError
 from mixer.manifest import TokenizerInfo
@@ -84,6 +86,28 @@ def id_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("uint16" if vocab_size <= 1 << 16 else "uint32")
 
 
+def _spelled(token: str) -> bytes:
+    """Return the UTF-8 of a token.
+
+    >>> _spelled("▁one"), _spelled("<0x0A>")
+    (b' one', b'\\n')
+    """
+    if _BYTE.fullmatch(token):
+        return bytes([int(token[3:5], 16)])
+    return token.replace(SPACE, " ").encode()
+
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+
+
+def _spelled_bytes(token: str) -> bytes:
+    """Return the bytes of a token of a byte-level tokenizer, nothing for any other."""
+    return bytes(_BYTES_BY_CHARACTER.get(character, 0) for character in token)
+
+
+_BYTES_BY_CHARACTER = {character: byte for byte, character in byte_characters().items()}
+
+
 def _split(ids: NDArray[Any], lengths: NDArray[np.int64]) -> list[NDArray[Any]]:
     return np.split(ids, np.cumsum(lengths)[:-1])
 
@@ -118,7 +142,10 @@ _Encoded = tuple[NDArray[Any], NDArray[np.int64]]
 class _InPieces(ABC):
     """Gives a library long texts a piece at a time, as far as there are places to cut."""
 
-    cuts: Any  # Cuts | None, found when they are needed
+    @functools.cached_property
+    @abstractmethod
+    def cuts(self) -> Cuts | None:
+        """Where long texts may be cut; looked for when the first is met."""
 
     @abstractmethod
     def _encode(self, texts: Sequence[str]) -> _Encoded:
@@ -130,10 +157,24 @@ class _InPieces(ABC):
         rows = [np.concatenate([*self.encode_long(text)]) for text in texts]
         return np.concatenate(rows), np.fromiter(map(len, rows), np.int64, len(rows))
 
+    def spell(self, number: int) -> bytes:
+        """Return the UTF-8 of a token, a space for each space."""
+        raise NotImplementedError
+
     def encode_long(self, text: str) -> Iterator[NDArray[Any]]:
-        is_cut = len(text) > LONG_TEXT and self.cuts is not None
-        for piece, drop in self.cuts(text, PIECE) if is_cut else [(text, 0)]:
-            yield self._encode([piece])[0][drop:]
+        cuts = self.cuts if len(text) > LONG_TEXT else None
+        for piece, drop in [(text, 0)] if cuts is None else cuts(text, PIECE):
+            for ids in self._rows(piece):
+                yield ids[drop:]
+                drop = 0
+
+    def _rows(self, text: str) -> list[NDArray[Any]]:
+        """Return the ids of a text that is not cut, in some arrays."""
+        if len(text) > LONG_TEXT and self.cuts is not None and self.cuts.runs is not None:
+            rows = encode_long_word(text, PIECE, self.cuts.runs, lambda piece: self._encode([piece])[0], self.spell)
+            if rows is not None:
+                return rows
+        return [self._encode([text])[0]]
 
 
 class _TokenizerJson(_InPieces):
@@ -141,11 +182,10 @@ class _TokenizerJson(_InPieces):
 
     _file: str
     _special_tokens: str
-    _outline: Mapping[str, Any]  # all of the file but its model
+    _outline: Mapping[str, Any]  # all of the file but its tokens
 
     @functools.cached_property
     def cuts(self) -> Cuts | None:
-        """Where long texts may be cut; looked for when the first is met."""
         return find_cuts(self._outline, self._special_tokens == "text", lambda: _facts(self._file))
 
 
@@ -190,6 +230,14 @@ class HuggingFaceEncoder(_TokenizerJson):
             " with --train-tokenizer."
         )
 
+    def spell(self, number: int) -> bytes:
+        return self._spell(self._tokenizer.id_to_token(number))
+
+    @functools.cached_property
+    def _spell(self) -> Callable[[str], bytes]:
+        types = {part["type"] for part in flat_parts(self._outline.get("pre_tokenizer"), "pretokenizers")}
+        return _spelled_bytes if "ByteLevel" in types else _spelled
+
     def _refusal(self, texts: Sequence[str], error: BaseException) -> InputError:
         """Return the error for texts that the library cannot encode, with the first of them."""
         if len(texts) > 1:
@@ -213,7 +261,7 @@ class _Content(NamedTuple):
         json: None if it is the file as it is.
         is_changed: whether some token has another name, so that it is not to decode by.
         unknown: an id for what the file's would leave out.
-        outline: all of the file but its model.
+        outline: all of the file but its tokens.
     """
 
     json: bytes | None = None
@@ -233,12 +281,16 @@ def _content_to_encode_by(file: str, special_tokens: str, eos_id: int | None) ->
         changed, unknown = with_unknown_token(facts) or (None, None)
         if special_tokens == "text":
             changed = without_special_tokens(changed or facts, eos_id) or changed
-        outline = {key: value for key, value in facts.items() if key != "model"}
+        outline = _outline(facts)
     except (ValueError, KeyError, TypeError):  # the library will say what is wrong with it
         return _Content()
     is_changed = changed is not None
     content = orjson.dumps(changed or facts) if is_changed or is_shorter else None
     return _Content(content, is_changed, unknown, outline)
+
+
+def _outline(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {**facts, "model": {key: each for key, each in facts["model"].items() if key not in ("vocab", "merges")}}
 
 
 def _shorten_merges(model: dict[str, Any]) -> bool:
@@ -276,11 +328,11 @@ class GigatokenEncoder(_TokenizerJson):
         self._load()
 
     def _content(self) -> tuple[bytes, dict[str, Any]]:
-        """Return what to encode by, and all of the file but its model."""
+        """Return what to encode by, and all of the file but its tokens."""
         with open(self._file, "rb") as file:
             facts = json.load(file)  # orjson keeps some of what it reads, between which memory is not given back
         _shorten_merges(facts["model"])
-        outline = {key: value for key, value in facts.items() if key != "model"}
+        outline = _outline(facts)
         if self._special_tokens == "text":  # gigatoken has no switch for it, so it is not told of special tokens
             facts = without_special_tokens(facts, self._eos_id) or facts
             facts["added_tokens"] = [token for token in facts.get("added_tokens", []) if not token.get("special")]
@@ -297,6 +349,9 @@ class GigatokenEncoder(_TokenizerJson):
         self._fast.encode(b"")  # makes its tables
         return_memory()
         self._growth = 0
+
+    def spell(self, number: int) -> bytes:
+        return self._fast.decode([number])
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._decoder.decode(ids)
@@ -362,8 +417,10 @@ class SentencePieceEncoder(_InPieces):
 
     @functools.cached_property
     def cuts(self) -> Cuts | None:
-        """Where long texts may be cut; looked for when the first is met."""
         return None if self._specials else sentencepiece_cuts(self.processor)
+
+    def spell(self, number: int) -> bytes:
+        return _spelled(self.processor.id_to_piece(number))
 
     def _encode(self, texts: Sequence[str]) -> _Encoded:
         if not self._specials:

@@ -19,8 +19,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from converters.long_words import Runs, find_runs
+from converters.long_words import OVERLAP, Runs, find_runs
 from converters.special_tokens import read_varint
+from converters.word_starts import WordStarts, find_word_starts
 
 __all__ = [
     "SPACE",
@@ -78,18 +79,19 @@ def flat_parts(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, 
 # --- between words -------------------------------------------------------------------------------------------------
 
 # After a word that a line break, or a space and another word, follows; wider ones also before Chinese and Japanese
-# punctuation and after a line break, and before digits.
+# punctuation and after a line break, before digits, and before symbols that end something.
 _AFTER_WORD = r"[^\W_](?=\n)|[^\W\d_](?= [^\W\d_])"
 _LETTER = "[A-Za-zぁ-ゖァ-ヺ一-鿿]"
 _AFTER_PHRASE = rf"{_AFTER_WORD}|{_LETTER}(?=[、。，！？：；]{_LETTER})|(?<=\S)\n(?={_LETTER})"
 _AFTER_LETTERS = _AFTER_PHRASE + "|[A-Za-z](?=[0-9])"
+_BEFORE_SYMBOL = _AFTER_LETTERS + r"|[A-Za-z0-9](?=[\"),:;\]}])"
 _BEFORE_SPACE = r"[^\W\d_](?= [^\W\d_])"
 # The same where characters may be rewritten, which those of ASCII and Chinese ones are not by those next to them.
 _KEPT = "A-Za-z一-鿿"
 _BEFORE_ASCII = "[A-Za-z](?= [A-Za-z])"
 _BEFORE_KEPT = f"[{_KEPT}。！？](?=[ \n][{_KEPT}])"
 _AFTER_CHARACTER = f"[{_KEPT}](?= [{_KEPT}])|[一-鿿](?=[一-鿿])"  # where each is a word
-_WIDEST_FIRST = (_AFTER_LETTERS, _AFTER_PHRASE, _AFTER_WORD, _BEFORE_SPACE)
+_WIDEST_FIRST = (_BEFORE_SYMBOL, _AFTER_LETTERS, _AFTER_PHRASE, _AFTER_WORD, _BEFORE_SPACE)
 _WIDEST_KEPT_FIRST = (_AFTER_CHARACTER, _BEFORE_KEPT, _BEFORE_ASCII)
 
 _UNICODE_FORMS = {"NFC", "NFD", "NFKC", "NFKD"}  # change nothing across a line break or space
@@ -97,18 +99,29 @@ _LOCAL = {"BertNormalizer", "Lowercase", "Nmt", "Precompiled", "StripAccents"}  
 
 
 class BetweenWords:
-    """Cuts after a word.
+    """Cuts after a word: at such as have a usual form, or, where a text is full of numbers or symbols, at any.
 
     >>> [piece for piece, _ in BetweenWords(re.compile(_AFTER_WORD))("one two\\nthree.\\nfour five", 5)]
     ['one two', '\\nthree.\\nfour', ' five']
 
     Args:
-        after: what matches the last character of such a word.
+        after: what matches the last character of a word of a usual form.
+        find_starts: finds where words start, when that is needed.
         find: finds the runs, when they are needed.
     """
 
-    def __init__(self, after: re.Pattern[str], find: Callable[[], Runs | None] = lambda: None) -> None:
-        self.after, self._find = after, find
+    def __init__(
+        self,
+        after: re.Pattern[str],
+        find_starts: Callable[[], WordStarts | None] = lambda: None,
+        find: Callable[[], Runs | None] = lambda: None,
+    ) -> None:
+        self._after, self._find_starts, self._find = after, find_starts, find
+
+    @functools.cached_property
+    def starts(self) -> WordStarts | None:
+        """Where words start."""
+        return self._find_starts()
 
     @functools.cached_property
     def runs(self) -> Runs | None:
@@ -116,13 +129,36 @@ class BetweenWords:
 
     def __call__(self, text: str, size: int) -> Iterator[tuple[str, int]]:
         start = 0
-        while len(text) - start > size:
-            cut = self.after.search(text, start + size - 1)
-            if cut is None:
-                break
-            yield text[start : cut.end()], 0
-            start = cut.end()
+        while (cut := self._next(text, start, size)) is not None:
+            yield text[start:cut], 0
+            start = cut
         yield text[start:], 0
+
+    def _next(self, text: str, start: int, size: int) -> int | None:
+        """Return the end of a piece of about ``size`` from ``start`` on, None if that is the end of the text."""
+        at = start + size - 1
+        if at >= len(text) - 1:
+            return None
+        found = self._after.search(text, at, at + _NEAR * size)
+        if found is None and (cut := self._next_start(text, start, size)) is not None:
+            return cut
+        found = found or self._after.search(text, at)
+        return found and found.end()
+
+    def _next_start(self, text: str, start: int, size: int) -> int | None:
+        """Return the start of a word about ``size`` behind ``start``, or behind the very long word that is there."""
+        while self.starts is not None and start < len(text):
+            cut = self.starts.last(text, start, size)
+            if cut is not None or self.runs is None:
+                return cut
+            stop = self.runs.first_stop(text, start + size)
+            if stop is None:
+                return None
+            start = max(self.runs.last_stop(text, stop) - OVERLAP, start + 1)
+        return None
+
+
+_NEAR = 4  # times the size of a piece
 
 
 def _between_words(facts: Mapping[str, Any], specials_are_text: bool = True) -> Cuts | None:
@@ -133,7 +169,8 @@ def _between_words(facts: Mapping[str, Any], specials_are_text: bool = True) -> 
     from tokenizers import Tokenizer
 
     added, normalizers = _added_tokens(facts, specials_are_text), flat_parts(facts.get("normalizer"), "normalizers")
-    if facts.get("pre_tokenizer") is None:
+    before = flat_parts(facts.get("pre_tokenizer"), "pretokenizers")
+    if not before:
         return None
     parts = {key: facts.get(key) for key in ("normalizer", "pre_tokenizer")}
     empty = {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}
@@ -146,7 +183,8 @@ def _between_words(facts: Mapping[str, Any], specials_are_text: bool = True) -> 
         return None
     for after in map(re.compile, _WIDEST_FIRST if plain else _WIDEST_KEPT_FIRST):
         if not any(_may_be_cut(token, after) for token in added) and _splits(probe, after):
-            return BetweenWords(after, functools.partial(_runs_of_words, facts, probe, added))
+            find_starts = functools.partial(find_word_starts, facts, added, before, plain)
+            return BetweenWords(after, find_starts, functools.partial(_runs_of_words, facts, probe, added))
     return None
 
 
@@ -187,7 +225,10 @@ def _is_local(normalizer: Mapping[str, Any]) -> bool:
     return normalizer["type"] in _LOCAL | _UNICODE_FORMS
 
 
-_PROBE = "one two\nthree 45\n\n6x\n\t7 été ü x2 y a b\nDon't STOP a\n一二，三四、五！六：七 八。\n九\n十 ten\n"
+_PROBE = (
+    "one two\nthree 45\n\n6x\n\t7 été ü x2 y a b\nDon't STOP a\n一二，三四、五！六：七 八。\n九\n十 ten\n"
+    '1,2;a:(b)c[3]{d}"e"\n'
+)
 
 
 def _splits(tokenizer: Any, after: re.Pattern[str]) -> bool:

@@ -7,17 +7,21 @@ token that both have at the same place: left of it stand tokens of one piece, fr
 neighbours are neighbours in one of the two. (Property and proof: https://github.com/github/rust-gems, crates/bpe.)
 
     runs = find_runs(splits, starts)             # stretches in which a tokenizer never begins another word
-    rows = encode_long_word(text, 1 << 16, runs, encode, spell)   # the ids, in some arrays; None: give it the whole
+    for ids in encode_long_word(text, 1 << 16, runs, encode, spell): ...
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import xxhash
 from numpy.typing import NDArray
+
+from mixer.errors import DataError
 
 __all__ = ["OVERLAP", "Runs", "encode_long_word", "find_runs"]
 
@@ -43,20 +47,26 @@ class Runs(NamedTuple):
         found = re.compile(pattern).finditer(text, max(at - OVERLAP, 0))
         return next((run.end() for run in found if run.end() - run.start() == OVERLAP and run.end() >= at), None)
 
+    def last_stop(self, text: str, stop: int) -> int:
+        """Return the end of the run that ``stop`` is in."""
+        patterns = (re.compile(f"(?:{one})*") for one in self.characters)
+        return max(match.end() for pattern in patterns if (match := pattern.match(text, stop - OVERLAP)))
+
 
 def encode_long_word(
     text: str, size: int, runs: Runs, encode: Callable[[str], NDArray[Any]], spell: Callable[[int], bytes]
-) -> list[NDArray[Any]] | None:
-    """Return the ids of a text, or None where some pieces have no token in common.
+) -> Iterator[NDArray[Any]]:
+    """Yield the ids of a text, those of about a piece at a time; of all that is left where pieces have none in common.
 
     Args:
         size: characters of a piece, about.
         encode: returns the ids of a piece.
         spell: returns the UTF-8 of a token, a space for a space.
+    Raises: DataError: if all of the text has other ids than its pieces, which only then turns out.
     """
     stop = runs.first_stop(text, size)
     ids = encode(text[:stop])
-    rows = []
+    done, digest = 0, xxhash.xxh3_128()
     while stop is not None:
         shared = text[stop - OVERLAP : stop]
         places = dict(_last_places(ids, shared.encode(), len(shared[:_AT_ENDS].encode()), spell))
@@ -70,10 +80,23 @@ def encode_long_word(
             if joint is not None:
                 break
         else:
-            return None
-        rows.append(ids[: joint[0]])
+            yield _rest(encode(text), done, digest.digest())
+            return
+        yield ids[: joint[0]]
+        done += joint[0]
+        digest.update(ids[: joint[0]].tobytes())
         ids, stop = more[joint[1] :], following
-    return [*rows, ids]
+    yield ids
+
+
+def _rest(ids: NDArray[Any], done: int, digest: bytes) -> NDArray[Any]:
+    """Return the ids behind the first ``done``, which must be those with this digest."""
+    if xxhash.xxh3_128_digest(ids[:done].tobytes()) != digest:
+        raise DataError(
+            "a word of megabytes has other tokens as a whole than in pieces. Please report this with the text and the"
+            " tokenizer; until then, leave such texts out with --max-record."
+        )
+    return ids[done:]
 
 
 _Place = tuple[int, int]  # where a token starts in what two pieces share, in bytes, and its id
@@ -119,6 +142,16 @@ def _first_places(
 
 # --- runs ----------------------------------------------------------------------------------------------------------
 
+# Characters by what Unicode calls them, in all scripts but some: letters, with their accents or without, letters of
+# scripts that have no capitals, and symbols.
+_LETTERS, _ACCENTS, _HAN_AND_KANA = ("Lu", "Ll", "Lt", "Lm", "Lo"), ("Mn", "Mc", "Me"), "[一-龥\u3040-ヿ]"
+_OF_UNICODE = (
+    (_LETTERS + _ACCENTS, ""),
+    (_LETTERS, ""),
+    (_LETTERS + _ACCENTS, _HAN_AND_KANA),
+    (("Lm", "Lo", *_ACCENTS), ""),
+    (("Pc", "Pd", "Po", "Sc", "Sk", "Sm", "So"), ""),
+)
 _CLASSES = ("[A-Za-z]", "[A-Z]", "[a-z]", "[0-9]", " ", "\n", "[!-/:-@\\[-`{-~]", "[ぁ-ゖァ-ヺー一-龥]", "[一-龥]")
 _AROUND = ("", " ", "\n", "a", "A", "'", "'s", "1", ".", "_", "漢", "é", "\t ")
 _TRIED = 300  # characters
@@ -131,20 +164,35 @@ def find_runs(split: Callable[[str], Sequence[tuple[int, int]]], starts: Sequenc
         split: returns start and end of each word.
         starts: what tokens that are looked for in the text begin with; none begins in a run.
     """
-    found = []
-    for one in _CLASSES:
-        pattern = re.compile(one)
-        if not any(pattern.match(start) for start in starts) and all(_is_one_word(split, run) for run in _tries(one)):
+    found: list[str] = []
+    covered: set[str] = set()
+    for one in (*(_of_unicode(*given) for given in _OF_UNICODE), *_CLASSES):
+        characters = re.findall(one, _PLANE)
+        if covered.issuperset(characters) or any(start[:1] in characters for start in starts):
+            continue
+        if all(_is_one_word(split, run) for run in _tries(characters)):
             found.append(one)
+            covered.update(characters)
     return Runs(found, prefix) if found else None
 
 
-def _tries(one: str) -> Iterator[str]:
-    """Yield runs of a class: of one character, and of many by chance."""
-    every = [chr(number) for number in range(0x10000) if re.match(one, chr(number))]
+_PLANE = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x10000)]))
+
+
+def _of_unicode(categories: Collection[str], without: str) -> str:
+    """Return what matches the characters of some categories, as far as all versions of Unicode agree."""
+    versions = unicodedata, unicodedata.ucd_3_2_0
+    plane = re.sub(without, " ", _PLANE) if without else _PLANE
+    found = "".join(one if all(each.category(one) in categories for each in versions) else " " for one in plane)
+    runs = [(ord(run[0]), ord(run[-1])) for run in re.split(" +", found) if run]
+    return "[" + "".join(f"\\u{first:04x}-\\u{last:04x}" for first, last in runs) + "]"
+
+
+def _tries(characters: Sequence[str]) -> Iterator[str]:
+    """Yield runs of one character, and of many by chance."""
     chance = random.Random(0)
-    yield from (character * _TRIED for character in chance.sample(every, min(len(every), 4)))
-    yield from ("".join(chance.choices(every, k=_TRIED)) for _ in range(2))
+    yield from (one * _TRIED for one in chance.sample(characters, min(len(characters), 4)))
+    yield from ("".join(chance.choices(characters, k=_TRIED)) for _ in range(2))
 
 
 def _is_one_word(split: Callable[[str], Sequence[tuple[int, int]]], run: str) -> bool:

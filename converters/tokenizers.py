@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -168,13 +169,11 @@ class _InPieces(ABC):
                 yield ids[drop:]
                 drop = 0
 
-    def _rows(self, text: str) -> list[NDArray[Any]]:
-        """Return the ids of a text that is not cut, in some arrays."""
+    def _rows(self, text: str) -> Iterator[NDArray[Any]]:
+        """Yield the ids of a text that is not cut between words."""
         if len(text) > LONG_TEXT and self.cuts is not None and self.cuts.runs is not None:
-            rows = encode_long_word(text, PIECE, self.cuts.runs, lambda piece: self._encode([piece])[0], self.spell)
-            if rows is not None:
-                return rows
-        return [self._encode([text])[0]]
+            return encode_long_word(text, PIECE, self.cuts.runs, lambda piece: self._encode([piece])[0], self.spell)
+        return iter(self._encode([text])[:1])
 
 
 class _TokenizerJson(_InPieces):
@@ -324,7 +323,9 @@ class GigatokenEncoder(_TokenizerJson):
     def __init__(self, file: str, special_tokens: str = "text", eos_id: int | None = None) -> None:
         self._file, self._special_tokens, self._eos_id = file, special_tokens, eos_id
         self._new = require_gigatoken().Tokenizer.from_json
-        self._json, self._outline = self._content()
+        content, self._outline = self._content()
+        self._packed = zlib.compress(content, 1)  # a third of it, kept to load it anew
+        del content
         self._load()
 
     def _content(self) -> tuple[bytes, dict[str, Any]]:
@@ -342,7 +343,7 @@ class GigatokenEncoder(_TokenizerJson):
         self._fast: Any = None  # free the one before
         return_memory()
         try:
-            self._fast = self._new(self._json)
+            self._fast = self._new(zlib.decompress(self._packed))
         except Exception as error:  # the library raises what Rust does
             why = str(error).partition("\n")[0].removesuffix(".")
             raise InputError(f"gigatoken cannot use {self._file}: {why}. Use --backend hf.") from error

@@ -5,9 +5,10 @@
     python -m benchmarks.memory --only csv --only gigatoken
 
 Every row is one conversion by two workers: of one giant file of many records, or of one giant record between two small
-ones, in every format; of documents of 8 MiB by every tokenizer; and of many documents in every packing. Shown is the
-peak of resident memory of the largest process, parent or worker, as the system counts it; "refused" is a file that can
-only be unpacked whole, with an error that says so. At the end, all beside the goal of 200 MB. Results also go to
+ones, in every format; of documents of 8 MiB by every tokenizer, once of sentences and once such as are hard to cut (a
+genome, one letter, numbers, Chinese without punctuation); and of many documents in every packing. Shown is the peak of
+resident memory of the largest process, parent or worker, as the system counts it; "refused" is a file that can only be
+unpacked whole, with an error that says so. At the end, all beside the goal of 200 MB. Results also go to
 benchmarks/results/memory.json.
 """
 
@@ -19,6 +20,7 @@ import gzip
 import itertools
 import json
 import lzma
+import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -200,6 +202,21 @@ def wide_documents(folder: Path, count: int = 8, size: int = 8_000_000) -> Path:
     return folder
 
 
+def hard_documents(folder: Path, names: Iterable[str] = ("genome", "letter", "numbers", "chinese")) -> Path:
+    """Write documents of almost 8 MiB that have no usual place to cut."""
+    chance = random.Random(0)
+    han = [chr(number) for number in range(0x4E00, 0x5600)]
+    made = {
+        "genome": lambda: "".join(chance.choices("ACGT", k=8_000_000)),
+        "letter": lambda: "a" * 8_000_000,
+        "numbers": lambda: " + ".join(str(number * 7919 % 1_000_003) for number in range(900_000)),
+        "chinese": lambda: "".join(chance.choices(han, k=2_600_000)),
+    }
+    folder.mkdir(parents=True)
+    jsonl(folder / "a.jsonl", (made[name]() for name in names))
+    return folder
+
+
 def tokenizers(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the options of every kind of tokenizer that is installed, by name; small ones are trained."""
     import importlib.util
@@ -286,9 +303,10 @@ def measurements(scratch: Path, size: int) -> Iterator[tuple[str, str, Callable[
             # Two small documents fill a short sample only; after a quote that is never closed come many.
             given = {**options, **({"seq_len": 2} if make is giant and "quote" not in name else {})}
             yield f"format, {shape}", name, functools.partial(_of_file, scratch, file, write, make, size, given)
-    source = wide_documents(scratch / "wide")
+    source, hard = wide_documents(scratch / "wide"), hard_documents(scratch / "hard")
     for name, options in tokenizers(scratch / "tokenizers").items():
         yield "tokenizer", name, functools.partial(peak, source, scratch, unit_size="16MiB", **options)
+        yield "tokenizer, hard to cut", name, functools.partial(peak, hard, scratch, **options)
     many = scratch / "many"
     many.mkdir()
     lines(many / "a.txt", documents(size))

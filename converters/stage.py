@@ -37,7 +37,7 @@ from converters.readers import FORMATS, Bad, Piece, Row, oversized, place
 from converters.texts import text_columns, text_rule
 from converters.token_shards import check_same_tokenizer, holds_tokens, token_documents
 from converters.token_shards import is_held_out as is_held_out_before
-from converters.tokenizers import id_dtype, load_encoder
+from converters.tokenizers import Encoder, id_dtype, load_encoder
 from mixer.errors import DataError
 from mixer.manifest import TokenizerInfo
 
@@ -108,13 +108,16 @@ def read_unit(folder: Location) -> dict[str, Any] | None:
 # --- records -> documents ------------------------------------------------------------------------------------------
 
 
-def documents_of(piece: Piece, options: StageOptions, used: set[str] | None = None) -> Iterator[Document | Bad]:
-    """Read one piece: a document or a verdict for every record in it.
+def documents_of(
+    piece: Piece, options: StageOptions, used: set[str] | None = None, encoder: Encoder | None = None
+) -> Iterator[Document | Bad]:
+    """Read one piece: a document or a verdict for every record in it, also on what this encoder would take too much
+    memory for.
 
     Names of the mapping of domains that records have are added to ``used``.
     """
     if piece.format == "mds" and holds_tokens(piece, options):
-        yield from _from_tokens(piece, options, used)
+        yield from _from_tokens(piece, options, used, encoder)
         return
     row_format = FORMATS[piece.format]
     text_field = "text" if row_format.is_text else options.text_field
@@ -133,6 +136,8 @@ def documents_of(piece: Piece, options: StageOptions, used: set[str] | None = No
             yield Bad("no_text", _no_text(piece, row.fields, *text), row.at, row.offset, _raw(row))
         elif _is_too_long(text, piece.max_record_bytes):
             yield oversized(piece.max_record_bytes, row.at, row.offset, row.raw or text[:4096].encode())
+        elif why := _is_one_piece(text, piece.max_record_bytes, encoder):
+            yield Bad("oversized", why, row.at, row.offset, text[:1024].encode())
         elif not text:
             yield Bad("empty", "empty text", row.at)
         else:
@@ -141,7 +146,9 @@ def documents_of(piece: Piece, options: StageOptions, used: set[str] | None = No
     _check_unchanged(piece)
 
 
-def _from_tokens(piece: Piece, options: StageOptions, used: set[str] | None) -> Iterator[Document | Bad]:
+def _from_tokens(
+    piece: Piece, options: StageOptions, used: set[str] | None, encoder: Encoder | None
+) -> Iterator[Document | Bad]:
     domain = domain_rule(options.domain)(piece, {})
     name = mapped(domain, options.domain_map, used) if domain is not None else None
     is_held_out = is_held_out_before(piece)
@@ -156,6 +163,8 @@ def _from_tokens(piece: Piece, options: StageOptions, used: set[str] | None) -> 
             yield Bad("dropped", f"domain {domain!r} is dropped", at)
         elif _is_too_long(text, piece.max_record_bytes):
             yield oversized(piece.max_record_bytes, at, 0, b"")
+        elif options.retokenize and (why := _is_one_piece(text, piece.max_record_bytes, encoder)):
+            yield Bad("oversized", why, at, 0, text[:1024].encode())
         else:
             yield Document(text, name, None if options.retokenize else ids, is_held_out)
         del document, ids, text
@@ -167,6 +176,16 @@ def _is_too_long(text: str, limit: int) -> bool:
     return len(text) > limit or (4 * len(text) > limit and _size_and_hash(text)[0] > limit)
 
 
+def _is_one_piece(text: str, limit: int, encoder: Encoder | None) -> str:
+    """Return why a text is too long for a tokenizer that takes it whole; nothing if it is not."""
+    most = limit // _WHOLE
+    longest = encoder.longest_piece(text) if encoder is not None and len(text) > most else 0
+    if longest <= most:
+        return ""
+    return f"{longest:,} characters that this tokenizer cannot be given in pieces, more than 1/{_WHOLE} of --max-record"
+
+
+_WHOLE = 8  # libraries take about this many times what a reader does
 _CHUNK = 1 << 16  # characters
 
 
@@ -264,7 +283,7 @@ def _tokenized(task: StageTask, folder: Path) -> dict[str, Any]:
         for piece in task.unit.pieces:
             if piece.format == "mds" and not task.options.retokenize and holds_tokens(piece, task.options):
                 check_same_tokenizer(piece, task.options, task.tokenizer)
-            for document in documents_of(piece, task.options, writer.used):
+            for document in documents_of(piece, task.options, writer.used, writer.encoder):
                 writer.add(piece, document)
                 del document
         return writer.finish()
@@ -277,7 +296,7 @@ class _UnitWriter:
         self._task = task
         file = task.tokenizer_file and local_file(task.tokenizer_file)
         made_by = task.tokenizer
-        self._encoder = load_encoder(made_by.kind, file, task.backend, task.options.special_tokens, made_by.eos_id)
+        self.encoder = load_encoder(made_by.kind, file, task.backend, task.options.special_tokens, made_by.eos_id)
         self._dtype = id_dtype(task.tokenizer.vocab_size)
         self._waiting: dict[str, list[Document]] = {}
         self._characters, self._bytes = Counter[str](), Counter[str]()  # of those that wait
@@ -370,7 +389,7 @@ class _UnitWriter:
     def _write_long(self, text: str) -> NDArray[np.int64]:
         """Do the same with a single text, a piece at a time."""
         length = 0
-        for ids in self._encoder.encode_long(text):
+        for ids in self.encoder.encode_long(text):
             self._tokens.write(ids.astype(self._dtype, copy=False).data)
             length += len(ids)
         self._tokens.write(self._dtype.type(self._task.tokenizer.eos_id).data)
@@ -394,9 +413,9 @@ class _UnitWriter:
     def _encode(self, documents: Sequence[Document]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Return the ids of all documents one after another, and how many each has."""
         if all(document.ids is None for document in documents):
-            return self._encoder.encode([document.text for document in documents])
+            return self.encoder.encode([document.text for document in documents])
         rows = [
-            self._encoder.encode([document.text])[0] if document.ids is None else document.ids for document in documents
+            self.encoder.encode([document.text])[0] if document.ids is None else document.ids for document in documents
         ]
         largest = max(int(row.max(initial=0)) for row in rows)
         if largest >= self._task.tokenizer.vocab_size:

@@ -67,6 +67,9 @@ class Encoder(Protocol):
     def encode_long(self, text: str) -> Iterator[NDArray[Any]]:
         """Yield the ids of a text, some at a time, so that those of a long one never lie in memory all at once."""
 
+    def longest_piece(self, text: str) -> int:
+        """Return how many characters of a text are encoded at once; 0 if they can be cut anywhere."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text, special tokens spelled out."""
 
@@ -168,6 +171,13 @@ class _InPieces(ABC):
             for ids in self._rows(piece):
                 yield ids[drop:]
                 drop = 0
+
+    def longest_piece(self, text: str) -> int:
+        if len(text) <= LONG_TEXT or self.cuts is None:
+            return len(text)
+        runs = self.cuts.runs
+        pieces = (piece for piece, _ in self.cuts(text, PIECE))
+        return max(0 if runs and runs.first_stop(piece, PIECE) else len(piece) for piece in pieces)
 
     def _rows(self, text: str) -> Iterator[NDArray[Any]]:
         """Yield the ids of a text that is not cut between words."""
@@ -475,6 +485,9 @@ class BytesEncoder:
             yield self.encode([text])[0]
         for start in range(0, 0 if self._parse else len(text), PIECE):
             yield self.encode([text[start : start + PIECE]])[0]
+
+    def longest_piece(self, text: str) -> int:
+        return 0
 
     def _parsed(self, text: str) -> list[int]:
         parts = _parts(text, [_END_OF_BYTES])

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from converters import convert
 from mixer.errors import DataError, InputError
@@ -171,6 +172,23 @@ def test_record_too_large_for_memory_is_a_bad_record(tmp_path):
     manifest = shards_of(tmp_path, max_record=5000, on_bad_record="skip")
     assert manifest.converter["skipped"] == {"oversized": 1}
     assert sum(split.num_documents for split in manifest.domains["web"].splits.values()) == 100
+
+
+def test_word_that_a_tokenizer_takes_only_whole_is_oversized_beyond_an_eighth_of_the_limit(tmp_path, monkeypatch):
+    lines = [json.dumps({"text": "x" * 3000}), json.dumps({"text": "a b " * 750})]
+    corpus_with(tmp_path, "\n".join(lines).encode())
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "[SEP]": 1, "a": 2, "b": 3}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["[SEP]"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setattr("converters.tokenizers.LONG_TEXT", 100)
+    monkeypatch.setattr("converters.tokenizers.PIECE", 100)
+    given = {"tokenizer": tmp_path / "tokenizer.json", "max_record": 20_000, "seq_len": 8}
+    with pytest.raises(DataError, match=r"line 31: 3,000 characters that this tokenizer cannot be given in pieces"):
+        shards_of(tmp_path, **given)
+    manifest = shards_of(tmp_path, on_bad_record="skip", max_bad=0.1, **given)
+    assert manifest.converter["skipped"] == {"oversized": 1}
+    assert shards_of(tmp_path, fresh=True, **{**given, "max_record": 24_000}).converter["skipped"] == {}
 
 
 def test_record_without_a_domain_is_a_bad_record(tmp_path):

@@ -7,6 +7,7 @@ Each conversion runs in processes of its own; the peak is that of the largest, a
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import click
 import pytest
 
 from benchmarks.conversion import measured
-from benchmarks.memory import CONVERT, FILES, documents, giant, lines, sentencepiece, wide_documents
+from benchmarks.memory import CONVERT, FILES, documents, giant, hard_documents, lines, sentencepiece, wide_documents
 from converters.training import train_bpe
 
 MOST = 200 * 1e6 / (1 << 20)  # MiB
@@ -82,19 +83,35 @@ def test_a_shard_of_a_million_short_documents_takes_no_more(tmp_path):
 
 @pytest.mark.parametrize("kind", ["hf", "gigatoken", "o200k_base", "gigatoken, o200k_base", "unigram"])
 def test_documents_up_to_the_limit_are_encoded(tmp_path, kind):
+    source = wide_documents(tmp_path / "in", 4 if kind == "gigatoken" else 1)
+    given = {**tokenizer_of(kind, tmp_path), "unit_size": "16MiB", "seq_len": 2048}
+    facts = converted(source, tmp_path / "out", **given)
+    assert facts["peak_mb"] < MOST
+    assert "oversized" not in facts
+
+
+@pytest.mark.parametrize("kind", ["hf", "gigatoken, o200k_base", "unigram"])
+def test_word_of_megabytes_is_encoded_or_left_out(tmp_path, kind):
+    given = {**tokenizer_of(kind, tmp_path), "seq_len": 2048}
+    source = hard_documents(tmp_path / "in", ["genome"])
+    (source / "b.jsonl").write_text(json.dumps({"text": "some words " * 9999}))
+    facts = converted(source, tmp_path / "out", **given)
+    assert facts["peak_mb"] < MOST
+    assert facts["read"] == 2
+    assert facts.get("oversized", 0) == (1 if kind == "unigram" else 0)  # a word of which it must see all
+
+
+def tokenizer_of(kind: str, folder: Path) -> dict[str, str]:
+    """Return the options of a kind of tokenizer; skips the test where its package is missing."""
     needed = {"hf": "tokenizers", "o200k_base": "bpe_openai", "unigram": "sentencepiece"}
     for part in kind.split(", "):
         pytest.importorskip(needed.get(part, part))
     if kind == "unigram":
-        tokenizer = sentencepiece(tmp_path, list(documents(100_000)), kind, vocab_size=400)
+        genome = "".join(random.Random(0).choices("ACGT", k=20_000))
+        tokenizer = sentencepiece(folder, [*documents(100_000), genome], kind, vocab_size=400)
     elif "o200k_base" in kind:
         tokenizer = "tiktoken:o200k_base"
     else:
-        tokenizer = str(tmp_path / "tokenizer.json")
+        tokenizer = str(folder / "tokenizer.json")
         Path(tokenizer).write_text(train_bpe(list(documents(100_000)), 1000))
-    source = wide_documents(tmp_path / "in", 4 if kind == "gigatoken" else 1)
-    backend = "gigatoken" if "gigatoken" in kind else "hf"
-    given = {"tokenizer": tokenizer, "backend": backend, "unit_size": "16MiB", "seq_len": 2048}
-    facts = converted(source, tmp_path / "out", **given)
-    assert facts["peak_mb"] < MOST
-    assert "oversized" not in facts
+    return {"tokenizer": tokenizer, "backend": "gigatoken" if "gigatoken" in kind else "hf"}

@@ -11,7 +11,8 @@ package metadata and documentation (.txt, .md, .rst, METADATA), each kind a doma
 process tree, from start to exit of a fresh interpreter; the tokenizer alone is measured inside its process, without
 imports, one thread. "x own" is the CPU of a conversion over the part of it spent inside the tokenizers library, in one
 process, which other work on the machine hardly disturbs. A round runs everything once; the median over rounds is shown.
-"two at once" halves the wall time of two: the most that a second process can gain on these cores. "by ray" starts Ray
+"two at once" halves the wall time of two: the most that a second process can gain on these cores; gains are taken
+within a round. "by ray" starts Ray
 for itself, to be compared with 2 workers in wall time. llm-foundry is its functions for JSON lines as they are, each
 kind at a time in one process, zstd:3, seq_len 2048; `python -m benchmarks.peers` installs it. At the end, seconds until
 an interpreter has printed `mixer convert --help`, and until the first document is tokenised (medians of five), and all
@@ -169,10 +170,10 @@ def main(size: str, full: bool, tokenizer: str | None, only_cost: bool, rounds: 
         text_bytes = write_corpus(folder / "corpus", size_in_bytes("120MB" if full else size))
         tokenizer = tokenizer or train(folder)
         console.print(f"{text_bytes / 1e6:.1f} MB of text; load average {os.getloadavg()[0]:.2f}")
-        done = [
-            {name: run() for name, run in runs(folder, tokenizer, number).items()}
-            for number in range(rounds or (3 if full else 1))
-        ]
+        done = []
+        for number in range(rounds or (3 if full else 1)):
+            done.append({name: run() for name, run in runs(folder, tokenizer, number).items()})
+            add_gains(done[-1])
         rows = {name: median([round_[name] for round_ in done]) for name in done[0]}
         started = starts(tokenizer)
     report(console, rows, text_bytes, started)
@@ -216,6 +217,12 @@ def two_at_once(*program: str) -> dict[str, float]:
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda _: measured(*program), range(2)))
     return {**both[0], "cpu_s": sum(row["cpu_s"] for row in both) / 2, "wall_s": max(row["wall_s"] for row in both) / 2}
+
+
+def add_gains(rows: dict[str, dict[str, float]]) -> None:
+    """Add how many times as fast two are as one, in this very round: the machine may be slower in the next."""
+    for two, one in (("convert, 2 workers", "convert, 1 worker"), ("tokenizer alone, two at once", "tokenizer alone")):
+        rows[two]["gain"] = rows[one]["wall_s"] / rows[two]["wall_s"]
 
 
 def wall_alone(row: dict[str, float]) -> dict[str, float]:
@@ -307,14 +314,15 @@ def median(rows: list[dict[str, float]]) -> dict[str, float]:
 
 def goals(rows: dict[str, dict[str, float]], started: dict[str, float]) -> list[Row]:
     """Return what was measured beside the goals; what was not run is left out."""
-    one, two, alone = rows["convert, 1 worker"], rows["convert, 2 workers"], rows["tokenizer alone"]
-    gain = one["wall_s"] / two["wall_s"]
-    most = alone["wall_s"] / rows["tokenizer alone, two at once"]["wall_s"]
+    one, two = rows["convert, 1 worker"], rows["convert, 2 workers"]
+    most = rows["tokenizer alone, two at once"]["gain"]
     peaks = [row["peak_mb"] for name, row in rows.items() if name.startswith(("convert", "pack", "by giga"))]
     peak = 1.048576 * max(peaks)
     found = [
         Row("CPU ÷ that of the tokenizer alone, whole processes", f"{one['cpu_ratio']:.3f}"),
-        at_least("2 workers: wall time of 1 ÷ theirs", gain, 1.8, f"two bare tokenizers at once gain {most:.2f} here"),
+        at_least(
+            "2 workers: wall time of 1 ÷ theirs", two["gain"], 1.8, f"two bare tokenizers at once gain {most:.2f} here"
+        ),
         at_most("largest process, MB", peak, 200),
         at_least("packing again, M tokens per CPU s", rows["pack again"]["mtok_per_cpu_s"], 60),
         at_most("seconds to `mixer convert --help`", started["mixer convert --help"], 0.4),

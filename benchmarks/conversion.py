@@ -12,11 +12,11 @@ process tree, from start to exit of a fresh interpreter; the tokenizer alone is 
 imports, one thread. "x own" is the CPU of a conversion over the part of it spent inside the tokenizers library, in one
 process, which other work on the machine hardly disturbs. A round runs everything once; the median over rounds is shown.
 "two at once" halves the wall time of two: the most that a second process can gain on these cores; gains are taken
-within a round. "by ray" starts Ray
-for itself, to be compared with 2 workers in wall time. llm-foundry is its functions for JSON lines as they are, each
-kind at a time in one process, zstd:3, seq_len 2048; `python -m benchmarks.peers` installs it. At the end, seconds until
-an interpreter has printed `mixer convert --help`, and until the first document is tokenised (medians of five), and all
-that has a goal beside it. Results also go to benchmarks/results/conversion.json.
+within a round. "by ray" starts Ray for itself, to be compared with 2 workers in wall time. llm-foundry is its functions
+for JSON lines as they are, each kind at a time in one process, zstd:3, seq_len 2048; `python -m benchmarks.peers`
+installs it. At the end, seconds until an interpreter has printed `mixer convert --help`, and until the first document
+is tokenised (medians of five), and all that has a goal beside it. Results also go to
+benchmarks/results/conversion.json.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """Where a long text may be cut so that its pieces have the ids of the whole: libraries take many times what they are
 given at once.
 
-Between words, where a tokenizer splits text into words first and looks at each alone. Elsewhere between two characters
-that stand side by side in no token, so that none reaches across: what is on either side does not depend on the other.
-By a byte-pair encoding the ids are the very same. Unigram takes the likeliest tokens, whose scores libraries add up
-from the start of a text, rounding: where two ways are equally likely but for that, a piece may go the other way.
+Between words, where a tokenizer splits text into words first and looks at each alone: after words of usual forms, and
+where there is none, at any (``word_starts``). Elsewhere between two characters that stand side by side in no token, so
+that none reaches across: what is on either side does not depend on the other. By a byte-pair encoding the ids are the
+very same, and even a word may be cut (``long_words``). Unigram takes the likeliest tokens, whose scores libraries add
+up from the start of a text, rounding: where two ways are equally likely but for that, a piece may go the other way.
 
     cuts = find_cuts(facts)                      # of a tokenizer.json
     for piece, drop in cuts(text, 1 << 18):      # leave out the first ``drop`` ids of the piece
-    cuts.runs                                    # where a byte-pair encoding may be cut besides, see ``long_words``
+    cuts.runs                                    # where a byte-pair encoding may be cut besides
 """
 
 from __future__ import annotations
@@ -107,16 +108,16 @@ class BetweenWords:
     Args:
         after: what matches the last character of a word of a usual form.
         find_starts: finds where words start, when that is needed.
-        find: finds the runs, when they are needed.
+        find_runs: finds the runs, when they are needed.
     """
 
     def __init__(
         self,
         after: re.Pattern[str],
         find_starts: Callable[[], WordStarts | None] = lambda: None,
-        find: Callable[[], Runs | None] = lambda: None,
+        find_runs: Callable[[], Runs | None] = lambda: None,
     ) -> None:
-        self._after, self._find_starts, self._find = after, find_starts, find
+        self._after, self._find_starts, self._find_runs = after, find_starts, find_runs
 
     @functools.cached_property
     def starts(self) -> WordStarts | None:
@@ -125,7 +126,7 @@ class BetweenWords:
 
     @functools.cached_property
     def runs(self) -> Runs | None:
-        return self._find()
+        return self._find_runs()
 
     def __call__(self, text: str, size: int) -> Iterator[tuple[str, int]]:
         start = 0

@@ -12,6 +12,7 @@ neighbours are neighbours in one of the two. (Property and proof: https://github
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 import unicodedata
@@ -167,7 +168,7 @@ def find_runs(split: Callable[[str], Sequence[tuple[int, int]]], starts: Sequenc
     found: list[str] = []
     covered: set[str] = set()
     for one in (*(_of_unicode(*given) for given in _OF_UNICODE), *_CLASSES):
-        characters = re.findall(one, _PLANE)
+        characters = re.findall(one, _plane())
         if covered.issuperset(characters) or any(start[:1] in characters for start in starts):
             continue
         if all(_is_one_word(split, run) for run in _tries(characters)):
@@ -176,13 +177,16 @@ def find_runs(split: Callable[[str], Sequence[tuple[int, int]]], starts: Sequenc
     return Runs(found, prefix) if found else None
 
 
-_PLANE = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x10000)]))
+@functools.cache
+def _plane() -> str:
+    """Return all characters that take two bytes in UTF-16."""
+    return "".join(map(chr, [*range(0xD800), *range(0xE000, 0x10000)]))
 
 
 def _of_unicode(categories: Collection[str], without: str) -> str:
     """Return what matches the characters of some categories, as far as all versions of Unicode agree."""
     versions = unicodedata, unicodedata.ucd_3_2_0
-    plane = re.sub(without, " ", _PLANE) if without else _PLANE
+    plane = re.sub(without, " ", _plane()) if without else _plane()
     found = "".join(one if all(each.category(one) in categories for each in versions) else " " for one in plane)
     runs = [(ord(run[0]), ord(run[-1])) for run in re.split(" +", found) if run]
     return "[" + "".join(f"\\u{first:04x}-\\u{last:04x}" for first, last in runs) + "]"

@@ -129,27 +129,24 @@ class BetweenWords:
         return self._find_runs()
 
     def __call__(self, text: str, size: int) -> Iterator[tuple[str, int]]:
-        start = 0
-        while (cut := self._next(text, start, size)) is not None:
+        start = searched = 0
+        while (at := start + size - 1) < len(text) - 1:
+            found = self._after.search(text, max(at, searched), near := at + _NEAR * size)
+            cut = found.end() if found else self._next_start(text, start, size)
+            if found is None:
+                searched = max(searched, near - 2)  # of two characters the first may be there
+            if cut is None and (found := self._after.search(text, at)):
+                cut = found.end()
+            if cut is None:
+                break
             yield text[start:cut], 0
             start = cut
         yield text[start:], 0
 
-    def _next(self, text: str, start: int, size: int) -> int | None:
-        """Return the end of a piece of about ``size`` from ``start`` on, None if that is the end of the text."""
-        at = start + size - 1
-        if at >= len(text) - 1:
-            return None
-        found = self._after.search(text, at, at + _NEAR * size)
-        if found is None and (cut := self._next_start(text, start, size)) is not None:
-            return cut
-        found = found or self._after.search(text, at)
-        return found and found.end()
-
     def _next_start(self, text: str, start: int, size: int) -> int | None:
         """Return the start of a word about ``size`` behind ``start``, or behind the very long word that is there."""
         while self.starts is not None and start < len(text):
-            cut = self.starts.last(text, start, size)
+            cut = self.starts.last(text, start, size // _PARTS) or self.starts.last(text, start, size)
             if cut is not None or self.runs is None:
                 return cut
             stop = self.runs.first_stop(text, start + size)
@@ -160,6 +157,7 @@ class BetweenWords:
 
 
 _NEAR = 4  # times the size of a piece
+_PARTS = 4  # of a piece: where it is enough, a part takes less memory to look at
 
 
 def _between_words(facts: Mapping[str, Any], specials_are_text: bool = True) -> Cuts | None:

@@ -52,6 +52,7 @@ __all__ = [
 ]
 
 LONG_TEXT, PIECE = 1 << 18, 1 << 16  # characters: texts beyond this are cut, into pieces of that
+_SLACK = 8 << 20  # bytes by which memory may grow before what was freed is given back
 SPECIAL_TOKENS = ("text", "parse")
 
 # Names that end-of-text tokens go by, most usual first.
@@ -146,6 +147,8 @@ _Encoded = tuple[NDArray[Any], NDArray[np.int64]]
 class _InPieces(ABC):
     """Gives a library long texts a piece at a time, as far as there are places to cut."""
 
+    _resident = 0  # what this process had when it last gave memory back
+
     @functools.cached_property
     @abstractmethod
     def cuts(self) -> Cuts | None:
@@ -168,6 +171,9 @@ class _InPieces(ABC):
     def encode_long(self, text: str) -> Iterator[NDArray[Any]]:
         cuts = self.cuts if len(text) > LONG_TEXT else None
         for piece, drop in [(text, 0)] if cuts is None else cuts(text, PIECE):
+            if cuts is not None and resident_bytes() > self._resident + _SLACK:
+                return_memory()
+                self._resident = resident_bytes()
             for ids in self._rows(piece):
                 yield ids[drop:]
                 drop = 0

@@ -69,7 +69,7 @@ class Encoder(Protocol):
         """Yield the ids of a text, some at a time, so that those of a long one never lie in memory all at once."""
 
     def longest_piece(self, text: str) -> int:
-        """Return how many characters of a text are encoded at once; 0 if they can be cut anywhere."""
+        """Return how many characters of a long text must be encoded at once; 0 if it can be cut, or is not long."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text, special tokens spelled out."""
@@ -164,9 +164,9 @@ class _InPieces(ABC):
         rows = [np.concatenate([*self.encode_long(text)]) for text in texts]
         return np.concatenate(rows), np.fromiter(map(len, rows), np.int64, len(rows))
 
+    @abstractmethod
     def spell(self, number: int) -> bytes:
         """Return the UTF-8 of a token, a space for each space."""
-        raise NotImplementedError
 
     def encode_long(self, text: str) -> Iterator[NDArray[Any]]:
         cuts = self.cuts if len(text) > LONG_TEXT else None
@@ -179,11 +179,13 @@ class _InPieces(ABC):
                 drop = 0
 
     def longest_piece(self, text: str) -> int:
-        if len(text) <= LONG_TEXT or self.cuts is None:
+        if len(text) <= LONG_TEXT:
+            return 0
+        if self.cuts is None:
             return len(text)
         runs = self.cuts.runs
-        pieces = (piece for piece, _ in self.cuts(text, PIECE))
-        return max(0 if runs and runs.first_stop(piece, PIECE) else len(piece) for piece in pieces)
+        whole = (piece for piece, _ in self.cuts(text, PIECE) if not (runs and runs.first_stop(piece, PIECE)))
+        return max((len(piece) for piece in whole if len(piece) > LONG_TEXT), default=0)
 
     def _rows(self, text: str) -> Iterator[NDArray[Any]]:
         """Yield the ids of a text that is not cut between words."""

@@ -191,6 +191,16 @@ def test_word_that_a_tokenizer_takes_only_whole_is_oversized_beyond_an_eighth_of
     assert shards_of(tmp_path, fresh=True, **{**given, "max_record": 24_000}).converter["skipped"] == {}
 
 
+def test_text_that_is_not_long_is_no_word_of_megabytes(tmp_path):
+    corpus_with(tmp_path, json.dumps({"text": "x" * 3000}).encode())
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "[SEP]": 1, "a": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["[SEP]"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    manifest = shards_of(tmp_path, tokenizer=tmp_path / "tokenizer.json", max_record=4000, seq_len=8)
+    assert manifest.converter["skipped"] == {}
+
+
 def test_record_without_a_domain_is_a_bad_record(tmp_path):
     write_jsonl(tmp_path / "corpus" / "a.jsonl", documents("web", 80), meta={"set": "web"})
     write_jsonl(tmp_path / "corpus" / "b.jsonl", ["lost"])

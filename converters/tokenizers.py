@@ -370,7 +370,8 @@ class GigatokenEncoder(_TokenizerJson):
         self._growth = 0
 
     def spell(self, number: int) -> bytes:
-        return self._fast.decode([number])
+        first = self._fast.decode([number])  # the first of a text may leave out its space
+        return self._fast.decode([number, number])[len(first) :]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._decoder.decode(ids)

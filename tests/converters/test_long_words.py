@@ -212,6 +212,17 @@ def test_real_tokenizers_give_long_words_the_ids_of_the_whole(request, monkeypat
         assert joined >= 8, word
 
 
+def test_gigatoken_gives_long_words_the_ids_of_the_whole_where_spaces_are_marked(tmp_path):
+    pytest.importorskip("gigatoken")
+    tokenizer = trained("prepended", True, True, [])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    exact, fast = (make(str(tmp_path / "tokenizer.json")) for make in (HuggingFaceEncoder, GigatokenEncoder))
+    text = "".join(random.Random(0).choices(["ab", "a", "b"], k=2000))
+    ids, joined = by_pieces(fast, text, 200)
+    assert ids == exact._encode([text])[0].tolist()
+    assert joined >= 10
+
+
 def test_sentencepiece_gives_long_words_the_ids_of_the_whole(tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
     (tmp_path / "lines.txt").write_text("\n".join(" ".join(text.split())[:900] for text in CORPUS))

@@ -16,7 +16,7 @@ import functools
 import random
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import xxhash
@@ -183,7 +183,8 @@ def _plane() -> str:
     return "".join(map(chr, [*range(0xD800), *range(0xE000, 0x10000)]))
 
 
-def _of_unicode(categories: Collection[str], without: str) -> str:
+@functools.cache
+def _of_unicode(categories: tuple[str, ...], without: str) -> str:
     """Return what matches the characters of some categories, as far as all versions of Unicode agree."""
     versions = unicodedata, unicodedata.ucd_3_2_0
     plane = re.sub(without, " ", _plane()) if without else _plane()

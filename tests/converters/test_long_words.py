@@ -117,7 +117,7 @@ def byte_level(tmp_path_factory):
 @pytest.mark.parametrize("ignore_merges", [False, True])
 @pytest.mark.parametrize("near", [0, 4])
 @pytest.mark.parametrize("name", SPLITTERS)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=long_texts(), size=st.integers(1, 100))
 @example(text="12<tool>" * 50 + "漢1漢" * 50, size=20)
 @example(text="'" + "re" * 100 + "'s" + "s" * 200, size=1)
@@ -158,7 +158,7 @@ def forms(tmp_path_factory):
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("across", [False, True], ids=["words", "across"])
 @pytest.mark.parametrize("form", FORMS)
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=long_texts(), size=st.integers(1, 100), fallback=st.booleans())
 @example(text="ab<tool>" + "ab" * 50 + "<to" + "ba漢" * 50 + "ab" * 50, size=50, fallback=True)
 def test_long_words_have_the_ids_of_the_whole_by_every_form(forms, form, across, added, text, size, fallback):
@@ -195,21 +195,21 @@ def test_real_tokenizers_give_long_words_the_ids_of_the_whole(request, monkeypat
     encoder = make(real_file(name, request))
     chance = random.Random(0)
     words = {
-        "dna": "".join(chance.choices("ACGT", k=20_000)),
-        "lower": "".join(chance.choices("acdeghinorst", k=20_000)),
-        "hex": "".join(chance.choices("abcdef", k=20_000)),
-        "letter": "a" * 20_000,
-        "ten": "abcdefghij" * 2_000,
-        "line": "=" * 20_000,
-        "rulers": "-=+" * 7_000,
-        "chinese": "".join(chance.choices([chr(number) for number in range(0x4E00, 0x5200)], k=20_000)),
-        "kana": "".join(chance.choices("あいうえおかきくけこアイウエオ漢字", k=20_000)),
+        "dna": "".join(chance.choices("ACGT", k=12_000)),
+        "lower": "".join(chance.choices("acdeghinorst", k=12_000)),
+        "hex": "".join(chance.choices("abcdef", k=12_000)),
+        "letter": "a" * 12_000,
+        "ten": "abcdefghij" * 1_200,
+        "line": "=" * 12_000,
+        "rulers": "-=+" * 4_000,
+        "chinese": "".join(chance.choices([chr(number) for number in range(0x4E00, 0x5200)], k=12_000)),
+        "kana": "".join(chance.choices("あいうえおかきくけこアイウエオ漢字", k=12_000)),
     }
     for word in words:
-        text = f"Here is one: {words[word]}\nand {words[word][:5000]}. The end"
+        text = f"Here is one: {words[word]}\nand {words[word][:3000]}. The end"
         ids, joined = by_pieces(encoder, text, 2000)
         assert ids == encoder._encode([text])[0].tolist(), word
-        assert joined >= 8, word
+        assert joined >= 5, word
 
 
 def test_gigatoken_gives_long_words_the_ids_of_the_whole_where_spaces_are_marked(tmp_path):
@@ -294,19 +294,19 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize("added", [[], [AddedToken(" " * 24, normalized=True), AddedToken("<tool>", rstrip=True)]])
-@pytest.mark.parametrize("text", NUMBERS)
 @pytest.mark.parametrize("name", SPLITTERS)
-def test_numbers_and_symbols_are_cut(byte_level, tmp_path, monkeypatch, name, text, added):
+def test_numbers_and_symbols_are_cut(byte_level, tmp_path, monkeypatch, name, added):
     monkeypatch.setattr(word_starts, "_SETTLED", 30)
     tokenizer = Tokenizer.from_str(byte_level[name, False]._tokenizer.to_str())
     tokenizer.add_tokens(added)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     encoder = HuggingFaceEncoder(str(tmp_path / "tokenizer.json"))
-    text = f"<tool> {NUMBERS[text]}<tool>  12 {NUMBERS[text]}"
-    ids, joined = by_pieces(encoder, text, 200)
-    assert ids == encoder._encode([text])[0].tolist()
-    if "prefixed" not in name and not added:
-        assert joined + len(list(encoder.cuts(text, 200))) > 10
+    for kind, numbers in NUMBERS.items():
+        text = f"<tool> {numbers}<tool>  12 {numbers}"
+        ids, joined = by_pieces(encoder, text, 200)
+        assert ids == encoder._encode([text])[0].tolist(), kind
+        if "prefixed" not in name and not added:
+            assert joined + len(list(encoder.cuts(text, 200))) > 10, kind
 
 
 def by_length(text: str) -> Any:

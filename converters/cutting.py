@@ -201,7 +201,10 @@ def _runs_of_words(facts: Mapping[str, Any], probe: Any, added: Sequence[Mapping
     def split(text: str) -> list[tuple[int, int]]:
         return [place for _, place in probe.pre_tokenizer.pre_tokenize_str(text)]
 
-    return find_runs(split, starts, has_prefix)
+    def is_kept(text: str) -> bool:
+        return probe.normalizer is None or probe.normalizer.normalize_str(text) == text
+
+    return find_runs(split, starts, has_prefix, is_kept)
 
 
 _NOT_BY_PAIRS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")

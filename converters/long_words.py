@@ -158,12 +158,18 @@ _AROUND = ("", " ", "\n", "a", "A", "'", "'s", "1", ".", "_", "漢", "é", "\t "
 _TRIED = 300  # characters
 
 
-def find_runs(split: Callable[[str], Sequence[tuple[int, int]]], starts: Sequence[str], prefix: bool) -> Runs | None:
+def find_runs(
+    split: Callable[[str], Sequence[tuple[int, int]]],
+    starts: Sequence[str],
+    prefix: bool,
+    is_kept: Callable[[str], bool] = lambda text: True,
+) -> Runs | None:
     """Return the runs of a tokenizer that splits text into words, None if it has none.
 
     Args:
         split: returns start and end of each word.
         starts: what tokens that are looked for in the text begin with; none begins in a run.
+        is_kept: whether no character of a text is rewritten, so that its tokens spell it.
     """
     found: list[str] = []
     covered: set[str] = set()
@@ -171,7 +177,7 @@ def find_runs(split: Callable[[str], Sequence[tuple[int, int]]], starts: Sequenc
         characters = re.findall(one, _plane())
         if covered.issuperset(characters) or any(start[:1] in characters for start in starts):
             continue
-        if all(_is_one_word(split, run) for run in _tries(characters)):
+        if all(is_kept(run) and _is_one_word(split, run) for run in _tries(characters)):
             found.append(one)
             covered.update(characters)
     return Runs(found, prefix) if found else None

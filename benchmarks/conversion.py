@@ -11,12 +11,13 @@ package metadata and documentation (.txt, .md, .rst, METADATA), each kind a doma
 process tree, from start to exit of a fresh interpreter; the tokenizer alone is measured inside its process, without
 imports, one thread. "x own" is the CPU of a conversion over the part of it spent inside the tokenizers library, in one
 process, which other work on the machine hardly disturbs. A round runs everything once; the median over rounds is shown.
-"two at once" halves the wall time of two: the most that a second process can gain on these cores; gains are taken
-within a round. "by ray" starts Ray for itself, to be compared with 2 workers in wall time. llm-foundry is its functions
-for JSON lines as they are, each kind at a time in one process, zstd:3, seq_len 2048; `python -m benchmarks.peers`
-installs it. At the end, seconds until an interpreter has printed `mixer convert --help`, and until the first document
-is tokenised (medians of five), and all that has a goal beside it. Results also go to
-benchmarks/results/conversion.json.
+"two at once" halves the wall time of two: the most that a second process can gain on these cores. What two processes
+gain is taken within a round, from runs of two before and after that of one, as shared cores get faster or slower by a
+fifth within minutes; the gain of each round is printed, too. "by ray" starts Ray for itself, to be compared with 2
+workers in wall time. llm-foundry is its functions for JSON lines as they are, each kind at a time in one process,
+zstd:3, seq_len 2048; `python -m benchmarks.peers` installs it. At the end, seconds until an interpreter has printed
+`mixer convert --help`, and until the first document is tokenised (medians of five), and all that has a goal beside it.
+Results also go to benchmarks/results/conversion.json.
 """
 
 from __future__ import annotations
@@ -62,6 +63,9 @@ COLUMNS = {
     "mb_per_s": "MB/s",
     "peak_mb": "peak MB",
 }
+
+GAINS = {"convert, 2 workers": "convert, 1 worker", "tokenizer alone, two at once": "tokenizer alone"}
+AGAIN = ", again"
 
 BARE = """
 import json, os, sys, time
@@ -172,11 +176,13 @@ def main(size: str, full: bool, tokenizer: str | None, only_cost: bool, rounds: 
         console.print(f"{text_bytes / 1e6:.1f} MB of text; load average {os.getloadavg()[0]:.2f}")
         done = []
         for number in range(rounds or (3 if full else 1)):
-            done.append({name: run() for name, run in runs(folder, tokenizer, number).items()})
-            add_gains(done[-1])
+            done.append(with_gains({name: run() for name, run in runs(folder, tokenizer, number).items()}))
         rows = {name: median([round_[name] for round_ in done]) for name in done[0]}
         started = starts(tokenizer)
     report(console, rows, text_bytes, started)
+    for name in GAINS:
+        gains = ", ".join(f"{round_[name]['gain']:.2f}" for round_ in done)
+        console.print(f"{name}: {gains} times as fast as one, by round")
     note = "" if text_bytes >= 100e6 else "; the goals are for 100 MB and more (--full)"
     print_goals(f"conversion of {text_bytes / 1e6:.0f} MB of text, medians of {len(done)}{note}", goals(rows, started))
 
@@ -192,10 +198,12 @@ def runs(folder: Path, tokenizer: str, number: int) -> dict[str, Any]:
 
     stage, theirs = str(folder / f"stage{number}"), str(folder / f"theirs{number}")
     found: dict[str, Any] = {
-        "tokenizer alone": lambda: measured(BARE, tokenizer, corpus),
         "tokenizer alone, two at once": lambda: two_at_once(BARE, tokenizer, corpus),
-        "convert, 1 worker": lambda: conversion(stage=stage),
+        "tokenizer alone": lambda: measured(BARE, tokenizer, corpus),
+        "tokenizer alone, two at once" + AGAIN: lambda: two_at_once(BARE, tokenizer, corpus),
         "convert, 2 workers": lambda: conversion(workers=2),
+        "convert, 1 worker": lambda: conversion(stage=stage),
+        "convert, 2 workers" + AGAIN: lambda: conversion(workers=2),
         "pack again": lambda: conversion(stage=stage, seq_len=1024),
         "pack, best fit": lambda: conversion(stage=stage, packing="best_fit"),
     }
@@ -219,10 +227,15 @@ def two_at_once(*program: str) -> dict[str, float]:
     return {**both[0], "cpu_s": sum(row["cpu_s"] for row in both) / 2, "wall_s": max(row["wall_s"] for row in both) / 2}
 
 
-def add_gains(rows: dict[str, dict[str, float]]) -> None:
-    """Add how many times as fast two are as one, in this very round: the machine may be slower in the next."""
-    for two, one in (("convert, 2 workers", "convert, 1 worker"), ("tokenizer alone, two at once", "tokenizer alone")):
-        rows[two]["gain"] = rows[one]["wall_s"] / rows[two]["wall_s"]
+def with_gains(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Take the mean of what ran twice, and add how many times as fast as one alone it was, in this very round."""
+    once = {name: dict(row) for name, row in rows.items() if not name.endswith(AGAIN)}
+    for two, one in GAINS.items():
+        again = rows[two + AGAIN]
+        once[two] = {key: (value + again[key]) / 2 for key, value in rows[two].items()}
+        once[two]["peak_mb"] = max(rows[two]["peak_mb"], again["peak_mb"])
+        once[two]["gain"] = once[one]["wall_s"] / once[two]["wall_s"]
+    return once
 
 
 def wall_alone(row: dict[str, float]) -> dict[str, float]:

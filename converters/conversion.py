@@ -82,7 +82,8 @@ def convert(
     """Convert text to one set of MDS shards per domain and return the manifest.
 
     The bytes written depend on the inputs and the options below up to ``shard_size``, not on ``workers``, ``engine``,
-    ``unit_size``, or how often the conversion was interrupted. A finished conversion is returned as it is.
+    ``unit_size``, or how often the conversion was interrupted. A finished conversion is returned as it is, if all its
+    shards are there with their sizes.
 
     Args:
         inputs: files, folders, globs, URLs (``s3://``, ``gs://``, ``https://``); ``name=path`` gives all documents of a
@@ -141,7 +142,8 @@ def convert(
         progress: called with ``Progress`` as work gets done.
     Raises:
         InputError: for wrong options or inputs, or if ``out`` holds something else.
-        DataError: for damaged input, a full disk or a dead worker. What is finished is kept.
+        DataError: for damaged input, a full disk, a dead worker, or a finished shard that is missing. What is finished
+            is kept.
     """
     if (tokenizer is None) == (train_tokenizer is None):
         raise InputError(

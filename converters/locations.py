@@ -8,6 +8,7 @@ A file appears whole or not at all: on disk by a rename, on a server because a p
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
@@ -44,6 +45,7 @@ __all__ = [
     "read_range",
     "remove_tree",
     "size_of",
+    "sizes_below",
     "write_file",
     "write_whole",
 ]
@@ -215,6 +217,19 @@ def children(where: Location) -> list[str]:
         return sorted(name.rstrip("/").rpartition("/")[2] for name in where._ask("ls", detail=False, what="list"))
     except FileNotFoundError:
         return []
+
+
+def sizes_below(where: Location) -> dict[str, int]:
+    """Return the bytes of each file right below, by name; none if there is no such folder. On a server: one listing."""
+    if isinstance(where, Path):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(where) as files:
+            return {file.name: file.stat().st_size for file in files if file.is_file()}
+        return {}
+    try:
+        found = where._ask("ls", detail=True, what="list")
+    except FileNotFoundError:
+        return {}
+    return {each["name"].rpartition("/")[2]: int(each["size"]) for each in found if each["type"] == "file"}
 
 
 def load_manifest(where: Location) -> Manifest:

@@ -10,9 +10,11 @@ Every finding is reported, not only the first, each with the file and what to do
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +23,13 @@ from numpy.typing import NDArray
 from converters.engines import run_tasks
 from converters.inspecting import manifest_digest, raw_shard, read_index, shard_rows
 from converters.job import PACK
-from converters.locations import Location, children, load_manifest, location, size_of
+from converters.locations import Location, children, load_manifest, location, size_of, sizes_below
 from mixer.errors import DataError, InputError
 from mixer.manifest import FILE_NAME, Domain, Manifest, Split
 from mixer.mds import hash_hex
 from mixer.side_columns import SideColumn, file_digest, find_columns
 
-__all__ = ["Finding", "verify"]
+__all__ = ["Finding", "require_shards", "verify"]
 
 _REPAIR = "restore it from a copy, or convert elsewhere by the same options and copy this file (equal bytes come out)"
 
@@ -86,11 +88,9 @@ def verify(
         domain = manifest.domains[name]
         for key, split in domain.splits.items():
             findings += _check_accounting(name, key, domain, split)
-            try:
-                entries = read_index(folder / split.path)
-            except DataError as error:
-                index = f"{folder / split.path}/index.json"
-                findings.append(Finding(index, str(error).removeprefix(f"{index} ").partition(". ")[0], _REPAIR))
+            entries = _entries(folder / split.path)
+            if isinstance(entries, Finding):
+                findings.append(entries)
                 continue
             wrong = list(_check_index(folder, split, entries, _CONTINUE if is_growing else _REPAIR))
             findings += wrong
@@ -108,6 +108,47 @@ def verify(
         if progress:
             progress(done, len(checks))
     return [*findings, *sorted(in_shards), *_check_tokens(folder, manifest, counted)]
+
+
+def require_shards(folder: Location, manifest: Manifest) -> None:
+    """Look whether all shards are there with their sizes, by one listing per split.
+
+    Raises: DataError: naming the first that is not, and how many are not.
+    """
+    splits = [split for domain in manifest.domains.values() for split in domain.splits.values()]
+    with ThreadPoolExecutor(_LISTINGS_AT_A_TIME) as threads:
+        found = [wrong for some in threads.map(functools.partial(_wrong_sizes, folder), splits) for wrong in some]
+    if found:
+        more = f" (and {len(found) - 1:,} more: `mixer verify {folder}` names all)" if len(found) > 1 else ""
+        raise DataError(
+            f"{found[0].path} {found[0].what}{more}. The conversion was finished, and does not write shards again by"
+            " itself: restore them from a copy, or start over with --fresh."
+        )
+
+
+_LISTINGS_AT_A_TIME = 16
+
+
+def _wrong_sizes(folder: Location, split: Split) -> list[Finding]:
+    where = folder / split.path
+    entries, sizes = _entries(where), sizes_below(where)  # in this order: another process may be adding shards
+    if isinstance(entries, Finding):
+        return [entries]
+    stored = [entry.get("zip_data") or entry["raw_data"] for entry in entries]
+    return [
+        finding
+        for each in stored
+        if (finding := _compared(where / each["basename"], sizes.get(each["basename"]), each, _REPAIR)) is not None
+    ]
+
+
+def _entries(where: Location) -> list[dict[str, Any]] | Finding:
+    """Return the shard entries of one MDS directory, or what is wrong with its index."""
+    try:
+        return read_index(where)
+    except DataError as error:
+        index = f"{where}/index.json"
+        return Finding(index, str(error).removeprefix(f"{index} ").partition(". ")[0], _REPAIR)
 
 
 def _check_tokens(
@@ -243,9 +284,15 @@ def _size_finding(path: Location, stored: Mapping[str, Any], repair: str) -> Fin
     try:
         size = size_of(path)
     except FileNotFoundError:
-        return Finding(str(path), "is missing", repair)
+        size = None
     except OSError as error:
         return Finding(str(path), f"cannot be read: {error.strerror or error}", repair)
+    return _compared(path, size, stored, repair)
+
+
+def _compared(path: Location, size: int | None, stored: Mapping[str, Any], repair: str) -> Finding | None:
+    if size is None:
+        return Finding(str(path), "is missing", repair)
     if size == stored["bytes"]:
         return None
     return Finding(str(path), f"has {size:,} bytes, its index says {stored['bytes']:,}", repair)

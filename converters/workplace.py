@@ -24,6 +24,7 @@ from converters.job import PACK, QUARANTINE, STAGE, TOKENIZER, Job
 from converters.locations import Location, children, load_manifest, remove_tree, write_whole
 from converters.locks import Lock, lock
 from converters.plan import CHOOSING, around_finished, difference, is_mended, piece_keys
+from converters.verifying import require_shards
 from mixer.errors import InputError
 from mixer.manifest import FILE_NAME, Manifest, domain_folder
 from mixer.mds import index_bytes
@@ -100,7 +101,12 @@ def _input_lists(out: Location) -> list[str]:
 
 
 def finished(job: Job, is_ours: bool = False) -> Manifest | None:
-    """Return the manifest if this very conversion is done; refuse a folder that holds another one, or is not ours."""
+    """Return the manifest if this very conversion is done.
+
+    Raises:
+        InputError: if the folder holds another conversion, or something else.
+        DataError: if shards of a finished one are missing or cut.
+    """
     if job.out.is_file():
         raise InputError(f"{job.out} is a file; --out is a folder for the shards.")
     names = children(job.out)
@@ -113,6 +119,7 @@ def finished(job: Job, is_ours: bool = False) -> Manifest | None:
         if before.get("source") != now.get("source"):
             _name_inputs(job, manifest, before, now)
         _refuse_difference(before, now, job.out, "--out", is_extended=job.base is not None, is_finished=True)
+        require_shards(job.out, manifest)
         return manifest if job.base is None or not job.plan.units else None
     if names and not is_ours and not {STAGE, PACK} & {*names}:
         raise InputError(f"{job.out} is neither empty nor a conversion that can go on; choose another --out.")

@@ -262,6 +262,19 @@ def test_runs_are_what_a_tokenizer_never_splits():
     assert found == set("A 漢ก\n")
 
 
+def test_characters_that_a_normalizer_rewrites_are_in_no_run():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    kept = find_cuts(json.loads(tokenizer.to_str())).runs
+    tokenizer.normalizer = None
+    plain = find_cuts(json.loads(tokenizer.to_str())).runs
+    found = [
+        {one for one in "aA漢" if any(re.fullmatch(each, one) for each in runs.characters)} for runs in (kept, plain)
+    ]
+    assert found == [{"a", "漢"}, {"a", "A", "漢"}]
+
+
 LOOKS_BACK = {
     "lookbehind": pre_tokenizers.Split(Regex("(?<=a)b"), "isolated"),
     "border": pre_tokenizers.Split(Regex(r"\bone"), "isolated"),

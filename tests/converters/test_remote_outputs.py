@@ -50,6 +50,10 @@ def test_shards_on_s3_are_those_on_disk(corpus, tmp_path, s3, wire, out, options
     manifest = convert([corpus], f"s3://corpus/{out}", **OPTIONS, **options)
     assert_same_files(objects(s3[0], out), local_files(tmp_path / "local"))
     assert convert([corpus], f"s3://corpus/{out}", **OPTIONS, **options) == manifest  # finished: returned as it is
+    shard = next(f"{out}/{name}" for name in sorted(objects(s3[0], out)) if "/train/shard." in name)
+    s3[0].delete_object(Bucket="corpus", Key=shard)
+    with pytest.raises(DataError, match=f"^s3://corpus/{shard} is missing. The conversion was finished"):
+        convert([corpus], f"s3://corpus/{out}", **OPTIONS, **options)
 
 
 def test_stage_on_s3_is_packed_again_without_tokenising(corpus, tmp_path, s3, wire, out, monkeypatch):

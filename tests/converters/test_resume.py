@@ -263,6 +263,27 @@ def test_unfinished_conversion_refuses_other_options_and_inputs(tmp_path):
         convert([tmp_path / "corpus"], tmp_path / "shards", **OPTIONS)
 
 
+@pytest.mark.parametrize("extend", [False, True])
+def test_finished_conversion_that_lost_shards_is_no_success(tmp_path, extend):
+    write_corpus(tmp_path / "corpus")
+    given = {**OPTIONS, "extend": extend}
+    convert([tmp_path / "corpus"], tmp_path / "shards", **OPTIONS)
+    expected = tree_hash(tmp_path / "shards")
+    convert([tmp_path / "corpus"], tmp_path / "shards", **given)
+    first, second = sorted((tmp_path / "shards" / "web" / "train").glob("shard.*"))[:2]
+    second.write_bytes(second.read_bytes()[:-1])
+    with pytest.raises(DataError, match=f"{second} has .* bytes, its index says .*start over with --fresh"):
+        convert([tmp_path / "corpus"], tmp_path / "shards", **given)
+    first.unlink()
+    with pytest.raises(DataError, match=rf"{first} is missing \(and 1 more: `mixer verify {first.parents[2]}`"):
+        convert([tmp_path / "corpus"], tmp_path / "shards", **given)
+    (first.parent / "index.json").unlink()
+    with pytest.raises(DataError, match=r"web/train/index.json is missing. The conversion was finished"):
+        convert([tmp_path / "corpus"], tmp_path / "shards", **given)
+    convert([tmp_path / "corpus"], tmp_path / "shards", fresh=True, **OPTIONS)
+    assert tree_hash(tmp_path / "shards") == expected
+
+
 def test_full_fingerprint_notices_every_byte_and_no_time(tmp_path):
     file = tmp_path / "corpus" / "web" / "a.jsonl"
     write_jsonl(file, [f"{number} {'x' * 1000}" for number in range(3000)])

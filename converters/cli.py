@@ -313,7 +313,7 @@ def _ending_when_told() -> Iterator[None]:
 
 @contextmanager
 def _progress_bar() -> Iterator[Callable[[Progress], None]]:
-    """Yield a callback that draws one bar per phase, with rates."""
+    """Yield a callback that draws one bar per phase, with rates; say so if it was never called."""
     import time
 
     from rich.console import Console
@@ -336,6 +336,8 @@ def _progress_bar() -> Iterator[Callable[[Progress], None]]:
             bar.update(task, completed=event.done, rates=_rates(event, time.monotonic() - start, event.done - first))
 
         yield update
+    if not tasks:
+        click.echo("Nothing to do: all of this was converted before.", err=True)
 
 
 def _rates(event: Progress, seconds: float, done: int) -> str:

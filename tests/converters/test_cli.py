@@ -32,6 +32,15 @@ def test_convert_ends_with_a_table_of_the_domains(shards):
         assert f"{domain.splits['train'].num_samples:,}" in line
 
 
+def test_what_is_converted_already_is_said(shards, tmp_path):
+    _, output = shards
+    arguments = [str(tmp_path / "corpus"), "--out", str(tmp_path / "shards"), "--tokenizer", "bytes", "--seq-len", "64"]
+    for more in ([], ["--extend"]):
+        result = CliRunner().invoke(convert, [*arguments, *more], catch_exceptions=False)
+        assert (result.exit_code, result.stderr) == (0, "Nothing to do: all of this was converted before.\n")
+        assert result.stdout.splitlines()[-3:] == output.splitlines()[-3:]
+
+
 def test_inspect_shows_documents_joined_by_end_of_text(shards):
     result = CliRunner().invoke(inspect, [str(shards[0]), "--sample", "2", "--domain", "book"], catch_exceptions=False)
     assert "book / train / sample 1" in result.output

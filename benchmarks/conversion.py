@@ -7,10 +7,11 @@
 
 The text is what this Python install already has: source files (.py), C and C++ headers (.h), stub files (.pyi) and
 package metadata and documentation (.txt, .md, .rst, METADATA), each kind a domain, written as JSON lines. Without
-``--tokenizer`` a byte-level BPE of 32,768 ids is trained on it first (not measured). CPU seconds are of the whole
-process tree, from start to exit of a fresh interpreter; the tokenizer alone is measured inside its process, without
-imports, one thread. "x own" is the CPU of a conversion over the part of it spent inside the tokenizers library, in one
-process, which other work on the machine hardly disturbs. A round runs everything once; the median over rounds is shown.
+``--tokenizer`` a byte-level BPE of 32,768 ids is trained on it first (not measured). A conversion is the command
+``mixer convert`` as it is, its CPU seconds those of the whole process tree, from start to exit of a fresh interpreter;
+the tokenizer alone is measured inside its process, without imports, one thread. "x own" is the CPU of a conversion over
+the part of it spent inside the tokenizers library, in one process, which other work on the machine hardly disturbs. A
+round runs everything once; the median over rounds is shown.
 "two at once" halves the wall time of two: the most that a second process can gain on these cores. What two processes
 gain, and "x bare", are taken within a round, from runs of two, and of the tokenizer, before and after that of one
 worker, as shared cores get faster or slower by a fifth within minutes; those of each round are printed, too. "by ray"
@@ -23,6 +24,7 @@ five), and all that has a goal beside it. Results also go to benchmarks/results/
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -89,7 +91,10 @@ print(json.dumps({"cpu_s": time.process_time() - start, "wall_s": time.perf_coun
 
 CONVERT = """
 import json, sys, time
-from converters import convert, tokenizers
+from pathlib import Path
+import converters.cli  # as the command does, before anything imports numpy
+from converters import tokenizers
+from mixer.cli import main
 spent = 0.0
 def timed(self, texts):  # as HuggingFaceEncoder._encode, but taking the time of the tokenizers library alone
     global spent
@@ -98,12 +103,16 @@ def timed(self, texts):  # as HuggingFaceEncoder._encode, but taking the time of
     spent += time.process_time() - start
     return tokenizers._joined(rows)
 if __name__ == "__main__":
-    inputs, out, tokenizer, options = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
     tokenizers.HuggingFaceEncoder._encode = timed
     start = time.process_time()
-    manifest = convert([inputs], out, tokenizer=tokenizer, **options)
-    splits = [split for domain in manifest.domains.values() for split in domain.splits.values()]
-    facts = {"tokens": sum(split.num_tokens for split in splits)}
+    try:
+        main(["convert", *sys.argv[1:]])
+    except SystemExit as error:
+        if error.code:
+            raise
+    out = next(Path(each[len("--out="):]) for each in sys.argv if each.startswith("--out="))
+    domains = json.loads((out / "manifest.json").read_text())["domains"]
+    facts = {"tokens": sum(split["num_tokens"] for domain in domains.values() for split in domain["splits"].values())}
     if spent > 1:
         facts["own_ratio"] = (time.process_time() - start) / spent
     print(json.dumps(facts))
@@ -137,12 +146,15 @@ if __name__ == "__main__":
 FIRST_DOCUMENT = """
 import json, sys, tempfile
 from pathlib import Path
-from converters import convert
+from mixer.cli import main
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "a.txt").write_text("one document")
-        convert([folder], folder + "-out", tokenizer=sys.argv[1], seq_len=1, held_out=0)
-    print(json.dumps({"tokens": 1}))
+        flags = ["--out", folder + "/out", "--tokenizer", sys.argv[1], "--seq-len=1", "--held-out=0"]
+        try:
+            main(["convert", f"one={folder}/a.txt", *flags])
+        finally:
+            print(json.dumps({"tokens": 1}))
 """
 
 HELP = """
@@ -191,12 +203,12 @@ def main(size: str, full: bool, tokenizer: str | None, only_cost: bool, rounds: 
 
 def runs(folder: Path, tokenizer: str, number: int) -> dict[str, Any]:
     """Return what to measure in one round, by name; each conversion into a folder of its own."""
-    corpus, base = str(folder / "corpus"), {"seq_len": 2048, "on_bad_record": "fail"}
-    count = iter(range(1_000_000))
+    corpus, count = str(folder / "corpus"), itertools.count()
 
     def conversion(**options: Any) -> Any:
-        out = str(folder / f"out{number}-{next(count)}")
-        return measured(CONVERT, corpus, out, tokenizer, json.dumps({**base, **options}))
+        given = {"out": folder / f"out{number}-{next(count)}", "tokenizer": tokenizer, "seq_len": 2048, "workers": 1}
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in (given | options).items()]
+        return measured(CONVERT, corpus, *flags)
 
     stage, theirs = str(folder / f"stage{number}"), str(folder / f"theirs{number}")
     found: dict[str, Any] = {

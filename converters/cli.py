@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["add_column", "convert", "inspect", "stats", "train_tokenizer", "verify"]
 
+# No command here does linear algebra, for which numpy would start a thread per core as it is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 
 def _workers(asked: int | None) -> int:
     if asked is not None:

@@ -127,7 +127,7 @@ class _Team:
         if pool is None:
             pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_start_worker)
             self._pools[number] = pool
-            with _signals_held_back():
+            with _signals_held_back(), _without_blas_threads():
                 self._started[number] = pool.submit(first)
         return pool
 
@@ -222,6 +222,20 @@ def _signals_held_back() -> Iterator[None]:
             signal.signal(number, handler)
         for each in caught:
             os.kill(os.getpid(), each)
+
+
+@contextlib.contextmanager
+def _without_blas_threads() -> Iterator[None]:
+    """Let what is started in the block begin no threads for linear algebra, unless the user has said how many."""
+    name = "OPENBLAS_NUM_THREADS"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
 
 
 def _start_worker() -> None:

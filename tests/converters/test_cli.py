@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -146,3 +147,17 @@ def test_help_and_workers_import_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
     assert done.stderr.splitlines() == ["[]", "[]"]
     assert "Examples:" in done.stdout
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, "1"), ("3", "3")])
+def test_numpy_starts_no_threads_for_linear_algebra(asked, expected):
+    probe = (
+        "import os, click\nfrom mixer.cli import cli\n"
+        "cli.get_command(click.Context(cli), 'convert')\nprint(os.environ['OPENBLAS_NUM_THREADS'])\n"
+        "import sys; print('numpy' in sys.modules)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    if asked:
+        environment["OPENBLAS_NUM_THREADS"] = asked
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == [expected, "False"]

@@ -47,6 +47,15 @@ def test_error_of_a_task_comes_out_as_it_is(workers):
         list(run_tasks("local", fail, [3, 3, 3], workers))
 
 
+@pytest.mark.parametrize(("asked", "expected"), [(None, "1"), ("3", "3")])
+def test_workers_start_no_threads_for_linear_algebra(monkeypatch, asked, expected):
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", asked)
+    assert list(run_tasks("local", os.getenv, ["OPENBLAS_NUM_THREADS"] * 2, 2)) == [expected] * 2
+    assert os.getenv("OPENBLAS_NUM_THREADS") == asked  # this process may well do linear algebra
+
+
 class Errand(NamedTuple):
     label: str
     notes: str

@@ -11,7 +11,7 @@ package metadata and documentation (.txt, .md, .rst, METADATA), each kind a doma
 ``mixer convert`` as it is, its CPU seconds those of the whole process tree, from start to exit of a fresh interpreter;
 the tokenizer alone is measured inside its process, without imports, one thread. "x own" is the CPU of a conversion over
 the part of it spent inside the tokenizers library, in one process, which other work on the machine hardly disturbs. A
-round runs everything once; the median over rounds is shown.
+round runs everything once, and packing, which takes half a second, five times; the median over rounds is shown.
 "two at once" halves the wall time of two: the most that a second process can gain on these cores. What two processes
 gain, and "x bare", are taken within a round, from runs of two, and of the tokenizer, before and after that of one
 worker, as shared cores get faster or slower by a fifth within minutes; those of each round are printed, too. "by ray"
@@ -99,7 +99,8 @@ spent = 0.0
 def timed(self, texts):  # as HuggingFaceEncoder._encode, but taking the time of the tokenizers library alone
     global spent
     start = time.process_time()
-    rows = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    rows = [encoding.ids for encoding in encodings]
     spent += time.process_time() - start
     return tokenizers._joined(rows)
 if __name__ == "__main__":
@@ -219,8 +220,8 @@ def runs(folder: Path, tokenizer: str, number: int) -> dict[str, Any]:
         "tokenizer alone" + AGAIN: lambda: measured(BARE, tokenizer, corpus),
         "convert, 2 workers" + AGAIN: lambda: conversion(workers=2),
         "tokenizer alone, two at once" + AGAIN: lambda: two_at_once(BARE, tokenizer, corpus),
-        "pack again": lambda: conversion(stage=stage, seq_len=1024),
-        "pack, best fit": lambda: conversion(stage=stage, packing="best_fit"),
+        "pack again": lambda: median([conversion(stage=stage, seq_len=1024) for _ in range(5)]),
+        "pack, best fit": lambda: median([conversion(stage=stage, packing="best_fit") for _ in range(5)]),
     }
     if importlib.util.find_spec("gigatoken"):
         found["by gigatoken"] = lambda: conversion(backend="gigatoken")

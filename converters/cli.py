@@ -5,6 +5,8 @@ Heavy imports are inside the functions, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +24,7 @@ __all__ = ["add_column", "convert", "inspect", "stats", "train_tokenizer", "veri
 
 # No command here does linear algebra, for which numpy would start a thread per core as it is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+atexit.register(gc.freeze)  # nor has its last work to be looked through for garbage, which takes a tenth of a short run
 
 
 def _workers(asked: int | None) -> int:

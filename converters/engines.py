@@ -9,7 +9,7 @@
 
 Results come in any order. A task that raises stops the run. One whose worker dies is done again, twice at most; then it
 is reported by name when all others are done. Text never passes between processes: a task reads its own input and writes
-its own files, and returns a few numbers.
+its own files, and returns a few numbers. Workers do not run the main script, so the functions are those of modules.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
+import types
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -47,7 +49,12 @@ def local(
         yield from map(function, tasks)
         return
     with _at_work(workers) as team:
-        yield from _results(team, function, tasks)
+        yield from _results(team, function, _largest_first(tasks))
+
+
+def _largest_first(tasks: Iterable[Task]) -> list[Task]:
+    """Return tasks by their ``size``, if they have one: with the small ones at the end, all workers end together."""
+    return sorted(tasks, key=lambda task: getattr(task, "size", 0), reverse=True)
 
 
 _TRIES, _MOST_LOST = 3, 8
@@ -127,7 +134,7 @@ class _Team:
         if pool is None:
             pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_start_worker)
             self._pools[number] = pool
-            with _signals_held_back(), _without_blas_threads():
+            with _signals_held_back(), _without_blas_threads(), _without_main():
                 self._started[number] = pool.submit(first)
         return pool
 
@@ -141,8 +148,7 @@ class _Team:
         if not any(came_to_work) or self._stillborn >= _TRIES:
             raise DataError(
                 "a worker process died while it started (killed, or out of memory?). Run the same command again, with"
-                f" fewer than {self.size} workers if memory is short. In a script of your own, call convert() under"
-                ' `if __name__ == "__main__":`.'
+                f" fewer than {self.size} workers if memory is short."
             ) from error
         self._stop([self._pools[number]])
         self._pools[number] = None
@@ -238,6 +244,20 @@ def _without_blas_threads() -> Iterator[None]:
         os.environ.pop(name, None)
 
 
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Let processes that are started in the block not run the main script again, as they would at first.
+
+    No task needs what is in it; but it may import torch, or have no ``if __name__ == "__main__":`` around its work.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 def _start_worker() -> None:
     # Ctrl-C goes to the whole process group; the parent decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -317,7 +337,7 @@ def _require_answer(address: str) -> None:
 
 def _ray_results(ray: Any, function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
     remote = ray.remote(num_cpus=1, max_retries=3)(_in_folder)
-    waiting, lost = iter(tasks), list[Task]()
+    waiting, lost = iter(_largest_first(tasks)), list[Task]()
     running: dict[Any, Task] = {}
     try:
         while len(lost) < _MOST_LOST:

@@ -24,8 +24,8 @@ def return_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def return_large_blocks() -> None:
-    """Have blocks of megabytes given back as soon as they are freed, and the top of the heap only in such blocks.
+def return_large_blocks(top: int = 4 << 20) -> None:
+    """Have blocks of megabytes given back as soon as they are freed, and the top of the heap only from ``top`` bytes.
 
     After the first such block glibc would keep them, between others, which takes some 40 MB where texts are large. With
     that settled it would shrink the heap by every 128 KiB that become free at its end, and grow it again: page faults
@@ -34,7 +34,7 @@ def return_large_blocks() -> None:
     with contextlib.suppress(AttributeError, OSError, TypeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, 4 << 20)
-        libc.mallopt(_M_TRIM_THRESHOLD, 4 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, top)
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h

@@ -58,6 +58,11 @@ class PackTask(NamedTuple):
         """What it is called in messages."""
         return f"shard {self.number} of {self.folder}"
 
+    @property
+    def size(self) -> int:
+        """How much work it is, compared with others."""
+        return self.num_tokens
+
 
 def shard_columns(dtype: str, options: PackOptions) -> dict[str, str]:
     """Return name -> MDS encoding."""

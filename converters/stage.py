@@ -91,6 +91,11 @@ class StageTask(NamedTuple):
         first, *others = [piece.path for piece in self.unit.pieces]
         return f"unit {self.unit.number} ({first}{f' and {len(others)} more' if others else ''})"
 
+    @property
+    def size(self) -> int:
+        """How much work it is, compared with others: bytes of its input."""
+        return self.unit.size_bytes
+
 
 def unit_folder(stage: str | Location, number: int) -> Location:
     """Return where a unit's stage files lie."""

@@ -52,7 +52,6 @@ __all__ = [
 ]
 
 LONG_TEXT, PIECE = 1 << 18, 1 << 16  # characters: texts beyond this are cut, into pieces of that
-_SLACK = 8 << 20  # bytes by which memory may grow before what was freed is given back
 SPECIAL_TOKENS = ("text", "parse")
 
 # Names that end-of-text tokens go by, most usual first.
@@ -75,11 +74,12 @@ class Encoder(Protocol):
         """Return the text, special tokens spelled out."""
 
 
-def _joined(rows: Sequence[list[int]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    ids = array("I")  # six times as fast as any way through NumPy
+def _joined(rows: Iterable[list[int]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    ids, lengths = array("I"), array("q")  # six times as fast as any way through NumPy
     for row in rows:
         ids.fromlist(row)
-    return np.frombuffer(ids, np.uint32), np.fromiter(map(len, rows), np.int64, len(rows))
+        lengths.append(len(row))
+    return np.frombuffer(ids, np.uint32), np.frombuffer(lengths, np.int64)
 
 
 def id_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -148,6 +148,7 @@ class _InPieces(ABC):
     """Gives a library long texts a piece at a time, as far as there are places to cut."""
 
     _resident = 0  # what this process had when it last gave memory back
+    _slack = 8 << 20  # bytes by which that may grow before what was freed is given back again
 
     @functools.cached_property
     @abstractmethod
@@ -171,7 +172,7 @@ class _InPieces(ABC):
     def encode_long(self, text: str) -> Iterator[NDArray[Any]]:
         cuts = self.cuts if len(text) > LONG_TEXT else None
         for piece, drop in [(text, 0)] if cuts is None else cuts(text, PIECE):
-            if cuts is not None and resident_bytes() > self._resident + _SLACK:
+            if cuts is not None and resident_bytes() > self._resident + self._slack:
                 return_memory()
                 self._resident = resident_bytes()
             for ids in self._rows(piece):
@@ -209,6 +210,8 @@ class _TokenizerJson(_InPieces):
 class HuggingFaceEncoder(_TokenizerJson):
     """A ``tokenizer.json``."""
 
+    _slack = 16 << 20  # what a piece takes and frees; with less, every page of it is asked for again and again
+
     def __init__(self, file: str, special_tokens: str = "text", eos_id: int | None = None) -> None:
         # One thread per worker process: the processes are the parallelism.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -225,12 +228,12 @@ class HuggingFaceEncoder(_TokenizerJson):
 
     def _encode(self, texts: Sequence[str]) -> _Encoded:
         try:
-            rows = [each.ids for each in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except BaseException as error:
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":  # the library raises no others
                 raise self._refusal(texts, error) from error
             raise
-        ids, lengths = _joined(rows)
+        ids, lengths = _joined(each.ids for each in encodings)
         if self._unknown is not None and (ids == self._unknown).any():
             raise self._lost_character(texts)
         return ids, lengths
@@ -611,6 +614,9 @@ def _configured_eos(file: Path) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else ()
 
 
+_HEAP_TOP = {"hf": 16 << 20}  # what a batch takes and frees; gigatoken gains nothing by more
+
+
 def load_encoder(
     kind: str, file: str | None, backend: str = "hf", special_tokens: str = "text", eos_id: int | None = None
 ) -> Encoder:
@@ -619,7 +625,7 @@ def load_encoder(
     Args:
         eos_id: the end of text, which is no text either where the tokenizer does not call it special.
     """
-    return_large_blocks()
+    return_large_blocks(_HEAP_TOP.get(backend, 4 << 20))
     version = "" if file is None else str(os.stat(file).st_mtime_ns)
     return _loaded(kind, file, backend, special_tokens, eos_id, version)
 

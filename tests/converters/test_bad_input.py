@@ -340,7 +340,7 @@ def test_truncated_archive_stops_all_but_finished_units_are_kept(tmp_path, polic
         write_jsonl(tmp_path / "corpus" / name / "a.jsonl", documents(name, 100))
     data = gzip.compress(b"\n".join(LINES))
     (tmp_path / "corpus" / "web" / "b.jsonl.gz").write_bytes(data[: len(data) * 2 // 3])
-    given: dict = {"on_bad_record": policy, "max_bad": 1, "workers": 2, "unit_size": 3000}
+    given: dict = {"on_bad_record": policy, "max_bad": 1, "workers": 2, "unit_size": 6000}  # larger ones come first
     with pytest.raises(DataError, match=r"web/b.jsonl.gz is truncated or damaged"):
         shards_of(tmp_path, **given)
     assert not list((tmp_path / "shards").rglob("index.json"))

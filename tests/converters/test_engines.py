@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from converters import convert
-from converters.engines import _Team, kept_running, run_tasks
+from converters.engines import _largest_first, _Team, kept_running, run_tasks
 from mixer.errors import DataError, InputError
 from tests.converters.corpora import tree_hash, write_corpus
 
@@ -54,6 +54,17 @@ def test_workers_start_no_threads_for_linear_algebra(monkeypatch, asked, expecte
         monkeypatch.setenv("OPENBLAS_NUM_THREADS", asked)
     assert list(run_tasks("local", os.getenv, ["OPENBLAS_NUM_THREADS"] * 2, 2)) == [expected] * 2
     assert os.getenv("OPENBLAS_NUM_THREADS") == asked  # this process may well do linear algebra
+
+
+class Sized(NamedTuple):
+    number: int
+    size: int
+
+
+def test_largest_tasks_come_first_and_equal_ones_in_their_order():
+    tasks = [Sized(0, 2), Sized(1, 9), Sized(2, 2), Sized(3, 5)]
+    assert [task.number for task in _largest_first(tasks)] == [1, 3, 0, 2]
+    assert _largest_first(["b", "a"]) == ["b", "a"]
 
 
 class Errand(NamedTuple):
@@ -101,11 +112,27 @@ def test_process_that_died_at_one_task_is_replaced_once_however_many_it_had(tmp_
 
 
 def test_workers_that_never_start_are_one_clear_error(tmp_path):
-    script = tmp_path / "without_guard.py"
-    script.write_text("from converters.engines import run_tasks\nlist(run_tasks('local', abs, [1, 2, 3], 2))\n")
-    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    dying = "import os, sys\nif 'multiprocessing.spawn' in str(sys.orig_argv):\n    os._exit(1)\n"
+    (tmp_path / "sitecustomize.py").write_text(dying)
+    code = "from converters.engines import run_tasks\nlist(run_tasks('local', abs, [1, 2, 3], 2))\n"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.getcwd()}"}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
     assert ended.returncode == 1
-    assert re.search(r'DataError: a worker process died while it started .*`if __name__ == "__main__":`', ended.stderr)
+    assert re.search(r"DataError: a worker process died while it started .*with fewer than 2 workers", ended.stderr)
+
+
+def test_workers_do_not_run_the_script_that_converts(tmp_path):
+    write_corpus(tmp_path / "corpus")
+    script = tmp_path / "without_guard.py"  # and it may import torch, at its top
+    script.write_text(
+        "from pathlib import Path\nfrom converters import convert\n"
+        f"with open({str(tmp_path / 'runs')!r}, 'a') as runs:\n    runs.write('run\\n')\n"
+        f"convert([{str(tmp_path / 'corpus')!r}], {str(tmp_path / 'out')!r}, workers=2, **{OPTIONS!r})\n"
+    )
+    subprocess.run([sys.executable, str(script)], check=True, timeout=60)
+    assert (tmp_path / "runs").read_text() == "run\n"
+    convert([tmp_path / "corpus"], tmp_path / "alone", **OPTIONS)
+    assert tree_hash(tmp_path / "out") == tree_hash(tmp_path / "alone")
 
 
 def test_no_tasks_start_no_workers():

@@ -614,7 +614,7 @@ def _configured_eos(file: Path) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else ()
 
 
-_HEAP_TOP = {"hf": 16 << 20}  # what a batch takes and frees; gigatoken gains nothing by more
+_HEAP_TOP = {"hf": 16 << 20, "gigatoken": 4 << 20}  # bytes that a batch takes and frees; gigatoken gains by no more
 
 
 def load_encoder(
@@ -625,7 +625,7 @@ def load_encoder(
     Args:
         eos_id: the end of text, which is no text either where the tokenizer does not call it special.
     """
-    return_large_blocks(_HEAP_TOP.get(backend, 4 << 20))
+    return_large_blocks(_HEAP_TOP[backend])
     version = "" if file is None else str(os.stat(file).st_mtime_ns)
     return _loaded(kind, file, backend, special_tokens, eos_id, version)
 
